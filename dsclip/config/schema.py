@@ -1,0 +1,121 @@
+"""The recipe: what to train. One frozen dataclass a section; every default lives here and nowhere else.
+
+How to run it (ZeRO stage, bf16, clipping, offload) is the DeepSpeed JSON's business: `dsclip.config.deepspeed`.
+`None` means "not set": the preset, the tokenizer or the batch decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The two towers. Every field but `preset` and `init` overrides the preset's own value."""
+
+    preset: str = "ViT-B-32"
+    init: str | None = None  # HF CLIP folder, OpenCLIP state dict or dsclip checkpoint to start from
+    patch_dropout: float | None = None  # share of image patches dropped in training (FLIP)
+    activation: str | None = None  # gelu | quick_gelu
+    image_size: int | None = None
+    patch_size: int | None = None
+    embed_dim: int | None = None
+    vision_width: int | None = None
+    vision_layers: int | None = None
+    vision_heads: int | None = None
+    vision_mlp_width: int | None = None
+    text_width: int | None = None
+    text_layers: int | None = None
+    text_heads: int | None = None
+    text_mlp_width: int | None = None
+    context_length: int | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Where samples come from. `demo` stands for the embedded data set and its tokenizer."""
+
+    train_shards: str | list[str] = "demo"
+    tokenizer: str = "demo"  # `demo`, a local folder, or a hub name
+    workers: int = 2  # loader processes a rank; 0 decodes in the training process
+    shuffle_buffer: int = 2000  # samples held back a worker
+    crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])  # share of the area kept (CLIP, OpenCLIP)
+    flip: bool = False  # horizontal flips; wrong for captions that say left or right
+    caption_key: str = "caption"  # key of the caption (string or list of strings) in `.json` members
+    max_bad_fraction: float = 0.1  # the run stops when more of the samples read can't be used
+    max_image_pixels: int = 64_000_000  # checked on the header, before decoding
+
+
+@dataclass(frozen=True)
+class BatchSection:
+    """Sizes in samples. The gradient is that of the whole global batch, whatever the two smaller sizes are."""
+
+    global_batch_size: int = 256
+    samples_per_forward: int | None = None  # outer micro-batch a rank; None: the rank's whole share
+    chunk_size: int | None = None  # samples that go through a block together; None: samples_per_forward
+    checkpointing: str = "auto"  # none | full | auto: full as soon as a forward has several chunks
+
+
+@dataclass(frozen=True)
+class LossSection:
+    """InfoNCE over the global batch, both directions (Radford et al. 2021, figure 3)."""
+
+    name: str = "softmax"
+    init_temperature: float = 0.07  # logit scale starts at 1/0.07 (CLIP)
+    max_logit_scale: float = 100.0  # clamp after each step (CLIP)
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW with decoupled decay on matrices only; CLIP's values for ViT."""
+
+    lr: float = 5e-4
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    warmup_steps: int = 2000
+    schedule: str = "cosine"  # cosine | constant, after the linear warm-up
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """The run: its length, its folder and how often it reports."""
+
+    name: str = "run"
+    output: str = "runs"
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10  # steps between lines of metrics.jsonl and TensorBoard scalars
+    save_every: int | None = None  # steps between checkpoints; the last step always saves
+    keep_checkpoints: int = 3
+    export_hf: bool = True  # convert the last checkpoint to a HuggingFace folder
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """What is measured while training and at the end. Each task runs when its shards are set."""
+
+    every_steps: int | None = None  # None: only at the end
+    batch_size: int = 64
+    zeroshot_shards: str | list[str] | None = None  # samples with a `.cls` member
+    classnames: str | list[str] | None = None  # None: those of the shards' manifest; or a file, one name a line
+    templates: str | list[str] | None = None  # None: those of the manifest; `openai`, `cifar`, or sentences with {}
+    retrieval_shards: str | list[str] | None = None
+    max_samples: int | None = None  # per task; None: all
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe, resolved and frozen."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    batch: BatchSection = field(default_factory=BatchSection)
+    loss: LossSection = field(default_factory=LossSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: EvalSection = field(default_factory=EvalSection)

@@ -1,0 +1,109 @@
+"""Puts a model under DeepSpeed: process group, construction under zero.Init, leaf modules, optimizer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_modules
+
+from dsclip.config.schema import OptimSection
+from dsclip.engine.collectives import launched_ranks
+from dsclip.errors import UserError
+from dsclip.model import Clip, ClipConfig, Stage
+
+
+def init_distributed(timeout_minutes: float = 30) -> torch.device:
+    """Joins the ranks of the job (gloo on CPU, NCCL on CUDA) and returns this rank's device. Safe to call twice."""
+    quiet_dependencies()
+    _, _, local_rank = launched_ranks()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes), **_single_process_address()
+        )
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _single_process_address() -> dict:
+    """Plain `python launchers/train.py` has no launcher to set the rendezvous; one rank needs none."""
+    _, world_size, _ = launched_ranks()
+    if world_size > 1:
+        return {}
+    import os
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+    return {}
+
+
+def quiet_dependencies() -> None:
+    """DeepSpeed's INFO lines and torch's repeated deprecation warnings bury what a user wants to read."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.*|deepspeed.*")
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor|_base).*")
+
+
+def build_model(config: ClipConfig, ds_config: dict, seed: int, state_dict: dict | None = None) -> Clip:
+    """The model in the engine's dtype. Under ZeRO-3 no rank ever holds a full copy.
+
+    state_dict: weights to start from, the same on every rank.
+    """
+    torch.manual_seed(seed)
+    if ds_config["zero_optimization"]["stage"] < 3:
+        model = Clip(config)
+        if state_dict is not None:
+            model.load_state_dict(state_dict)
+        return model
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+        model = Clip(config)
+    if state_dict is not None:
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                if dist.get_rank() == 0:
+                    parameter.copy_(state_dict[name])
+    return model
+
+
+def initialize(model: Clip, ds_config: dict, optim: OptimSection):
+    """The DeepSpeed engine around the model, with every stage a ZeRO-3 leaf module."""
+    if ds_config["zero_optimization"]["stage"] == 3:
+        set_z3_leaf_modules(model, [Stage])
+    optimizer = _adamw(model, ds_config, optim)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    return engine
+
+
+def _adamw(model: Clip, ds_config: dict, optim: OptimSection) -> torch.optim.Optimizer:
+    settings = dict(lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    groups = decay_groups(model, optim.weight_decay)
+    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device", "none") == "none":
+        return torch.optim.AdamW(groups, **settings, fused=torch.cuda.is_available())
+    try:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
+    except Exception as error:  # DeepSpeed compiles this optimizer on first use
+        raise UserError(
+            "offload_optimizer needs DeepSpeed's CPU Adam, which could not be compiled here "
+            f"({type(error).__name__}: {error}). Install g++ and ninja, or use ds_configs/zero3_bf16.json."
+        ) from error
+
+
+def decay_groups(model: Clip, weight_decay: float) -> list[dict]:
+    """Matrices decay; biases, norms and position and class embeddings don't (OpenCLIP's rule)."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # under zero.Init the tensor itself is empty
+        embedding = name.endswith(("position_embedding", "class_embedding"))
+        (free if len(shape) < 2 or embedding else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]

@@ -1,0 +1,84 @@
+"""Every collective dsclip calls itself, in one place, and the end of a distributed run."""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """The ranks that share one global batch. With one rank nothing is communicated."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @staticmethod
+    def single() -> Collectives:
+        """One process on its own."""
+        return Collectives()
+
+    @staticmethod
+    def current() -> Collectives:
+        """All ranks of the running job, or a single one when there is no process group."""
+        if not dist.is_initialized():
+            return Collectives()
+        return Collectives(dist.get_rank(), dist.get_world_size())
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x [n, ...] of every rank, concatenated in rank order to [world_size·n, ...]. Shapes must be equal."""
+        if self.world_size == 1:
+            return x
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    def all_gather_object(self, x) -> list:
+        """The object of every rank, in rank order."""
+        if self.world_size == 1:
+            return [x]
+        objects = [None] * self.world_size
+        dist.all_gather_object(objects, x)
+        return objects
+
+    def broadcast_object(self, x):
+        """Rank 0's object, on every rank."""
+        if self.world_size == 1:
+            return x
+        holder = [x]
+        dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks, as a new tensor that is bit-identical everywhere."""
+        x = x.clone()
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def launched_ranks() -> tuple[int, int, int]:
+    """(rank, world size, local rank) that deepspeed, torchrun or plain python gave this process."""
+    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def shutdown_distributed() -> None:
+    """Ends the process group so that the process also exits cleanly.
+
+    gloo's worker threads abort the interpreter at exit in about a third of correct runs (pytorch#190489) when work
+    objects outlive the group; collecting them before the last barrier avoids it.
+    """
+    gc.collect()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

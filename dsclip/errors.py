@@ -1,0 +1,13 @@
+"""The one exception a user is meant to see: a sentence, no stack trace, exit code 2."""
+
+
+class UserError(Exception):
+    """Bad input. The message says what was found, where, and what to do about it."""
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """A hint such as ' Did you mean `lr`?', or an empty string when nothing is close."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" Did you mean `{close[0]}`?" if close else ""

@@ -1,0 +1,103 @@
+"""The two-tower model: images and tokens in, unit embeddings out. No temperature: that belongs to the engine.
+
+Shapes: n samples, L tokens of the context, D embedding width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsclip.errors import UserError
+from dsclip.model.blocks import Block
+from dsclip.model.config import ClipConfig
+from dsclip.model.layer_major import Chunks, backward_anchor
+from dsclip.model.towers import TextEmbed, TextHead, VisionEmbed, VisionHead
+
+TEXT_LENGTH_MULTIPLE = 8  # few distinct shapes, which compilers like
+
+
+class Tower(nn.Module):
+    """Embed, blocks, head: each a Stage, run one after the other over all chunks."""
+
+    def __init__(self, embed: nn.Module, blocks: list[Block], head: nn.Module):
+        super().__init__()
+        self.embed = embed
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+
+    def forward(self, chunks: Chunks, recompute: bool, at_start: tuple = (), at_end: tuple = ()) -> Chunks:
+        chunks = self.embed(recompute, at_start, backward_anchor(chunks[0].device), *chunks)
+        for block in self.blocks:
+            chunks = block(recompute, (), None, *chunks)
+        return self.head(recompute, at_end, None, *chunks)
+
+
+class Clip(nn.Module):
+    """CLIP's image and text encoders (Radford et al. 2021), built for layer-major accumulation.
+
+    `forward(images, tokens)`: images [n, 3, S, S] (uint8, or float already normalised), tokens [n, L] int64;
+    returns unit features ([n, D], [n, D]) in float32. Either input may be None, and so are its features then.
+    chunk_size: samples that go through a stage together (None: all of them). recompute: keep only the stages' inputs
+    for backward. kept [n, K]: the patches that patch dropout leaves.
+    """
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config = c = config
+        vision = [
+            Block(c.vision_width, c.vision_heads, c.vision_mlp_width, c.activation, c.layer_norm_eps,
+                  causal=False, text_layers=None)
+            for _ in range(c.vision_layers)
+        ]  # fmt: skip
+        self.visual = Tower(VisionEmbed(c), vision, VisionHead(c))
+        text = [
+            Block(c.text_width, c.text_heads, c.text_mlp_width, c.activation, c.layer_norm_eps,
+                  causal=True, text_layers=c.text_layers)
+            for _ in range(c.text_layers)
+        ]  # fmt: skip
+        self.text = Tower(TextEmbed(c), text, TextHead(c))
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        tokens: Tensor | None = None,
+        *,
+        chunk_size: int | None = None,
+        recompute: bool = False,
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        image_features = text_features = None
+        if images is not None:
+            self._check_images(images)
+            at_start = () if kept is None else (_split(kept, chunk_size),)
+            image_features = torch.cat(self.visual(_split(images, chunk_size), recompute, at_start))
+        if tokens is not None:
+            chunks, ends = self._cut_text(tokens, chunk_size)
+            text_features = torch.cat(self.text(chunks, recompute, (), (ends,)))
+        return image_features, text_features
+
+    def _check_images(self, images: Tensor) -> None:
+        size = self.config.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise UserError(f"images have shape {tuple(images.shape)}; this model takes [n, 3, {size}, {size}]")
+
+    def _cut_text(self, tokens: Tensor, chunk_size: int | None) -> tuple[Chunks, Chunks]:
+        """Each chunk cut behind its longest caption: the tower is causal, so nothing after the end token counts."""
+        if tokens.shape[1] > self.config.context_length:
+            raise UserError(f"captions have {tokens.shape[1]} tokens; this model takes {self.config.context_length}")
+        ends = (tokens == self.config.eot_token_id).int().argmax(dim=1)
+        end_chunks = _split(ends, chunk_size)
+        longest = torch.stack([chunk.max() for chunk in end_chunks]).tolist()
+        multiple = TEXT_LENGTH_MULTIPLE
+        lengths = [min(tokens.shape[1], -(-(end + 1) // multiple) * multiple) for end in longest]
+        chunks = tuple(chunk[:, :length] for chunk, length in zip(_split(tokens, chunk_size), lengths, strict=True))
+        return chunks, end_chunks
+
+    def parameter_count(self) -> int:
+        """Parameters of both towers, also under ZeRO-3, where each rank holds a part only."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters())
+
+
+def _split(x: Tensor, chunk_size: int | None) -> Chunks:
+    return (x,) if chunk_size is None else x.split(chunk_size)

@@ -1,0 +1,99 @@
+"""What a CLIP model is made of, and the presets people ask for by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from dsclip.errors import UserError, did_you_mean
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Shapes of both towers. Flat, so that every field can be overridden by its own name."""
+
+    embed_dim: int
+    image_size: int
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    vision_mlp_width: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    text_mlp_width: int
+    context_length: int = 77
+    vocab_size: int = 49408
+    eot_token_id: int = 49407
+    activation: str = "gelu"  # gelu (erf) | quick_gelu (x·sigmoid(1.702x)); not visible in the weights
+    patch_dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise UserError(f"model.image_size {self.image_size} is no multiple of model.patch_size {self.patch_size}")
+        for tower in ("vision", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise UserError(f"model.{tower}_width {width} is no multiple of model.{tower}_heads {heads}")
+        if self.activation not in ("gelu", "quick_gelu"):
+            raise UserError(f"model.activation is `{self.activation}`; choose gelu or quick_gelu")
+        if not 0 <= self.patch_dropout < 1:
+            raise UserError(f"model.patch_dropout is {self.patch_dropout}; it is a share: 0 ≤ share < 1")
+        for name in ("image_mean", "image_std"):
+            values = tuple(float(v) for v in getattr(self, name))
+            if len(values) != 3:
+                raise UserError(f"model.{name} has {len(values)} values; give three, for red, green and blue")
+            object.__setattr__(self, name, values)
+
+    @property
+    def patches(self) -> int:
+        """Image patches a sample, without the class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def _vit(embed_dim, image_size, patch_size, vision, text) -> ClipConfig:
+    v_width, v_layers, v_heads, v_mlp = vision
+    t_width, t_layers, t_heads = text
+    return ClipConfig(
+        embed_dim, image_size, patch_size, v_width, v_layers, v_heads, v_mlp, t_width, t_layers, t_heads, 4 * t_width
+    )
+
+
+# vision: (width, layers, heads, MLP width) · text: (width, layers, heads). As in OpenCLIP's model_configs.
+PRESETS: dict[str, ClipConfig] = {
+    "ViT-S-32": _vit(384, 224, 32, (384, 12, 6, 1536), (384, 12, 6)),
+    "ViT-B-32": _vit(512, 224, 32, (768, 12, 12, 3072), (512, 12, 8)),
+    "ViT-B-16": _vit(512, 224, 16, (768, 12, 12, 3072), (512, 12, 8)),
+    "ViT-L-14": _vit(768, 224, 14, (1024, 24, 16, 4096), (768, 12, 12)),
+    "ViT-L-14-336": _vit(768, 336, 14, (1024, 24, 16, 4096), (768, 12, 12)),
+    "ViT-H-14": _vit(1024, 224, 14, (1280, 32, 16, 5120), (1024, 24, 16)),
+    "ViT-g-14": _vit(1024, 224, 14, (1408, 40, 16, 6144), (1024, 24, 16)),
+    "ViT-bigG-14": _vit(1280, 224, 14, (1664, 48, 16, 8192), (1280, 32, 20)),
+    # Ours: small enough for two CPU cores.
+    "demo": replace(_vit(128, 64, 8, (128, 4, 4, 512), (128, 2, 4)), context_length=32),
+}
+
+
+def resolve_preset(preset: str, **overrides) -> ClipConfig:
+    """The configuration of a preset, with every override that is not None applied.
+
+    `ViT-B/32` and `ViT-B-32` are the same; a suffix `-quickgelu` sets the activation.
+    Raises UserError for an unknown preset or an unknown field.
+    """
+    name = preset.replace("/", "-")
+    if name.endswith("-quickgelu"):
+        name = name.removesuffix("-quickgelu")
+        overrides.setdefault("activation", "quick_gelu")
+    if name not in PRESETS:
+        raise UserError(f"unknown model preset `{preset}`.{did_you_mean(name, list(PRESETS))} Known: {', '.join(PRESETS)}")
+    known = [f.name for f in fields(ClipConfig)]
+    for key in overrides:
+        if key not in known:
+            raise UserError(f"a model has no field `{key}`.{did_you_mean(key, known)}")
+    return replace(PRESETS[name], **{k: v for k, v in overrides.items() if v is not None})

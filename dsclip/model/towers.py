@@ -1,0 +1,115 @@
+"""The stages at both ends of a tower: pixels or tokens in, embeddings out.
+
+Shapes: B samples of a chunk, P patches, K kept patches, T tokens, W width, D embedding width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsclip.model.blocks import Linear
+from dsclip.model.config import ClipConfig
+from dsclip.model.layer_major import Stage
+
+
+class VisionEmbed(Stage):
+    """Images [B, 3, S, S] -> tokens [B, 1 + K, W], class token first.
+
+    uint8 images are normalised here, on the device; float images are taken as normalised.
+    """
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        width, patch = config.vision_width, config.patch_size
+        self.patch_size = patch
+        self.mean, self.std = config.image_mean, config.image_std
+        # A convolution whose stride is its kernel is a matrix product of patches; the weight keeps the Conv2d shape.
+        self.patch_embedding = PatchEmbedding(width, patch)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.position_embedding = nn.Parameter(width**-0.5 * torch.randn(1 + config.patches, width))
+        self.ln_pre = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def compute(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        dtype = self.class_embedding.dtype
+        patches = self._cut(self._normalise(images).to(dtype))
+        positions = self.position_embedding[1:]
+        if kept is None:
+            positions = positions.expand(len(patches), -1, -1)
+        else:
+            patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+            positions = positions[kept]
+        tokens = self.patch_embedding(patches) + positions
+        first = (self.class_embedding + self.position_embedding[0]).expand(len(tokens), 1, -1)
+        return self.ln_pre(torch.cat([first, tokens], dim=1))
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            return images
+        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
+        std = torch.tensor(self.std, device=images.device)[:, None, None]
+        return (images.float() / 255 - mean) / std
+
+    def _cut(self, images: Tensor) -> Tensor:
+        size, p = images.shape[-1], self.patch_size
+        grid = size // p
+        cut = images.view(-1, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
+        return cut.reshape(len(images), grid * grid, 3 * p * p)
+
+
+class PatchEmbedding(nn.Module):
+    """The weight of a patch convolution [W, 3, p, p], applied to patches that are already cut out, [B, P, 3·p·p]."""
+
+    def __init__(self, width: int, patch: int):
+        super().__init__()
+        # Conv2d's own default, U(±1/sqrt(fan-in)).
+        bound = (3 * patch * patch) ** -0.5
+        self.weight = nn.Parameter(torch.empty(width, 3, patch, patch).uniform_(-bound, bound))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.weight.flatten(1))
+
+
+class VisionHead(Stage):
+    """Tokens [B, 1 + K, W] -> unit embeddings [B, D] in float32, from the class token."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        width = config.vision_width
+        self.ln_post = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.projection = Linear(width, config.embed_dim, std=width**-0.5, bias=False)
+
+    def compute(self, tokens: Tensor) -> Tensor:
+        return unit_rows(self.projection(self.ln_post(tokens[:, 0])))
+
+
+class TextEmbed(Stage):
+    """Token ids [B, T] -> tokens [B, T, W]; T may be shorter than the context."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.token_embedding = nn.Parameter(torch.empty(config.vocab_size, config.text_width).normal_(std=0.02))
+        self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.text_width).normal_(std=0.01))
+
+    def compute(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.token_embedding) + self.position_embedding[: tokens.shape[1]]
+
+
+class TextHead(Stage):
+    """Tokens [B, T, W] and end positions [B] -> unit embeddings [B, D] in float32, from the end token."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        width = config.text_width
+        self.ln_final = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.projection = Linear(width, config.embed_dim, std=width**-0.5, bias=False)
+
+    def compute(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        last = tokens.gather(1, ends[:, None, None].expand(-1, 1, tokens.shape[-1])).squeeze(1)
+        return unit_rows(self.projection(self.ln_final(last)))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows scaled to length one, in float32 or wider: bf16 embeddings would lose what the loss compares."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

@@ -1,0 +1,165 @@
+"""Run by torchrun: gradients and steps of the engine against a float64 reference; writes one JSON file.
+
+The reference is one process with the whole global batch, dense InfoNCE and autograd: a few lines to check by eye.
+"""
+
+import itertools
+import json
+import sys
+from dataclasses import replace
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+from dsclip.config.schema import BatchSection, LossSection, OptimSection, Recipe, TrainSection
+from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
+from dsclip.engine.build import decay_groups, init_distributed
+from dsclip.model import Clip, resolve_preset
+from dsclip.model.patch_dropout import kept_patches
+
+GLOBAL_BATCH, CONTEXT, SEED = 12, 16, 3
+CONFIG = resolve_preset(
+    "demo", image_size=32, vision_layers=2, vision_width=64, vision_mlp_width=128, text_width=32, text_heads=2,
+    text_mlp_width=64, embed_dim=24, vocab_size=50, eot_token_id=49, context_length=CONTEXT,
+)  # fmt: skip
+OPTIM = OptimSection(lr=1e-3, warmup_steps=0, schedule="constant", weight_decay=0.1, eps=1e-6)
+
+
+def global_batch(step: int) -> dict:
+    generator = torch.Generator().manual_seed(100 + step)
+    images = torch.randint(0, 256, (GLOBAL_BATCH, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    tokens = torch.randint(0, 49, (GLOBAL_BATCH, CONTEXT), generator=generator)
+    ends = torch.randint(2, CONTEXT, (GLOBAL_BATCH,), generator=generator)
+    tokens[torch.arange(GLOBAL_BATCH), ends] = 49
+    return {"images": images, "tokens": tokens, "sample_ids": torch.arange(GLOBAL_BATCH) * 7919 + step}
+
+
+def local_part(batch: dict, group: Collectives) -> dict:
+    n = GLOBAL_BATCH // group.world_size
+    return {k: v[group.rank * n : (group.rank + 1) * n] for k, v in batch.items()}
+
+
+def dense_loss(model, log_scale, batch, step, patch_dropout, dtype):
+    kept = None
+    if patch_dropout:
+        kept = kept_patches(batch["sample_ids"], CONFIG.patches, patch_dropout, seed=SEED, step=step)
+    image, text = model(batch["images"], batch["tokens"], kept=kept)
+    logits = log_scale.exp() * image @ text.T
+    target = torch.arange(GLOBAL_BATCH)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+
+def reference_gradient(weights, log_scale, batch, step, patch_dropout, dtype=torch.float64):
+    model = Clip(CONFIG).to(dtype)
+    model.load_state_dict(weights)
+    scale = torch.nn.Parameter(torch.tensor(log_scale, dtype=torch.promote_types(dtype, torch.float32)))
+    loss = dense_loss(model, scale, batch, step, patch_dropout, dtype)
+    loss.backward()
+    return {n: p.grad.double() for n, p in model.named_parameters()}, scale.grad.double(), loss.item()
+
+
+def relative(ours: dict, reference: dict) -> float:
+    difference = sum((ours[n].double() - reference[n]).square().sum() for n in reference)
+    return float((difference / sum(g.square().sum() for g in reference.values())).sqrt())
+
+
+def ds_config(stage: int, bf16: bool, world_size: int) -> dict:
+    return {
+        "train_batch_size": GLOBAL_BATCH,
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world_size,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 1000000,
+    }
+
+
+def build(stage, outer, chunks, patch_dropout, bf16, group) -> ContrastiveEngine:
+    local = GLOBAL_BATCH // group.world_size
+    forward = local if outer == 1 else -(-local // outer)
+    chunk = None if chunks == 1 else max(1, -(-forward // chunks))
+    recipe = Recipe(
+        batch=BatchSection(GLOBAL_BATCH, forward, chunk, "auto"),
+        optim=OPTIM,
+        loss=LossSection(),
+        train=TrainSection(seed=SEED, steps=10),
+    )
+    return ContrastiveEngine(recipe, ds_config(stage, bf16, group.world_size), replace(CONFIG, patch_dropout=patch_dropout))
+
+
+def full_weights(engine) -> dict:
+    return {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in engine.module.named_parameters()}
+
+
+def gradient_case(case: dict, group: Collectives) -> dict:
+    engine = build(**case, group=group)
+    batch = global_batch(0)
+    weights, log_scale = full_weights(engine), engine.logit_scale.log.item()
+    ours = engine.accumulate(local_part(batch, group))
+    grads = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
+    reference, d_scale, loss = reference_gradient(weights, log_scale, batch, 0, case["patch_dropout"])
+    result = {
+        "gradient": relative(grads, reference),
+        "worst_tensor": max(relative({n: grads[n]}, {n: reference[n]}) for n in reference if reference[n].norm() > 1e-6),
+        "d_log_scale": abs(float(ours.d_log_scale.double() - d_scale) / float(d_scale)),
+        "loss": abs(ours.loss.item() - loss),
+    }
+    if case["bf16"]:
+        plain, plain_scale, _ = reference_gradient(weights, log_scale, batch, 0, case["patch_dropout"], torch.bfloat16)
+        result["plain_bf16_gradient"] = relative(plain, reference)
+        result["plain_bf16_d_log_scale"] = abs(float(plain_scale - d_scale) / float(d_scale))
+    engine.deepspeed.step()  # leaves no gradient behind for the next case
+    engine.close()
+    return result
+
+
+def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
+    """Several whole steps: parameters and temperature against float64 AdamW on the same batches."""
+    engine = build(stage, outer=2, chunks=2, patch_dropout=0.5, bf16=False, group=group)
+    model = Clip(CONFIG).double()
+    model.load_state_dict(full_weights(engine))
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    scale = torch.nn.Parameter(engine.logit_scale.log.detach().double())
+    settings = dict(lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
+    groups = [*decay_groups(model, OPTIM.weight_decay), {"params": [scale], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, **settings)
+    for step in range(steps):
+        batch = global_batch(step)
+        engine.train_step(local_part(batch, group))
+        adamw.zero_grad()
+        dense_loss(model, scale, batch, step, 0.5, torch.float64).backward()
+        adamw.step()
+    ours = full_weights(engine)
+    expected = {n: p.detach() for n, p in model.named_parameters()}
+    result = {
+        "parameters": relative(ours, expected),
+        "moved": relative({n: ours[n] - start[n] for n in ours}, {n: expected[n] - start[n] for n in ours}),
+        "log_scale": abs(engine.logit_scale.log.item() - scale.item()),
+    }
+    engine.close()
+    return result
+
+
+def main(out: str) -> None:
+    init_distributed()
+    group = Collectives.current()
+    results = []
+    for stage, outer, chunks, dropout, bf16 in itertools.product((1, 2, 3), (1, 3), (1, 2), (0.0, 0.5), (False, True)):
+        case = dict(stage=stage, outer=outer, chunks=chunks, patch_dropout=dropout, bf16=bf16)
+        results.append({"kind": "gradient", **case, **gradient_case(case, group)})
+    for stage in (1, 2, 3):
+        results.append({"kind": "adamw", "stage": stage, **adamw_case(stage, group)})
+    if group.rank == 0:
+        with open(out, "w") as f:
+            json.dump(results, f)
+    shutdown_distributed()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

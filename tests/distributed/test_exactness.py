@@ -1,0 +1,43 @@
+"""The first test of all: a step equals the float64 single-process step on the whole global batch."""
+
+import json
+
+import pytest
+
+from tests.distributed.launch import WORKERS, run_ranks
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def results(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exactness") / "results.json"
+    run_ranks(WORKERS / "exactness_worker.py", request.param, out)
+    return json.loads(out.read_text())
+
+
+def failures(results, wrong) -> list:
+    assert results, "the worker reported no case"
+    return [case for case in results if wrong(case)]
+
+
+def test_every_combination_is_covered(results):
+    gradients = [r for r in results if r["kind"] == "gradient"]
+    keys = ("stage", "outer", "chunks", "patch_dropout", "bf16")
+    assert len({tuple(r[k] for k in keys) for r in gradients}) == 3 * 2 * 2 * 2 * 2
+
+
+def test_fp32_gradients_equal_float64_full_batch(results):
+    fp32 = [r for r in results if r["kind"] == "gradient" and not r["bf16"]]
+    keys = ("gradient", "worst_tensor", "d_log_scale", "loss")
+    assert not failures(fp32, lambda r: any(r[k] > 1e-5 for k in keys))
+
+
+def test_bf16_gradients_are_as_good_as_a_plain_bf16_full_batch_step(results):
+    bf16 = [r for r in results if r["kind"] == "gradient" and r["bf16"]]
+    assert not failures(bf16, lambda r: r["gradient"] > 2 * r["plain_bf16_gradient"])
+    assert not failures(bf16, lambda r: r["d_log_scale"] > 2 * r["plain_bf16_d_log_scale"])
+
+
+def test_several_adamw_steps_agree_with_float64(results):
+    steps = [r for r in results if r["kind"] == "adamw"]
+    # Adam divides by the root of the second moment, so the rounding of tiny gradients shows in the movement.
+    assert not failures(steps, lambda r: r["parameters"] > 1e-5 or r["moved"] > 1e-3 or r["log_scale"] > 1e-6)

@@ -1,0 +1,129 @@
+"""The towers: sizes, initialisation, chunking, text cutting, patch dropout."""
+
+import pytest
+import torch
+
+from dsclip.errors import UserError
+from dsclip.model import create_model, resolve_preset
+from dsclip.model.patch_dropout import kept_patches
+
+PARAMETERS_IN_MILLIONS = {
+    "ViT-S/32": 63.09, "ViT-B/32": 151.28, "ViT-B/16": 149.62, "ViT-L/14": 427.62,
+    "ViT-L/14-336": 427.94, "ViT-H/14": 986.11, "ViT-g/14": 1366.68, "ViT-bigG/14": 2539.57,
+}  # fmt: skip
+SMALL = dict(vocab_size=60, eot_token_id=59, context_length=24, vision_layers=2)
+
+
+def pairs(n=7, size=64, context=24):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(0, 59, (n, context), generator=generator)
+    tokens[torch.arange(n), torch.arange(n) % 11 + 1] = 59
+    return images, tokens
+
+
+@pytest.mark.parametrize("preset", PARAMETERS_IN_MILLIONS)
+def test_parameter_count_on_the_meta_device(preset):
+    with torch.device("meta"):
+        model = create_model(preset)
+    logit_scale = 1
+    assert round((model.parameter_count() + logit_scale) / 1e6, 2) == PARAMETERS_IN_MILLIONS[preset]
+
+
+def test_quickgelu_suffix_and_unknown_names():
+    assert resolve_preset("ViT-B/32-quickgelu").activation == "quick_gelu"
+    with pytest.raises(UserError, match="Did you mean `ViT-B-32`"):
+        resolve_preset("ViT-B-23")
+    with pytest.raises(UserError, match="Did you mean `vision_width`"):
+        resolve_preset("ViT-B-32", vision_widht=3)
+    with pytest.raises(UserError, match="vision_heads"):
+        resolve_preset("demo", vision_heads=5)
+
+
+def test_features_are_unit_rows_in_float32():
+    model = create_model("demo", **SMALL).bfloat16()
+    for features in model(*pairs()):
+        assert features.dtype == torch.float32
+        torch.testing.assert_close(features.norm(dim=1), torch.ones(7))
+
+
+def gradients(model, **options):
+    model.zero_grad()
+    image, text = model(*pairs(), **options)
+    ((image @ text.T).sin().sum()).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("options", [dict(chunk_size=2), dict(chunk_size=3, recompute=True), dict(recompute=True)])
+def test_chunks_and_recomputation_leave_gradients_unchanged(options):
+    model = create_model("demo", **SMALL).double()
+    torch.testing.assert_close(gradients(model, **options), gradients(model), rtol=1e-11, atol=1e-13)
+
+
+def test_frozen_parameters_get_no_gradient():
+    model = create_model("demo", **SMALL).double()
+    model.visual.requires_grad_(False)
+    image, text = model(*pairs(), chunk_size=3, recompute=True)
+    (image @ text.T).sin().sum().backward()
+    assert all(p.grad is None for p in model.visual.parameters())
+    assert all(p.grad is not None for p in model.text.parameters())
+
+
+def test_nothing_after_the_end_token_matters():
+    model = create_model("demo", **SMALL).double()
+    images, tokens = pairs()
+    changed = tokens.clone()
+    for row, end in enumerate((tokens == 59).int().argmax(dim=1).tolist()):
+        changed[row, end + 1 :] = 59
+    torch.testing.assert_close(model(None, changed)[1], model(None, tokens)[1])
+    short = tokens.clone()
+    short[:, 12:] = 0
+    # The tower sees 16 tokens (the longest caption has 12) and gives what it would give on the whole context.
+    uncut = model.text(
+        (short,), False, (), (((short == 59).int().argmax(dim=1),),)
+    )[0]
+    torch.testing.assert_close(model(None, short)[1], uncut)
+
+
+def test_uint8_images_are_normalised_and_floats_are_not():
+    model = create_model("demo", **SMALL).double()
+    images, _ = pairs()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (model.config.image_mean, model.config.image_std))
+    normalised = ((images / 255) - mean) / std
+    torch.testing.assert_close(model(images)[0], model(normalised.double())[0], rtol=1e-6, atol=1e-6)
+
+
+def test_wrong_image_size_is_named():
+    with pytest.raises(UserError, match=r"\[n, 3, 64, 64\]"):
+        create_model("demo", **SMALL)(torch.zeros(1, 3, 32, 32))
+
+
+def test_kept_patches_depend_on_seed_step_and_sample_only():
+    ids = torch.tensor([5, 9, 123456789012345, -7])
+    kept = kept_patches(ids, 49, 0.5, seed=1, step=2)
+    assert kept.shape == (4, 24)
+    torch.testing.assert_close(kept_patches(ids[2:3], 49, 0.5, seed=1, step=2), kept[2:3])
+    assert not torch.equal(kept_patches(ids, 49, 0.5, seed=2, step=2), kept)
+    assert not torch.equal(kept_patches(ids, 49, 0.5, seed=1, step=3), kept)
+    assert all(len(set(row.tolist())) == 24 for row in kept)
+
+
+def test_kept_patches_are_uniform():
+    kept = kept_patches(torch.arange(4000), 16, 0.75, seed=0, step=0)
+    counts = torch.bincount(kept.flatten(), minlength=16)
+    expected = 4000 * 4 / 16
+    assert ((counts - expected).abs() < 5 * expected**0.5).all()
+
+
+def test_initialisation_is_clips():
+    torch.manual_seed(0)
+    model = create_model("ViT-S-32", vision_layers=1, text_layers=2)
+    width, layers = 384, 2
+    text = model.text.blocks[1]
+    assert text.attn.qkv.weight.std().item() == pytest.approx(width**-0.5, rel=0.02)
+    assert text.attn.out.weight.std().item() == pytest.approx(width**-0.5 * (2 * layers) ** -0.5, rel=0.02)
+    assert text.mlp.fc1.weight.std().item() == pytest.approx((2 * width) ** -0.5, rel=0.02)
+    assert model.text.embed.token_embedding.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.text.embed.position_embedding.std().item() == pytest.approx(0.01, rel=0.03)
+    assert model.visual.embed.position_embedding.std().item() == pytest.approx(width**-0.5, rel=0.03)
+    assert model.visual.head.projection.weight.std().item() == pytest.approx(width**-0.5, rel=0.02)
