@@ -15,6 +15,7 @@ from torch import Tensor
 from dsclip.config.schema import BatchSection, Recipe
 from dsclip.engine.build import build_model, init_distributed, initialize
 from dsclip.engine.collectives import Collectives
+from dsclip.engine.consolidate import DEEPSPEED_TAG
 from dsclip.engine.logit_scale import LogitScale
 from dsclip.engine.schedule import learning_rate
 from dsclip.errors import UserError
@@ -22,13 +23,12 @@ from dsclip.losses import LOSSES, ContrastiveGrads
 from dsclip.model import ClipConfig
 from dsclip.model.patch_dropout import kept_patches
 
-DEEPSPEED_TAG = "deepspeed"  # folder of DeepSpeed's own files within a checkpoint
-
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step. loss in nats; accuracies over the global batch; norm before clipping."""
+    """One optimizer step, counted from 1. loss in nats; accuracies over the global batch; norm before clipping."""
 
+    step: int
     loss: float
     accuracy_image_to_text: float
     accuracy_text_to_image: float
@@ -150,6 +150,7 @@ class ContrastiveEngine:
         total = self.recipe.batch.global_batch_size
         norm = self.deepspeed.get_global_grad_norm()
         return StepMetrics(
+            step=self.step,
             loss=grads.loss.item(),
             accuracy_image_to_text=correct[0] / total,
             accuracy_text_to_image=correct[1] / total,
@@ -174,7 +175,11 @@ class ContrastiveEngine:
 
         Collective. `dsclip.checkpoint` wraps this with a manifest and an atomic rename: prefer it.
         """
-        self.deepspeed.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False, exclude_frozen_parameters=False)
+        self.deepspeed.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+        if self.group.rank == 0:
+            # A script that DeepSpeed drops for users to run; `tools/convert_hf.py` does its work after verification.
+            for script in folder.glob("zero_to_*.py"):
+                script.unlink()
         return {"step": self.step, "logit_scale": self.logit_scale.state()}
 
     def load(self, folder: Path, state: dict) -> None:

@@ -1,0 +1,104 @@
+"""What makes a folder a checkpoint: `dsclip.json`, written last, with the size and SHA-256 of every other file.
+
+Loading a DeepSpeed checkpoint unpickles it, which is code execution; DeepSpeed itself checks nothing. So every file is
+compared with the manifest and scanned for foreign classes before DeepSpeed opens it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from dsclip.engine import Collectives
+from dsclip.errors import UserError
+
+MANIFEST = "dsclip.json"
+FORMAT = "dsclip-checkpoint-1"
+
+# What DeepSpeed 0.19.8's optimizer files hold beyond tensors and plain containers.
+ALLOWED_CLASSES = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
+
+
+def _digest(f) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """Relative paths of all files but the manifest, sorted."""
+    files = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in files if name != MANIFEST)
+
+
+def write_manifest(folder: Path, state: dict, group: Collectives) -> None:
+    """Collective. Ranks share the hashing; rank 0 writes the manifest, which makes the folder a checkpoint."""
+    names = checkpoint_files(folder)
+    mine = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in names[group.rank :: group.world_size]}
+    entries = {name: entry for part in group.all_gather_object(mine) for name, entry in part.items()}
+    if group.rank == 0:
+        manifest = {"format": FORMAT, **state, "files": dict(sorted(entries.items()))}
+        temporary = folder / (MANIFEST + ".tmp")
+        with temporary.open("w") as f:
+            json.dump(manifest, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, folder / MANIFEST)
+    group.barrier()
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint folder. Raises UserError when it isn't one."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} is no dsclip checkpoint: it has no {MANIFEST}. Give a folder such as runs/NAME/checkpoints/step_00001000.")
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path} has format {manifest['format']!r}; this version of dsclip reads {FORMAT!r}")
+        return manifest
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); use another checkpoint of the run") from error
+
+
+def verify(folder: Path) -> dict:
+    """The manifest, after every file was compared with it and scanned. Raises UserError that names the bad file."""
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        problem = None
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != entry["bytes"]:
+            problem = f"has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        elif sha256(path) != entry["sha256"]:
+            problem = "has changed since it was written (SHA-256 differs)"
+        if problem:
+            raise UserError(f"checkpoint {folder} is damaged: {name} {problem}. Use an earlier one of the same run.")
+        if path.suffix == ".pt":
+            _refuse_foreign_classes(path)
+    return manifest
+
+
+def _refuse_foreign_classes(path: Path) -> None:
+    try:
+        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception as error:
+        raise UserError(f"{path} is not a file that torch.save wrote ({error})") from error
+    if foreign := found - ALLOWED_CLASSES:
+        raise UserError(f"{path} would run code when loaded: it refers to {', '.join(sorted(foreign))}. It was not opened.")

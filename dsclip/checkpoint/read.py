@@ -1,0 +1,48 @@
+"""Reads a checkpoint as one full-precision model, in one process, for evaluation and conversion."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dsclip.checkpoint.manifest import verify
+from dsclip.checkpoint.store import find_checkpoint
+from dsclip.model import ClipConfig
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model, whole. state_dict: float32, dsclip's names; logit_scale: the factor on similarities."""
+
+    path: Path
+    config: ClipConfig
+    state_dict: dict[str, Tensor]
+    logit_scale: float
+    tokenizer_dir: Path
+    step: int
+    samples: int
+    recipe: dict
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at `path`, or the newest of the run folder `path`, from ZeRO-1, 2 or 3 with any number of ranks.
+
+    Raises UserError when it isn't a checkpoint or is damaged.
+    """
+    from dsclip.engine.consolidate import full_precision_weights
+
+    folder = find_checkpoint(Path(path))
+    manifest = verify(folder)
+    return Checkpoint(
+        path=folder,
+        config=ClipConfig(**manifest["model"]),
+        state_dict=full_precision_weights(folder),
+        logit_scale=math.exp(manifest["engine"]["logit_scale"]["log"]),
+        tokenizer_dir=folder / "tokenizer",
+        step=manifest["step"],
+        samples=manifest["samples"],
+        recipe=manifest["recipe"],
+    )

@@ -1,0 +1,64 @@
+"""The command line of `launchers/train.py`: parse, run, and leave with an exit code that means something."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+
+from dsclip.engine.collectives import launched_ranks, shutdown_distributed
+from dsclip.errors import UserError
+
+EXAMPLES = """examples:
+  deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json
+  deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json --config my.yaml train.name=b32 optim.lr=1e-3
+  deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json train.name=b32 --resume auto
+
+exit codes: 0 done, 1 failed, 2 wrong input (one sentence says what to change)"""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options and `section.key=value` overrides, in any order."""
+    parser = argparse.ArgumentParser(
+        description="Trains a CLIP model with DeepSpeed.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ds_config", "--ds-config", required=True, help="how to run: a DeepSpeed JSON, see ds_configs/")
+    parser.add_argument("--config", default="demo", help="what to train: a packaged recipe or a YAML file (default: demo)")
+    parser.add_argument(
+        "--resume", default="none", metavar="auto|none|PATH",
+        help="auto: continue this run's newest checkpoint, if it has one; PATH: continue from that checkpoint",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # from launchers
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the recipe")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command and ends the process: a rank that fails must not wait for the others' collectives."""
+    arguments = parse_arguments(argv)
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    rank = launched_ranks()[0]
+    try:
+        from dsclip.train.run import run
+
+        run(arguments)
+        shutdown_distributed()
+        return
+    except UserError as error:
+        code = 2
+        print(f"dsclip: {error}" if rank == 0 else f"dsclip: rank {rank} stopped: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+        if rank == 0:
+            print("dsclip: interrupted; continue with --resume auto", file=sys.stderr)
+    except BaseException:
+        code = 1
+        print(f"dsclip: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without the teardown that needs the other ranks; the launcher stops those

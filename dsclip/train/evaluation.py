@@ -1,0 +1,70 @@
+"""Evaluation while training, through the sharded engine, on all ranks."""
+
+from __future__ import annotations
+
+from dsclip.config import Recipe
+from dsclip.data import build_eval_dataset
+from dsclip.engine import Collectives
+from dsclip.evaluate import retrieval, zeroshot
+from dsclip.model import ClipConfig
+from dsclip.train.pictures import retrieval_grid, similarity_matrix
+
+PICTURE_SAMPLES = 64
+
+
+class Evaluation:
+    """The tasks of a recipe's `eval` section. Every method is collective: ZeRO-3 gathers weights in each forward."""
+
+    def __init__(self, recipe: Recipe, model: ClipConfig, tokenizer, group: Collectives):
+        self._settings, self._model, self._tokenizer, self._group = recipe.eval, model, tokenizer, group
+        self._caption_key, self._max_pixels = recipe.data.caption_key, recipe.data.max_image_pixels
+        # Opened here, so that missing evaluation shards stop the run before its first step.
+        self._zeroshot = self._open(recipe.eval.zeroshot_shards)
+        self._retrieval = self._open(recipe.eval.retrieval_shards)
+
+    def _open(self, shards):
+        if shards is None:
+            return None
+        return build_eval_dataset(
+            shards,
+            image_size=self._model.image_size,
+            max_samples=self._settings.max_samples,
+            caption_key=self._caption_key,
+            max_image_pixels=self._max_pixels,
+        )
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether this step is followed by an evaluation."""
+        every = self._settings.every_steps
+        return last or (every is not None and step % every == 0)
+
+    def run(self, engine, watch) -> dict[str, dict[str, float]]:
+        """{task: {metric: value}}, also written to TensorBoard with pictures of what the model retrieves."""
+        shared = dict(context_length=self._model.context_length, batch_size=self._settings.batch_size)
+        encoders = (engine.encode_image, engine.encode_text)
+        results = {}
+        if self._zeroshot is not None:
+            watch.message("evaluating zero-shot classification")
+            results["zeroshot"] = zeroshot(
+                *encoders, self._zeroshot, self._tokenizer, self._group,
+                classnames=self._settings.classnames, templates=self._settings.templates, **shared,
+            )  # fmt: skip
+        if self._retrieval is not None:
+            watch.message("evaluating retrieval")
+            results["retrieval"] = retrieval(*encoders, self._retrieval, self._tokenizer, self._group, **shared)
+            self._show_pictures(engine, watch)
+        watch.evaluated(engine.step, results)
+        return results
+
+    def _show_pictures(self, engine, watch) -> None:
+        """The first pairs of the retrieval set: what each caption finds, and all similarities as a heat map."""
+        import torch
+
+        samples = [self._retrieval[i] for i in range(min(PICTURE_SAMPLES, len(self._retrieval)))]
+        images = torch.stack([s["image"] for s in samples])
+        captions = [s["captions"][0] for s in samples]
+        tokens = self._tokenizer(captions, self._model.context_length)
+        similarity = (engine.encode_text(tokens) @ engine.encode_image(images).T).cpu().numpy()
+        if self._group.rank == 0:
+            watch.picture("eval/retrieval", retrieval_grid(images.numpy(), captions, similarity), engine.step)
+            watch.picture("eval/similarity", similarity_matrix(similarity), engine.step)

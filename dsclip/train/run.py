@@ -1,0 +1,174 @@
+"""One training run from the command line to its summary: the phases, in order."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dsclip.checkpoint import CheckpointStore, complete_checkpoints, find_checkpoint, load_checkpoint
+from dsclip.config import Recipe, dump_recipe, load_ds_config, load_recipe
+from dsclip.data import build_loader, load_tokenizer
+from dsclip.engine import Collectives
+from dsclip.engine.collectives import launched_ranks
+from dsclip.errors import UserError
+from dsclip.model import ClipConfig, resolve_preset
+from dsclip.train.evaluation import Evaluation
+from dsclip.train.loop import train
+from dsclip.train.summary import console_summary, write_summary
+from dsclip.train.watch import Watch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that was checked before the first collective."""
+
+    recipe: Recipe
+    ds_config: dict
+    model: ClipConfig
+    tokenizer: object
+    run_dir: Path
+    resume: Path | None
+    init: tuple | None  # (state dict, logit scale) to start from
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Checks, builds, trains, evaluates, exports, and says what to do next."""
+    plan = make_plan(arguments)
+    rank = launched_ranks()[0]
+    if arguments.dry_run:
+        if rank == 0:
+            print(describe(plan))
+        return
+
+    from dsclip.engine.contrastive import ContrastiveEngine
+
+    state_dict, init_scale = plan.init or (None, None)
+    engine = ContrastiveEngine(plan.recipe, plan.ds_config, plan.model, state_dict=state_dict, init_scale=init_scale)
+    group = Collectives.current()
+    claim_run_folder(plan, group)
+    store = CheckpointStore(plan.run_dir, plan.recipe.train.keep_checkpoints, plan.tokenizer)
+    data_state = None
+    if plan.resume:
+        manifest = load_checkpoint(engine, plan.resume, world_size=group.world_size)
+        data_state = manifest["data"][group.rank]
+    loader = make_loader(plan, group, data_state)
+    evaluation = Evaluation(plan.recipe, plan.model, plan.tokenizer, group)
+    watch = Watch(plan, engine)
+    started = time.monotonic()
+    outcome = train(plan.recipe, engine, loader, evaluation, store, watch)
+    finish(plan, engine, watch, outcome, seconds=time.monotonic() - started)
+
+
+def make_plan(arguments: argparse.Namespace) -> Plan:
+    """Reads and checks all input on every rank alike; raises UserError before anything is built or written."""
+    recipe = load_recipe(arguments.config, arguments.overrides)
+    world_size = launched_ranks()[1]
+    ds_config = load_ds_config(arguments.ds_config, recipe, world_size)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    run_dir = Path(recipe.train.output) / recipe.train.name
+    resume = find_resume(arguments.resume, run_dir)
+    overrides = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
+    vocabulary = dict(vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
+    model = resolve_preset(recipe.model.preset, **overrides, **vocabulary)
+    init = None
+    if recipe.model.init and not resume:
+        from dsclip.convert.init import load_init
+
+        state_dict, _, init_scale = load_init(recipe.model.init, model)
+        init = (state_dict, init_scale)
+    return Plan(recipe, ds_config, model, tokenizer, run_dir, resume, init)
+
+
+def find_resume(resume: str, run_dir: Path) -> Path | None:
+    """The checkpoint to continue from, or None for a fresh run. Raises UserError for a run that exists already."""
+    own = complete_checkpoints(run_dir / "checkpoints")
+    if resume == "auto":
+        return own[-1] if own else None
+    if resume != "none":
+        return find_checkpoint(Path(resume))
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(
+            f"{run_dir} exists already. Continue it with --resume auto, or choose another folder with train.name=NAME."
+        )
+    return None
+
+
+def claim_run_folder(plan: Plan, group: Collectives) -> None:
+    """Rank 0 creates the run's folder and writes down how it was configured."""
+    if group.rank == 0:
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+        (plan.run_dir / "config.yaml").write_text(dump_recipe(plan.recipe))
+        (plan.run_dir / "ds_config.json").write_text(json.dumps(plan.ds_config, indent=2) + "\n")
+    group.barrier()
+
+
+def make_loader(plan: Plan, group: Collectives, state: dict | None):
+    """This rank's endless loader, at the position of `state`."""
+    recipe = plan.recipe
+    return build_loader(
+        recipe.data,
+        tokenizer=plan.tokenizer,
+        image_size=plan.model.image_size,
+        context_length=plan.model.context_length,
+        local_batch_size=recipe.batch.global_batch_size // group.world_size,
+        seed=recipe.train.seed,
+        rank=group.rank,
+        world_size=group.world_size,
+        state=state,
+    )
+
+
+def describe(plan: Plan) -> str:
+    """What a dry run prints: the resolved recipe, the DeepSpeed configuration, sizes, and one real batch."""
+    import torch
+
+    from dsclip.model import Clip
+
+    with torch.device("meta"):
+        parameters = Clip(plan.model).parameter_count()
+    world_size = launched_ranks()[1]
+    batch = next(iter(make_loader(plan, Collectives(0, world_size), None)))
+    local = plan.recipe.batch.global_batch_size // world_size
+    forward = plan.recipe.batch.samples_per_forward or local
+    return "\n".join([
+        "# recipe", dump_recipe(plan.recipe), "# DeepSpeed", json.dumps(plan.ds_config, indent=2),
+        "# plan",
+        f"run folder          {plan.run_dir}" + (f", continued from {plan.resume}" if plan.resume else ""),
+        f"model               {plan.recipe.model.preset}, {parameters / 1e6:.2f} M parameters, {plan.tokenizer.vocab_size} token vocabulary",
+        f"global batch        {plan.recipe.batch.global_batch_size} = {world_size} ranks x {local} samples",
+        f"a rank's forward    {forward} samples, {-(-local // forward)} a step, chunks of {plan.recipe.batch.chunk_size or forward}",
+        f"data                {plan.recipe.data.train_shards}: first caption {batch['captions'][0]!r}",
+        "Everything fits together. Leave out --dry-run to train.",
+    ])  # fmt: skip
+
+
+def finish(plan: Plan, engine, watch: Watch, outcome, seconds: float) -> None:
+    """The HuggingFace export and the summary, by rank 0; the others wait."""
+    from dsclip.checkpoint import read_checkpoint
+    from dsclip.convert import export_hf
+
+    group = engine.group
+    engine.close()
+    if group.rank == 0:
+        hf_export = None
+        if plan.recipe.train.export_hf:
+            hf_export = plan.run_dir / "hf"
+            watch.message(f"converting {outcome.checkpoint} to a HuggingFace folder")
+            export_hf(read_checkpoint(outcome.checkpoint), hf_export, metrics=outcome.evaluation, overwrite=True)
+        summary = {
+            "steps": outcome.step,
+            "samples": outcome.step * plan.recipe.batch.global_batch_size,
+            "seconds": round(seconds, 1),
+            "loss": outcome.loss,
+            "eval": outcome.evaluation,
+            "checkpoint": str(outcome.checkpoint),
+            "hf_export": None if hf_export is None else str(hf_export),
+            **watch.totals(),
+        }
+        watch.close()
+        write_summary(plan.run_dir, summary)
+        print(console_summary(summary, plan.run_dir))
+    group.barrier()

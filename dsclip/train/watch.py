@@ -1,0 +1,110 @@
+"""What people see while a run goes on: the progress line, TensorBoard, metrics.jsonl. Only rank 0 shows anything."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections import Counter
+
+import torch
+
+from dsclip.config import dump_recipe
+from dsclip.train.metrics_log import MetricsLog
+from dsclip.train.progress import Progress
+
+
+class Watch:
+    """Collects each step's metrics and passes them on. `step` is collective where it logs (counts are summed)."""
+
+    def __init__(self, plan, engine):
+        self._group, self._settings = engine.group, plan.recipe.train
+        self._global_batch = plan.recipe.batch.global_batch_size
+        shown = self._group.rank == 0
+        self._log = MetricsLog(plan.run_dir, shown, start_step=engine.step)
+        self._progress = Progress(self._settings.steps, engine.step, shown)
+        self._window = Counter()  # seconds, seconds waited and steps since the last logged step
+        self._read, self._bad = 0, Counter()
+        self._skipped_steps = 0
+        self._seconds = 0.0
+        self._steps = 0
+        if shown:
+            self._log.text("recipe", f"```yaml\n{dump_recipe(plan.recipe)}\n```")
+            self._log.text("deepspeed", f"```json\n{json.dumps(plan.ds_config, indent=2)}\n```")
+
+    def step(self, metrics, batch: dict, waited_s: float, seconds: float) -> None:
+        """One optimizer step: shown every time, logged every `train.log_every` steps."""
+        self._window.update(seconds=seconds, waited=waited_s, steps=1)
+        self._seconds += seconds
+        self._steps += 1
+        self._skipped_steps += metrics.skipped
+        self._read += batch["read"]
+        self._bad.update(batch["bad"])
+        step, window = metrics.step, self._window
+        shown = {
+            "loss": metrics.loss,
+            "accuracy": metrics.accuracy_image_to_text,
+            "logit_scale": metrics.logit_scale,
+            "lr": metrics.lr,
+            "grad_norm": metrics.grad_norm,
+            "samples_per_second": window["steps"] * self._global_batch / window["seconds"],
+            "data_wait": window["waited"] / window["seconds"],
+            "skipped_steps": self._skipped_steps,
+            "bad_samples": sum(self._bad.values()),
+        }
+        self._progress.update(step, shown)
+        if step % self._settings.log_every == 0 or step == self._settings.steps:
+            self._write(step, metrics, shown)
+            self._window = Counter()
+
+    def _write(self, step: int, metrics, shown: dict) -> None:
+        bad, read = Counter(), 0
+        for rank_bad, rank_read in self._group.all_gather_object((dict(self._bad), self._read)):
+            bad.update(rank_bad)
+            read += rank_read
+        scalars = {
+            "samples": step * self._global_batch,
+            **{k: v for k, v in shown.items() if k not in ("accuracy", "bad_samples")},
+            "accuracy_image_to_text": metrics.accuracy_image_to_text,
+            "accuracy_text_to_image": metrics.accuracy_text_to_image,
+            "samples_read": read,
+            "bad_samples": sum(bad.values()),
+            "memory_gb": peak_memory_gb(),
+        }
+        self._log.log(step, scalars | {f"bad_samples/{reason}": n for reason, n in bad.items()})
+
+    def evaluated(self, step: int, results: dict[str, dict[str, float]]) -> None:
+        """Evaluation results, to the log and above the progress line."""
+        if results:
+            self._log.log(step, {f"eval/{task}/{k}": v for task, values in results.items() for k, v in values.items()})
+        for task, values in results.items():
+            shown = ", ".join(f"{k} {v:.1%}" for k, v in values.items() if isinstance(v, float))
+            self.message(f"step {step}: {task}: {shown}")
+
+    def picture(self, tag: str, image, step: int) -> None:
+        """A uint8 picture [H, W, 3] for TensorBoard's image tab."""
+        self._log.image(tag, image, step)
+
+    def message(self, text: str) -> None:
+        """A line above the progress bar."""
+        self._progress.message(text)
+
+    def totals(self) -> dict:
+        """What the summary says about the run as a whole."""
+        return {
+            "samples_per_second": self._steps * self._global_batch / self._seconds if self._seconds else None,
+            "skipped_steps": self._skipped_steps,
+            "bad_samples": dict(self._bad),
+            "samples_read": self._read,
+        }
+
+    def close(self) -> None:
+        """Ends the progress line and flushes the logs."""
+        self._progress.close()
+        self._log.close()
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process so far: of the GPU where there is one, otherwise resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

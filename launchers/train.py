@@ -1,0 +1,12 @@
+"""Trains a CLIP model.
+
+On one machine:   deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json --config demo
+On a CPU:         deepspeed --num_gpus 2 launchers/train.py --ds_config ds_configs/zero3_bf16.json
+On a cluster:     deepspeed --hostfile hosts launchers/train.py --ds_config ds_configs/zero3_bf16.json --config my.yaml
+With torchrun:    torchrun --nproc_per_node 8 launchers/train.py --ds_config ds_configs/zero3_bf16.json
+"""
+
+from dsclip.train.cli import main
+
+if __name__ == "__main__":
+    main()

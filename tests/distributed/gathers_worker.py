@@ -1,0 +1,46 @@
+"""Run by torchrun: bytes of ZeRO-3's collectives in one step, by number of chunks; writes one JSON file."""
+
+import json
+import sys
+from dataclasses import replace
+
+import deepspeed.comm as dist
+
+from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
+from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
+from dsclip.engine.build import init_distributed
+from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, global_batch, local_part
+
+WIDE = replace(CONFIG, vision_width=128, vision_mlp_width=512, vision_layers=3)
+
+
+def bytes_per_step(chunk_size: int | None, group: Collectives) -> dict:
+    settings = ds_config(3, True, group.world_size)
+    settings["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True, "debug": False}
+    settings["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    recipe = Recipe(batch=BatchSection(GLOBAL_BATCH, None, chunk_size), optim=OptimSection(warmup_steps=0), train=TrainSection())
+    engine = ContrastiveEngine(recipe, settings, WIDE)
+    parameters = engine.module.parameter_count()
+    for step in range(2):  # the first steps record ZeRO's trace
+        engine.train_step(local_part(global_batch(step), group))
+    dist.comms_logger.comms_dict.clear()
+    engine.train_step(local_part(global_batch(2), group))
+    totals = {}
+    for name, sizes in dist.comms_logger.comms_dict.items():
+        totals[name] = sum(size * record[0] for size, record in sizes.items())
+    engine.close()
+    return {"chunk_size": chunk_size, "parameter_bytes": 2 * parameters, "bytes": totals}
+
+
+def main(out: str) -> None:
+    init_distributed()
+    group = Collectives.current()
+    results = [bytes_per_step(size, group) for size in (None, 3, 1)]
+    if group.rank == 0:
+        with open(out, "w") as f:
+            json.dump(results, f)
+    shutdown_distributed()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
