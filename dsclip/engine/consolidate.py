@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 DEEPSPEED_TAG = "deepspeed"  # folder of DeepSpeed's own files within a checkpoint
@@ -13,8 +15,32 @@ DEEPSPEED_TAG = "deepspeed"  # folder of DeepSpeed's own files within a checkpoi
 
 def full_precision_weights(folder: Path) -> dict[str, Tensor]:
     """The float32 master weights of a checkpoint by dsclip's names. The folder must have been verified."""
+    files = folder / DEEPSPEED_TAG
+    # ZeRO-1 with float32 accumulation runs DeepSpeed's BF16_Optimizer, whose files zero_to_fp32 doesn't know.
+    if bf16_shards := list(files.glob("bf16_zero_*optim_states.pt")):
+        if "zero_stage" not in _load(bf16_shards[0])["optimizer_state_dict"]:
+            return _from_bf16_optimizer(files, bf16_shards)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every step it takes
         weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=DEEPSPEED_TAG)
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def _from_bf16_optimizer(files: Path, shards: list[Path]) -> dict[str, Tensor]:
+    """Each parameter group is one flat vector, cut into equal parts over the ranks, in the order of `param_shapes`."""
+    shards.sort(key=lambda path: int(re.search(r"pp_rank_(\d+)_", path.name).group(1)))
+    states = [_load(path)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for path in shards]
+    groups = _load(files / "mp_rank_00_model_states.pt")["param_shapes"]
+    weights = {}
+    for index, shapes in enumerate(groups):
+        flat, start = torch.cat([parts[index] for parts in states]), 0
+        for name, shape in shapes.items():
+            weights[name] = flat[start : start + shape.numel()].view(shape).clone()
+            start += shape.numel()
+    return weights
+
+
+def _load(path: Path) -> dict:
+    # The checkpoint was verified: every class it refers to is on the allow-list.
+    return torch.load(path, map_location="cpu", weights_only=False)

@@ -1,0 +1,72 @@
+"""Run by torchrun: saves, resumes and reads back checkpoints of each ZeRO stage; writes one JSON file."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+
+from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint, read_checkpoint
+from dsclip.engine import Collectives, shutdown_distributed
+from dsclip.engine.build import init_distributed
+from tests.distributed.exactness_worker import build, global_batch, local_part
+
+
+class NoTokenizer:
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def losses(engine, group, steps) -> list[str]:
+    return [float.hex(engine.train_step(local_part(global_batch(s), group)).loss) for s in range(engine.step, steps)]
+
+
+def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives) -> dict:
+    """Six steps in one go against three, a checkpoint, and three more in a fresh engine."""
+    options = dict(outer=2, chunks=2, patch_dropout=0.5, bf16=bf16, group=group)
+    whole = build(stage, **options)
+    expected = losses(whole, group, 6)
+    whole.close()
+
+    first = build(stage, **options)
+    seen = losses(first, group, 3)
+    store = CheckpointStore(folder, keep=2, tokenizer=NoTokenizer())
+    store.save(first, {"position": group.rank}, {})
+    weights = {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in first.module.named_parameters()}
+    scale = first.logit_scale.scale
+    first.close()
+
+    second = build(stage, **options)
+    manifest = load_checkpoint(second, find_checkpoint(folder), world_size=group.world_size)
+    seen += losses(second, group, 6)
+    result = {"kind": "resume", "stage": stage, "bf16": bf16, "expected": expected, "seen": seen, "data": manifest["data"]}
+    if group.rank == 0:
+        read = read_checkpoint(folder)
+        result["weights_equal"] = all(torch.equal(read.state_dict[n], weights[n]) for n in weights)
+        result["names_equal"] = set(read.state_dict) == set(weights)
+        result["scale_equal"] = read.logit_scale == scale
+    group.barrier()
+    for _ in range(2):
+        store.save(second, {}, {})
+        losses(second, group, second.step + 1)
+    store.save(second, {}, {})
+    result["kept"] = sorted(p.name for p in store.folder.iterdir())
+    second.close()
+    return result
+
+
+def main(out: str, folder: str) -> None:
+    init_distributed()
+    group = Collectives.current()
+    results = []
+    for stage in (1, 2, 3):
+        for bf16 in (False, True):
+            results.append(resume_case(stage, bf16, Path(folder) / f"{stage}-{bf16}", group))
+    if group.rank == 0:
+        Path(out).write_text(json.dumps(results))
+    shutdown_distributed()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,107 @@
+"""Checkpoints of every ZeRO stage on two ranks: exact continuation, whole weights, refusal of damaged ones."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from dsclip.checkpoint import complete_checkpoints, find_checkpoint, read_checkpoint
+from dsclip.checkpoint.manifest import MANIFEST, sha256, verify
+from dsclip.errors import UserError
+from tests.distributed.launch import WORKERS, run_ranks
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run_ranks(WORKERS / "checkpoint_worker.py", 2, folder / "results.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(saved):
+    return json.loads((saved / "results.json").read_text())
+
+
+@pytest.fixture
+def checkpoint(saved, tmp_path):
+    return shutil.copytree(find_checkpoint(saved / "3-True"), tmp_path / "step_00000008")
+
+
+def test_resumed_losses_are_bit_identical(results):
+    assert len(results) == 6
+    for result in results:
+        assert len(result["expected"]) == 6
+        assert result["seen"] == result["expected"], f"ZeRO-{result['stage']}, bf16 {result['bf16']}"
+
+
+def test_each_rank_gets_its_own_data_state_back(results):
+    assert all(r["data"] == [{"position": 0}, {"position": 1}] for r in results)
+
+
+def test_read_checkpoint_returns_the_float32_master_weights(results):
+    assert all(r["weights_equal"] and r["names_equal"] and r["scale_equal"] for r in results)
+
+
+def test_only_the_last_k_checkpoints_are_kept(results):
+    assert all(r["kept"] == ["step_00000007", "step_00000008"] for r in results)
+
+
+def test_half_written_checkpoints_are_never_chosen(saved, tmp_path):
+    folder = shutil.copytree(saved / "3-True" / "checkpoints", tmp_path / "checkpoints")
+    (folder / "step_00000008" / MANIFEST).unlink()
+    (folder / "step_00000009.tmp").mkdir()
+    assert [p.name for p in complete_checkpoints(folder)] == ["step_00000007"]
+    assert find_checkpoint(tmp_path).name == "step_00000007"
+
+
+def test_a_flipped_byte_is_named(checkpoint):
+    victim = next(checkpoint.glob("deepspeed/*rank_1*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(UserError, match=f"{victim.name} has changed"):
+        verify(checkpoint)
+
+
+def test_a_missing_and_a_truncated_file_are_named(checkpoint):
+    first, second = sorted(checkpoint.glob("deepspeed/*optim_states.pt"))
+    first.write_bytes(first.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{first.name} has .* bytes instead of"):
+        read_checkpoint(checkpoint)
+    first.unlink()
+    with pytest.raises(UserError, match=f"{first.name} is missing"):
+        read_checkpoint(checkpoint)
+    assert second.exists()
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_poisoned_file_is_refused_unopened(checkpoint, tmp_path):
+    victim = next(checkpoint.glob("deepspeed/*rank_0*model_states.pt"))
+    torch.save({"module": Payload(tmp_path / "executed")}, victim)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    name = victim.relative_to(checkpoint).as_posix()
+    manifest["files"][name] = {"bytes": victim.stat().st_size, "sha256": sha256(victim)}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="would run code when loaded: it refers to posix.mkdir"):
+        read_checkpoint(checkpoint)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no dsclip checkpoint"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="is no folder"):
+        read_checkpoint(tmp_path / "nowhere")
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        read_checkpoint(tmp_path)
