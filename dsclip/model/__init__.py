@@ -17,6 +17,6 @@ def create_model(preset: str, *, init: str | None = None, **overrides) -> Clip:
     if init is not None:
         from dsclip.convert.init import load_init  # convert comes last in the pipeline and imports this package
 
-        state_dict, _, _ = load_init(init, model.config)
+        state_dict, _ = load_init(init, model.config)
         model.load_state_dict(state_dict)
     return model

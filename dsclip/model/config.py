@@ -76,7 +76,7 @@ PRESETS: dict[str, ClipConfig] = {
     "ViT-g-14": _vit(1024, 224, 14, (1408, 40, 16, 6144), (1024, 24, 16)),
     "ViT-bigG-14": _vit(1280, 224, 14, (1664, 48, 16, 8192), (1280, 32, 20)),
     # Ours: small enough for two CPU cores.
-    "demo": replace(_vit(128, 64, 8, (128, 4, 4, 512), (128, 2, 4)), context_length=32),
+    "demo": replace(_vit(128, 64, 16, (128, 4, 4, 512), (128, 2, 4)), context_length=32),
 }
 
 

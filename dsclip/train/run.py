@@ -77,8 +77,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     if recipe.model.init and not resume:
         from dsclip.convert.init import load_init
 
-        state_dict, _, init_scale = load_init(recipe.model.init, model)
-        init = (state_dict, init_scale)
+        init = load_init(recipe.model.init, model)
     return Plan(recipe, ds_config, model, tokenizer, run_dir, resume, init)
 
 

@@ -1,0 +1,166 @@
+"""HuggingFace folders: writes what `CLIPModel`, `CLIPProcessor` and the zero-shot pipeline load offline, and reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsclip.checkpoint import Checkpoint
+from dsclip.convert.model_card import model_card
+from dsclip.convert.weights import from_hf, to_hf
+from dsclip.errors import UserError
+from dsclip.model import ClipConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export_hf(
+    checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32", metrics: dict | None = None, overwrite: bool = False
+) -> None:
+    """Writes the checkpoint as a HuggingFace folder: safetensors, configuration, preprocessing, tokenizer, model card.
+
+    metrics: {task: {metric: value}} for the card. Written aside and renamed, so `out` is whole or absent. Raises
+    UserError when `out` exists with content and `overwrite` is not set.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already; choose another folder or remove it")
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(checkpoint.tokenizer_dir, temporary)
+    weights = to_hf(checkpoint.state_dict, checkpoint.logit_scale)
+    weights = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
+    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+    _write_json(temporary / "config.json", hf_config(checkpoint.config, checkpoint.tokenizer_dir, dtype))
+    _write_json(temporary / "preprocessor_config.json", hf_preprocessor(checkpoint.config))
+    (temporary / "README.md").write_text(model_card(checkpoint, metrics or {}), encoding="utf-8")
+    if out.exists():
+        shutil.rmtree(out)
+    os.rename(temporary, out)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def hf_config(c: ClipConfig, tokenizer_dir: Path, dtype: str) -> dict:
+    """CLIPModel's config.json. A fixed set of fields: nothing of a user's input can name code to run."""
+    hidden_act = c.activation
+    shared = {"projection_dim": c.embed_dim, "hidden_act": hidden_act, "layer_norm_eps": c.layer_norm_eps}
+    shared |= {"attention_dropout": 0.0}
+    text = {
+        "model_type": "clip_text_model", "vocab_size": c.vocab_size, "hidden_size": c.text_width,
+        "intermediate_size": c.text_mlp_width, "num_hidden_layers": c.text_layers,
+        "num_attention_heads": c.text_heads, "max_position_embeddings": c.context_length,
+        # transformers pools at the first eos_token_id, except for the value 2, which means the largest id (its legacy).
+        "eos_token_id": c.eot_token_id, "bos_token_id": _bos_token_id(tokenizer_dir), "pad_token_id": c.eot_token_id,
+    }  # fmt: skip
+    vision = {
+        "model_type": "clip_vision_model", "hidden_size": c.vision_width, "intermediate_size": c.vision_mlp_width,
+        "num_hidden_layers": c.vision_layers, "num_attention_heads": c.vision_heads, "num_channels": 3,
+        "image_size": c.image_size, "patch_size": c.patch_size,
+    }  # fmt: skip
+    if c.eot_token_id == 2:
+        raise UserError(
+            "this tokenizer's end token has id 2, which CLIPModel treats as a legacy marker and pools elsewhere; "
+            "the model can't be expressed as a CLIPModel"
+        )
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": c.embed_dim,
+        "logit_scale_init_value": 2.6592,
+        "text_config": text | shared,
+        "vision_config": vision | shared,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
+    }
+
+
+def _bos_token_id(tokenizer_dir: Path) -> int | None:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False).bos_token_id
+
+
+def hf_preprocessor(c: ClipConfig) -> dict:
+    """preprocessor_config.json: shorter side to image_size (bicubic), centre crop, normalise."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "CLIPProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": c.image_size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": c.image_size, "width": c.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(c.image_mean),
+        "image_std": list(c.image_std),
+    }
+
+
+def load_hf_folder(path: Path) -> tuple[ClipConfig, dict[str, Tensor], float]:
+    """(configuration, float32 weights by dsclip's names, logit scale) of a CLIPModel folder.
+
+    Reads safetensors only. Raises UserError for folders that hold another kind of model.
+    """
+    path = Path(path)
+    config = _read_json(path / "config.json")
+    if config.get("model_type") != "clip":
+        raise UserError(f"{path} holds a {config.get('model_type')!r} model; only CLIPModel folders (model_type clip) are read")
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{path} has no model.safetensors; pickled weights (.bin) are not read, convert them first")
+    weights = {}
+    try:
+        for file in files:
+            weights |= load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error})") from error
+    if "logit_scale" not in weights:
+        raise UserError(f"{path} has no logit_scale: it is no whole CLIPModel")
+    renamed, scale = from_hf({name: tensor.float() for name, tensor in weights.items()})
+    return _config_from_hf(config, path), renamed, scale
+
+
+def _config_from_hf(config: dict, path: Path) -> ClipConfig:
+    from transformers import CLIPConfig
+
+    # transformers fills in the many defaults that published configurations leave out.
+    full = CLIPConfig.from_dict({k: config[k] for k in ("text_config", "vision_config", "projection_dim") if k in config})
+    text, vision = full.text_config, full.vision_config
+    if text.hidden_act != vision.hidden_act or text.layer_norm_eps != vision.layer_norm_eps:
+        raise UserError(f"{path}: the towers differ in activation or layer_norm_eps, which dsclip's can't")
+    normalisation = {}
+    if (path / "preprocessor_config.json").is_file():
+        preprocessor = _read_json(path / "preprocessor_config.json")
+        normalisation = {k: tuple(preprocessor[k]) for k in ("image_mean", "image_std") if k in preprocessor}
+    # Published OpenAI folders say eos_token_id 2 and mean the largest id of the vocabulary.
+    eot = text.vocab_size - 1 if text.eos_token_id in (2, None) else text.eos_token_id
+    return ClipConfig(
+        embed_dim=full.projection_dim, image_size=vision.image_size, patch_size=vision.patch_size,
+        vision_width=vision.hidden_size, vision_layers=vision.num_hidden_layers,
+        vision_heads=vision.num_attention_heads, vision_mlp_width=vision.intermediate_size,
+        text_width=text.hidden_size, text_layers=text.num_hidden_layers, text_heads=text.num_attention_heads,
+        text_mlp_width=text.intermediate_size, context_length=text.max_position_embeddings,
+        vocab_size=text.vocab_size, eot_token_id=eot, activation=vision.hidden_act,
+        layer_norm_eps=vision.layer_norm_eps, **normalisation,
+    )  # fmt: skip
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} has no {path.name}: it is no HuggingFace model folder") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no valid JSON ({error})") from error

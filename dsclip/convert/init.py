@@ -1,0 +1,94 @@
+"""Weights to start from: a HuggingFace CLIP folder, an OpenCLIP state dict, or a dsclip checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsclip.checkpoint import read_checkpoint
+from dsclip.convert.hf import load_hf_folder
+from dsclip.convert.weights import from_openclip
+from dsclip.errors import UserError
+from dsclip.model import Clip, ClipConfig
+
+POSITION_EMBEDDING = "visual.embed.position_embedding"
+
+
+def load_init(path: str | Path, config: ClipConfig) -> tuple[dict[str, Tensor], float]:
+    """(float32 weights that fit `config`, logit scale as a factor).
+
+    Position embeddings are resized when the image size differs. Raises UserError that names what doesn't fit.
+    """
+    path = Path(path)
+    weights, scale, source = _read(path)
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    if source is not None and source.activation != config.activation:
+        raise UserError(
+            f"{path} was trained with activation {source.activation} and this model has {config.activation}; "
+            f"set model.activation={source.activation}"
+        )
+    if POSITION_EMBEDDING in weights:
+        weights[POSITION_EMBEDDING] = resize_positions(weights[POSITION_EMBEDDING], config.patches)
+    _check_fit(weights, config, path)
+    return weights, scale
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], float, ClipConfig | None]:
+    if path.is_dir() and (path / "config.json").is_file():
+        config, weights, scale = load_hf_folder(path)
+        return weights, scale, config
+    if path.is_dir():
+        checkpoint = read_checkpoint(path)
+        return checkpoint.state_dict, checkpoint.logit_scale, checkpoint.config
+    if not path.is_file():
+        raise UserError(f"model.init={path}: no such file or folder")
+    return *from_openclip(_read_state_dict(path)), None
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"model.init={path} is no state dict of plain tensors ({type(error).__name__}); it was not opened") from error
+    weights = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise UserError(f"model.init={path} holds no state dict")
+    return weights
+
+
+def resize_positions(positions: Tensor, patches: int) -> Tensor:
+    """[1 + old patches, width] -> [1 + patches, width]: bicubic with antialias over the grid, as OpenCLIP does."""
+    old = len(positions) - 1
+    if old == patches:
+        return positions
+    old_side, side = round(old**0.5), round(patches**0.5)
+    grid = positions[1:].T.reshape(1, -1, old_side, old_side)
+    resized = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([positions[:1], resized[0].flatten(1).T])
+
+
+def _check_fit(weights: dict[str, Tensor], config: ClipConfig, path: Path) -> None:
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in Clip(config).state_dict().items()}
+    missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    shapes = [
+        f"{n} is {list(weights[n].shape)} instead of {list(expected[n])}"
+        for n in sorted(expected.keys() & weights.keys())
+        if weights[n].shape != expected[n]
+    ]
+    problems = [f"missing: {_some(missing)}"] * bool(missing) + [f"unexpected: {_some(unexpected)}"] * bool(unexpected)
+    problems += [f"of another shape: {_some(shapes)}"] * bool(shapes)
+    if problems:
+        raise UserError(f"model.init={path} does not fit this model. Weights {'; '.join(problems)}. Check model.preset and the tokenizer.")
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,47 @@
+"""The README.md of a converted model: what it is, how it was trained and measured, and what to be careful about."""
+
+from __future__ import annotations
+
+from dsclip.checkpoint import Checkpoint
+
+
+def model_card(checkpoint: Checkpoint, metrics: dict[str, dict[str, float]]) -> str:
+    """Markdown with the front matter that the HuggingFace hub reads. metrics: {task: {metric: value}}."""
+    c, recipe = checkpoint.config, checkpoint.recipe
+    rows = [(task, name, value) for task, values in metrics.items() for name, value in values.items()]
+    table = "\n".join(f"| {t} | {n} | {v:.4f} |" if isinstance(v, float) else f"| {t} | {n} | {v} |" for t, n, v in rows)
+    measured = f"| task | metric | value |\n|---|---|---|\n{table}" if rows else "Not measured with this export."
+    data, batch, optim = recipe.get("data", {}), recipe.get("batch", {}), recipe.get("optim", {})
+    return f"""---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags: [clip, dsclip]
+---
+
+# {recipe.get("train", {}).get("name", "CLIP")}
+
+A CLIP model trained with dsclip and converted to `CLIPModel`.
+
+```python
+from transformers import CLIPModel, CLIPProcessor
+
+model = CLIPModel.from_pretrained("PATH_TO_THIS_FOLDER")
+processor = CLIPProcessor.from_pretrained("PATH_TO_THIS_FOLDER")
+```
+
+## Architecture
+Images {c.image_size} px in patches of {c.patch_size}: {c.vision_layers} layers of width {c.vision_width}. Captions of up to
+{c.context_length} tokens: {c.text_layers} layers of width {c.text_width}. Embeddings of width {c.embed_dim}, activation
+{c.activation}, logit scale {checkpoint.logit_scale:.2f}.
+
+## Training
+{checkpoint.step} steps, {checkpoint.samples} samples seen. Data: `{data.get("train_shards")}`. Global batch
+{batch.get("global_batch_size")}, AdamW with learning rate {optim.get("lr")} and weight decay {optim.get("weight_decay")}.
+
+## Results
+{measured}
+
+## Limits
+The model repeats the biases and errors of its training captions. Zero-shot results depend on the wording of the
+prompts. It has not been checked for any use that affects people.
+"""

@@ -1,0 +1,123 @@
+"""Names and shapes of the same weights in dsclip, HuggingFace's CLIPModel and OpenCLIP. Pure maps, no arithmetic.
+
+dsclip keeps query, key and value in one matrix (rows q, k, v) and projections as [embed_dim, width].
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+# Our name -> HuggingFace's, for what is not inside a block. {t} is text_model or vision_model.
+_HF_OUTSIDE = {
+    "visual.embed.patch_embedding.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.embed.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.embed.position_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.embed.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # HuggingFace's own spelling
+    "visual.embed.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.head.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.head.ln_post.bias": "vision_model.post_layernorm.bias",
+    "visual.head.projection.weight": "visual_projection.weight",
+    "text.embed.token_embedding": "text_model.embeddings.token_embedding.weight",
+    "text.embed.position_embedding": "text_model.embeddings.position_embedding.weight",
+    "text.head.ln_final.weight": "text_model.final_layer_norm.weight",
+    "text.head.ln_final.bias": "text_model.final_layer_norm.bias",
+    "text.head.projection.weight": "text_projection.weight",
+}
+_HF_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out": "self_attn.out_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_HF_TOWER = {"visual": "vision_model", "text": "text_model"}
+_BLOCK = re.compile(r"(visual|text)\.blocks\.(\d+)\.(.+)\.(weight|bias)")
+_HF_BLOCK_NAME = re.compile(r"(vision_model|text_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+_OPENCLIP_OUTSIDE = {
+    "visual.conv1.weight": "visual.embed.patch_embedding.weight",
+    "visual.class_embedding": "visual.embed.class_embedding",
+    "visual.positional_embedding": "visual.embed.position_embedding",
+    "visual.ln_pre.weight": "visual.embed.ln_pre.weight",
+    "visual.ln_pre.bias": "visual.embed.ln_pre.bias",
+    "visual.ln_post.weight": "visual.head.ln_post.weight",
+    "visual.ln_post.bias": "visual.head.ln_post.bias",
+    "token_embedding.weight": "text.embed.token_embedding",
+    "positional_embedding": "text.embed.position_embedding",
+    "ln_final.weight": "text.head.ln_final.weight",
+    "ln_final.bias": "text.head.ln_final.bias",
+}
+_OPENCLIP_TRANSPOSED = {"visual.proj": "visual.head.projection.weight", "text_projection": "text.head.projection.weight"}
+_OPENCLIP_BLOCK = {
+    "ln_1.weight": "ln_1.weight", "ln_1.bias": "ln_1.bias", "ln_2.weight": "ln_2.weight", "ln_2.bias": "ln_2.bias",
+    "attn.in_proj_weight": "attn.qkv.weight", "attn.in_proj_bias": "attn.qkv.bias",
+    "attn.out_proj.weight": "attn.out.weight", "attn.out_proj.bias": "attn.out.bias",
+    "mlp.c_fc.weight": "mlp.fc1.weight", "mlp.c_fc.bias": "mlp.fc1.bias",
+    "mlp.c_proj.weight": "mlp.fc2.weight", "mlp.c_proj.bias": "mlp.fc2.bias",
+}  # fmt: skip
+_OPENCLIP_BLOCK_NAME = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
+
+
+def to_hf(weights: dict[str, Tensor], logit_scale: float) -> dict[str, Tensor]:
+    """dsclip's weights under HuggingFace's names; logit_scale is the factor, stored as its logarithm."""
+    renamed = {"logit_scale": torch.tensor(math.log(logit_scale))}
+    for name, tensor in weights.items():
+        if name in _HF_OUTSIDE:
+            renamed[_HF_OUTSIDE[name]] = tensor
+            continue
+        tower, index, part, kind = _BLOCK.fullmatch(name).groups()
+        prefix = f"{_HF_TOWER[tower]}.encoder.layers.{index}."
+        if part == "attn.qkv":
+            for letter, piece in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{prefix}self_attn.{letter}_proj.{kind}"] = piece.contiguous()
+        else:
+            renamed[f"{prefix}{_HF_BLOCK[part]}.{kind}"] = tensor
+    return renamed
+
+
+def from_hf(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """(dsclip's weights, logit scale as a factor) from CLIPModel's state dict; unknown names are kept as they are."""
+    outside = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
+    block = {theirs: ours for ours, theirs in _HF_BLOCK.items()}
+    tower = {theirs: ours for ours, theirs in _HF_TOWER.items()}
+    renamed, pieces = {}, {}
+    for name, tensor in weights.items():
+        if name == "logit_scale" or name.endswith("embeddings.position_ids"):  # a buffer of old exports
+            continue
+        match = _HF_BLOCK_NAME.fullmatch(name)
+        if not match:
+            renamed[outside.get(name, name)] = tensor
+            continue
+        prefix = f"{tower[match[1]]}.blocks.{match[2]}."
+        if letter := re.fullmatch(r"self_attn\.([qkv])_proj", match[3]):
+            pieces.setdefault(f"{prefix}attn.qkv.{match[4]}", {})[letter[1]] = tensor
+        else:
+            renamed[f"{prefix}{block.get(match[3], match[3])}.{match[4]}"] = tensor
+    for name, parts in pieces.items():
+        renamed[name] = torch.cat([parts[letter] for letter in "qkv" if letter in parts])
+    return renamed, math.exp(float(weights["logit_scale"]))
+
+
+def from_openclip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """(dsclip's weights, logit scale as a factor) from an OpenCLIP state dict; unknown names are kept as they are."""
+    renamed, scale = {}, 1 / 0.07
+    for full_name, tensor in weights.items():
+        name = full_name.removeprefix("module.").removeprefix("text.")  # DDP's and CustomTextCLIP's prefixes
+        if name == "logit_scale":
+            scale = math.exp(float(tensor))
+        elif name == "attn_mask" or name.endswith(".attn_mask"):
+            continue  # the causal mask, a buffer
+        elif name in _OPENCLIP_OUTSIDE:
+            renamed[_OPENCLIP_OUTSIDE[name]] = tensor
+        elif name in _OPENCLIP_TRANSPOSED:
+            renamed[_OPENCLIP_TRANSPOSED[name]] = tensor.T.contiguous()
+        elif match := _OPENCLIP_BLOCK_NAME.fullmatch(name):
+            tower = "visual" if match[1] else "text"
+            renamed[f"{tower}.blocks.{match[2]}.{_OPENCLIP_BLOCK.get(match[3], match[3])}"] = tensor
+        else:
+            renamed[full_name] = tensor
+    return renamed, scale

@@ -1,0 +1,88 @@
+"""The embedded data set `demo`: procedural pictures with compositional captions, written once as real JPEG shards.
+
+Deterministic by seed, byte for byte. The held-out split shows pairs of colour and shape that training never does, so
+that a model which only memorised combinations fails it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from dsclip.data.scenes import COLOURS, HELD_OUT, SHAPES, captions, draw, random_scene
+from dsclip.data.shards import ShardWriter
+
+VERSION = 1  # part of the folder's name: raise it whenever a written byte changes
+IMAGE_SIZE = 64
+TRAIN_SAMPLES, VAL_SAMPLES, SHARD_SIZE = 8000, 600, 500
+SEED = 0
+VOCABULARY = 400
+# Candidates are all pairs of colour and shape, also those of training: the held-out ones must beat them.
+CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+TEMPLATES = ["a {}", "a picture of a {}", "there is a {}"]
+
+
+def demo_folder(root: Path | None = None) -> Path:
+    """The folder with `train/`, `val/` and `tokenizer/`, written on first use.
+
+    root: where data sets are kept; the environment variable DSCLIP_CACHE, or ~/.cache/dsclip. Several processes may
+    ask at once: each writes aside, the first to finish is kept.
+    """
+    root = root or Path(os.environ.get("DSCLIP_CACHE") or Path.home() / ".cache" / "dsclip")
+    final = root / f"demo-v{VERSION}-seed{SEED}"
+    if not final.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=final.name + ".", dir=root))
+        try:
+            write_demo(temporary, SEED)
+            os.rename(temporary, final)
+        except OSError:
+            if not final.is_dir():  # otherwise another process was faster
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def write_demo(folder: Path, seed: int, train_samples: int = TRAIN_SAMPLES, val_samples: int = VAL_SAMPLES) -> None:
+    """Writes both splits and a tokenizer trained on the training captions."""
+    train = _write_split(folder / "train", seed, train_samples, held_out=False)
+    _write_split(folder / "val", seed + 1, val_samples, held_out=True)
+    train_tokenizer(train, folder / "tokenizer")
+
+
+def _write_split(folder: Path, seed: int, samples: int, *, held_out: bool) -> list[str]:
+    """Returns the captions. Half of the scenes have two objects; in the held-out split those carry no class."""
+    written = []
+    with ShardWriter(folder, min(SHARD_SIZE, max(1, samples // 2)), classes=CLASSES, templates=TEMPLATES) as writer:
+        for index in range(samples):
+            rng = np.random.default_rng([seed, index])
+            scene = random_scene(rng, held_out=held_out, two_objects=index % 2 == 1)
+            sentences = captions(scene, rng)
+            picture = io.BytesIO()
+            draw(scene, IMAGE_SIZE, rng).save(picture, "JPEG", quality=92)
+            members = {"jpg": picture.getvalue(), "json": json.dumps({"caption": sentences}).encode()}
+            if len(scene.objects) == 1:
+                members["cls"] = str(CLASSES.index(scene.objects[0].name)).encode()
+            writer.write(f"{index:06d}", members)
+            written += sentences
+    return written
+
+
+def train_tokenizer(sentences: list[str], folder: Path) -> None:
+    """A small byte-pair tokenizer of CLIP's kind, as a folder that `transformers` loads."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer().train_new_from_iterator(sorted(set(sentences)), VOCABULARY, show_progress=False)
+    tokenizer.save_pretrained(str(folder))
+
+
+def held_out_classes() -> list[str]:
+    """The combinations that only the held-out split shows."""
+    return sorted(f"{colour} {shape}" for colour, shape in HELD_OUT)

@@ -1,0 +1,69 @@
+"""HuggingFace tokenizers, reduced to what training needs: captions in, fixed-length token ids out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsclip.errors import UserError
+
+
+class Tokenizer:
+    """A CLIP-style tokenizer: begin token, caption, end token, padding; the end token survives truncation."""
+
+    def __init__(self, hf_tokenizer):
+        self._hf = hf_tokenizer
+
+    def __call__(self, captions: list[str], context_length: int) -> Tensor:
+        """Token ids [n, context_length] int64 of n captions."""
+        encoded = self._hf(captions, padding="max_length", truncation=True, max_length=context_length)
+        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embedding: the largest id plus one."""
+        return max(self._hf.get_vocab().values()) + 1
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end token, whose position the text tower pools."""
+        return self._hf.eos_token_id
+
+    def save(self, folder: Path) -> None:
+        """Writes a folder that `transformers` and `load_tokenizer` read."""
+        self._hf.save_pretrained(str(folder))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer in a local folder, of a hub model, or of the embedded data set (`demo`). Raises UserError."""
+    if name == "demo":
+        from dsclip.data.demo import demo_folder
+
+        name = str(demo_folder() / "tokenizer")
+    if not os.path.isdir(name) and (os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise UserError(f"no tokenizer at {name}; {_ADVICE}")
+    from transformers import AutoTokenizer
+
+    try:
+        hf_tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError and whatever its hub client raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"tokenizer {name} can't be loaded ({reason}); {_ADVICE}") from error
+    return _checked(hf_tokenizer, name)
+
+
+_ADVICE = "give a folder with tokenizer.json, or a hub name such as openai/clip-vit-base-patch32 and a network"
+
+
+def _checked(hf_tokenizer, name: str) -> Tokenizer:
+    if hf_tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name} has no end token; CLIP's text tower pools there. Use a CLIP tokenizer.")
+    if hf_tokenizer.pad_token_id is None:
+        hf_tokenizer.pad_token = hf_tokenizer.eos_token
+    tokenizer = Tokenizer(hf_tokenizer)
+    if tokenizer.eot_token_id not in tokenizer(["a test"], 16)[0].tolist():
+        raise UserError(f"tokenizer {name} does not end captions with {hf_tokenizer.eos_token}; use a CLIP tokenizer")
+    return tokenizer

@@ -1,0 +1,60 @@
+"""CLIP's image preprocessing with PIL: uint8 in, uint8 out; normalisation happens on the device."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+ASPECT_RATIO = (3 / 4, 4 / 3)  # of the random crop, torchvision's default, which CLIP and OpenCLIP keep
+CROP_TRIES = 10
+
+
+def eval_image(image: Image.Image, size: int) -> Tensor:
+    """Resize the shorter side to `size` (bicubic, antialiased), then crop the centre. Returns uint8 [3, size, size]."""
+    width, height = image.size
+    if width <= height:
+        target = (size, int(size * height / width))
+    else:
+        target = (int(size * width / height), size)
+    if image.size != target:
+        image = image.resize(target, Image.Resampling.BICUBIC)
+    left, top = (target[0] - size) // 2, (target[1] - size) // 2
+    return to_uint8(image.crop((left, top, left + size, top + size)))
+
+
+def train_image(image: Image.Image, size: int, crop_scale: list[float], flip: bool, rng: np.random.Generator) -> Tensor:
+    """A random crop of `crop_scale` of the area, resized to `size` (bicubic). Returns uint8 [3, size, size].
+
+    All randomness comes from `rng`, which the caller seeds with (seed, epoch, sample id).
+    """
+    box = random_crop(image.width, image.height, crop_scale, rng)
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if flip and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return to_uint8(image)
+
+
+def random_crop(width: int, height: int, crop_scale: list[float], rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) as torchvision's RandomResizedCrop draws it, whole image in the worst case."""
+    low, high = (math.log(r) for r in ASPECT_RATIO)
+    for _ in range(CROP_TRIES):
+        area = width * height * rng.uniform(*crop_scale)
+        ratio = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    ratio = width / height
+    w = min(width, round(height * ASPECT_RATIO[1])) if ratio > ASPECT_RATIO[1] else width
+    h = min(height, round(width / ASPECT_RATIO[0])) if ratio < ASPECT_RATIO[0] else height
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def to_uint8(image: Image.Image) -> Tensor:
+    """uint8 [3, H, W] of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

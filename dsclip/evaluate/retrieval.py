@@ -1,0 +1,75 @@
+"""Image-text retrieval: recall@k both ways, with several captions an image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsclip.errors import UserError
+from dsclip.evaluate.features import Encoder, encode_images, encode_texts
+from dsclip.losses import Group
+
+RECALL_AT = (1, 5, 10)
+CHUNK = 1024  # rows of the similarity matrix held at a time
+
+
+def retrieval(
+    encode_image: Encoder, encode_text: Encoder, dataset, tokenizer, group: Group, *, context_length: int, batch_size: int
+) -> dict[str, float]:
+    """{"image_to_text_recall@k", "text_to_image_recall@k" for k = 1, 5, 10, "images", "captions"}; recalls in 0..1.
+
+    Image to text: one of the image's own captions is among the k best of all captions, averaged over images. Text to
+    image: the caption's image is among the k best, averaged over captions (as in CLIP_benchmark). Collective.
+    """
+    indices = [i for i, captions in enumerate(dataset.captions) if captions]
+    if not indices:
+        raise UserError("retrieval needs captions; these shards have none")
+    texts = [caption for i in indices for caption in dataset.captions[i]]
+    owner = torch.tensor([row for row, i in enumerate(indices) for _ in dataset.captions[i]])
+    image = encode_images(encode_image, dataset, indices, batch_size, group)
+    text = encode_texts(encode_text, texts, tokenizer, context_length, batch_size, group)
+    return retrieval_metrics(image, text, owner)
+
+
+def retrieval_metrics(image: Tensor, text: Tensor, owner: Tensor) -> dict[str, float]:
+    """The metrics from features: image [n, d], text [m, d], owner [m]: the image each caption belongs to."""
+    text_ranks = _rank_of_owner(text, image, owner)
+    image_ranks = _best_rank_of_own(image, text, owner)
+    recalls = {f"image_to_text_recall@{k}": _share(image_ranks < k) for k in RECALL_AT}
+    recalls |= {f"text_to_image_recall@{k}": _share(text_ranks < k) for k in RECALL_AT}
+    return recalls | {"images": len(image), "captions": len(text)}
+
+
+def _share(hits: Tensor) -> float:
+    return hits.double().mean().item()
+
+
+def _rank_of_owner(queries: Tensor, candidates: Tensor, owner: Tensor) -> Tensor:
+    """Rank from 0 of each query's own candidate; among equal scores the one with the lower index comes first."""
+    ranks = []
+    for start in range(0, len(queries), CHUNK):
+        scores = queries[start : start + CHUNK] @ candidates.T
+        own = owner[start : start + CHUNK, None]
+        ranks.append(_ranks(scores, own).squeeze(1))
+    return torch.cat(ranks)
+
+
+def _best_rank_of_own(image: Tensor, text: Tensor, owner: Tensor) -> Tensor:
+    """Rank from 0 of the best placed of each image's captions."""
+    best = torch.full((len(image),), len(text))
+    for start in range(0, len(image), CHUNK):
+        scores = image[start : start + CHUNK] @ text.T
+        captions = ((owner >= start) & (owner < start + CHUNK)).nonzero().squeeze(1)
+        rows = owner[captions] - start
+        # Only an image's best own caption matters, and it is the one with the highest score, first among equals.
+        own = torch.full_like(scores, -torch.inf)
+        own[rows, captions] = scores[rows, captions]
+        column = own.argmax(dim=1, keepdim=True)
+        best[start : start + CHUNK] = _ranks(scores, column).squeeze(1)
+    return best
+
+
+def _ranks(scores: Tensor, column: Tensor) -> Tensor:
+    target = scores.gather(1, column)
+    before = torch.arange(scores.shape[1]) < column
+    return ((scores > target) | ((scores == target) & before)).sum(dim=1, keepdim=True)

@@ -1,0 +1,65 @@
+"""Zero-shot classification: class names in sentences become the classifier."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsclip.errors import UserError
+from dsclip.evaluate.features import Encoder, encode_images, encode_texts
+from dsclip.evaluate.templates import load_classnames, load_templates
+from dsclip.losses import Group
+
+
+def zeroshot(
+    encode_image: Encoder,
+    encode_text: Encoder,
+    dataset,
+    tokenizer,
+    group: Group,
+    *,
+    classnames: str | list[str] | None = None,
+    templates: str | list[str] | None = None,
+    context_length: int,
+    batch_size: int,
+) -> dict[str, float]:
+    """{"top1", "top5" (with five classes or more), "mean_per_class_recall", "samples", "classes"}; shares in 0..1.
+
+    classnames and templates default to those of the shards' manifest. Samples without a label are left out.
+    Source: Radford et al. 2021, section 3.1.4: unit embeddings averaged over templates, made unit again. Collective.
+    """
+    names = load_classnames(classnames) or dataset.classes
+    if not names:
+        raise UserError("zero-shot classification needs class names: give eval.classnames (--classnames), one name a line")
+    sentences = load_templates(templates) or dataset.templates or load_templates("simple")
+    indices = [i for i, label in enumerate(dataset.labels) if label is not None]
+    if not indices:
+        raise UserError("zero-shot classification needs labels: none of these samples has a .cls member")
+    labels = torch.tensor([dataset.labels[i] for i in indices])
+    if labels.max() >= len(names):
+        raise UserError(f"a sample has class {int(labels.max())}, but there are {len(names)} class names")
+    classifier = build_classifier(encode_text, names, sentences, tokenizer, group, context_length, batch_size)
+    image = encode_images(encode_image, dataset, indices, batch_size, group)
+    return classification_metrics(image @ classifier.T, labels)
+
+
+def build_classifier(encode_text, names, templates, tokenizer, group, context_length, batch_size) -> Tensor:
+    """Unit class embeddings [classes, d]: the mean over templates."""
+    # Not str.format: a class name or template is data, and braces in it are text.
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    text = encode_texts(encode_text, prompts, tokenizer, context_length, batch_size, group)
+    return F.normalize(text.view(len(names), len(templates), -1).mean(dim=1), dim=-1)
+
+
+def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Metrics of logits [n, classes] and labels [n]."""
+    classes = logits.shape[1]
+    ranked = logits.topk(min(5, classes), dim=1).indices
+    hits = ranked == labels[:, None]
+    recalls = [hits[labels == c, 0].double().mean() for c in labels.unique()]
+    metrics = {"top1": hits[:, 0].double().mean().item()}
+    if classes >= 5:
+        metrics["top5"] = hits.any(dim=1).double().mean().item()
+    metrics["mean_per_class_recall"] = torch.stack(recalls).mean().item()
+    return metrics | {"samples": len(labels), "classes": classes}

@@ -1,0 +1,74 @@
+"""Metrics on disk: `metrics.jsonl`, one object a logged step, and the same in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+# TensorBoard groups by what stands before the slash.
+GROUPS = {
+    "train": ("loss", "accuracy_image_to_text", "accuracy_text_to_image", "logit_scale", "lr", "grad_norm", "skipped_steps"),
+    "speed": ("samples_per_second", "data_wait"),
+    "memory": ("memory_gb",),
+    "data": ("samples_read", "bad_samples"),
+}
+_TAG = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in names}
+
+
+class MetricsLog:
+    """Writes only when enabled (rank 0). After a resume at start_step, later entries of the earlier run are dropped."""
+
+    def __init__(self, run_dir: Path, enabled: bool, start_step: int = 0):
+        self._file = self._writer = None
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = Path(run_dir) / "metrics.jsonl"
+        drop_entries_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(Path(run_dir) / "tb"), purge_step=start_step + 1 if start_step else None)
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """One line and one point per scalar. JSON has no NaN: a non-finite number is written as null."""
+        if self._file is None:
+            return
+        entry = {"step": step} | {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            tag = _TAG.get(name) or (name if "/" in name else f"train/{name}")
+            self._writer.add_scalar(tag, value, step)
+
+    def text(self, tag: str, text: str) -> None:
+        """Markdown for TensorBoard's text tab."""
+        if self._writer is not None:
+            self._writer.add_text(tag, text, 0)
+
+    def image(self, tag: str, image: np.ndarray, step: int) -> None:
+        """A uint8 picture [H, W, 3] for TensorBoard's image tab."""
+        if self._writer is not None:
+            self._writer.add_image(tag, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        if self._file is not None:
+            self._file.close()
+            self._writer.close()
+
+
+def drop_entries_after(path: Path, step: int) -> None:
+    """Removes later entries, and a last line that a crash cut short, so that a resumed curve doesn't overlap."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,84 @@
+"""The end of a run: `summary.json` for programs, `summary.md` for people, and a few lines on the console."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from dsclip.train.progress import format_seconds
+
+
+def write_summary(run_dir: Path, summary: dict) -> None:
+    """Writes both files. summary: steps, samples, seconds, loss, eval {task: {metric: value}}, checkpoint, hf_export,
+    samples_per_second, skipped_steps, bad_samples {reason: count}, samples_read."""
+    run_dir = Path(run_dir)
+    _write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    _write(run_dir / "summary.md", markdown(summary, run_dir))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def next_commands(summary: dict, run_dir: Path) -> list[tuple[str, str]]:
+    """(what for, command) of what people do after a run."""
+    model = summary["hf_export"] or summary["checkpoint"]
+    commands = [
+        ("watch the curves and pictures", f"tensorboard --logdir {Path(run_dir).parent}"),
+        ("evaluate", f"python launchers/evaluate.py --model {model} --task zeroshot --data demo:val"),
+        ("convert", f"python tools/convert_hf.py {summary['checkpoint']} OUT --dtype bf16"),
+        ("your own data", "python tools/make_shards.py PHOTOS_FOLDER_OR_ZIP OUT"),
+        ("train on it", "deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json --config RECIPE.yaml "
+         "data.train_shards=OUT train.name=NAME"),
+    ]  # fmt: skip
+    return commands
+
+
+def result_rows(summary: dict) -> list[tuple[str, str]]:
+    """(metric, value) as people read them."""
+    rows = []
+    for task, metrics in summary["eval"].items():
+        for name, value in metrics.items():
+            rows.append((f"{task} {name}", f"{value:.1%}" if isinstance(value, float) else f"{value}"))
+    return rows
+
+
+def markdown(summary: dict, run_dir: Path) -> str:
+    """The text of summary.md."""
+    rate = summary.get("samples_per_second")
+    rows = [
+        ("steps", summary["steps"]),
+        ("samples seen", f"{summary['samples']:,}"),
+        ("time", format_seconds(summary["seconds"])),
+        ("samples a second", "-" if rate is None else f"{rate:.0f}"),
+        ("last loss", "-" if summary["loss"] is None else f"{summary['loss']:.4f}"),
+        ("skipped steps", summary.get("skipped_steps", 0)),
+        ("bad samples", ", ".join(f"{n} {r}" for r, n in summary.get("bad_samples", {}).items()) or "none"),
+        *result_rows(summary),
+        ("checkpoint", f"`{summary['checkpoint']}`"),
+        ("HuggingFace folder", f"`{summary['hf_export']}`" if summary["hf_export"] else "not written"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    commands = "\n".join(f"# {what}\n{command}" for what, command in next_commands(summary, run_dir))
+    return f"# {Path(run_dir).name}\n\n| | |\n|---|---|\n{table}\n\n## What next\n\n```bash\n{commands}\n```\n"
+
+
+def console_summary(summary: dict, run_dir: Path) -> str:
+    """What the run prints last: results first, then what to do with them."""
+    lines = ["", f"Done: {summary['steps']} steps in {format_seconds(summary['seconds'])}."]
+    results = summary["eval"]
+    if "zeroshot" in results:
+        z = results["zeroshot"]
+        lines.append(f"  zero-shot top-1 {z['top1']:.1%} over {z['classes']} classes, {z['samples']} images")
+    if "retrieval" in results:
+        r = results["retrieval"]
+        for way, key in (("image to text", "image_to_text"), ("text to image", "text_to_image")):
+            recalls = " / ".join(f"{r[f'{key}_recall@{k}']:.1%}" for k in (1, 5, 10))
+            lines.append(f"  {way} recall@1/5/10 {recalls}")
+    lines += [f"  checkpoint  {summary['checkpoint']}", f"  HuggingFace {summary['hf_export']}", f"  summary     {run_dir}/summary.md"]
+    lines += ["", "Next:"]
+    lines += [f"  # {what}\n  {command}" for what, command in next_commands(summary, run_dir)]
+    return "\n".join(lines)
