@@ -1,0 +1,62 @@
+"""The command line of `tools/convert_hf.py`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from dsclip.checkpoint import Checkpoint, read_checkpoint
+from dsclip.command_line import parser, run_tool, say
+from dsclip.convert.hf import DTYPES, export_hf
+from dsclip.errors import UserError
+from dsclip.model import Clip
+
+EXAMPLE = "python tools/convert_hf.py runs/demo/checkpoints/step_00000400 OUT --dtype bf16"
+TOLERANCE = 1e-5  # of float32 embeddings, whose entries are at most 1
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses, converts, compares, exits."""
+    p = parser("Converts a dsclip checkpoint to a folder that transformers loads: CLIPModel, CLIPProcessor, pipeline.", EXAMPLE)
+    p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint folder, or a run folder for its newest one")
+    p.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    p.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the written weights (default: fp32)")
+    sys.exit(run_tool(_convert, p.parse_args(argv)))
+
+
+def _convert(arguments: argparse.Namespace) -> tuple[dict, str]:
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    say(f"read {checkpoint.path}: step {checkpoint.step}, verified")
+    export_hf(checkpoint, arguments.out, dtype=arguments.dtype)
+    difference = largest_difference(checkpoint, arguments.out)
+    if arguments.dtype == "fp32" and difference > TOLERANCE:
+        raise UserError(f"{arguments.out}: transformers' embeddings differ by {difference:.1e}, more than {TOLERANCE:.0e}; don't use it")
+    result = {"out": str(arguments.out), "checkpoint": str(checkpoint.path), "dtype": arguments.dtype, "max_difference": difference}
+    text = (
+        f"{arguments.out} is a CLIPModel; its embeddings differ from dsclip's by {difference:.1e} at most\n\nNext:\n"
+        f'  python -c "from transformers import pipeline; print(pipeline(\'zero-shot-image-classification\', \'{arguments.out}\'))"\n'
+        f"  python launchers/evaluate.py --model {arguments.out} --task zeroshot --data SHARDS"
+    )
+    return result, text
+
+
+@torch.no_grad()
+def largest_difference(checkpoint: Checkpoint, folder: Path, samples: int = 4) -> float:
+    """Largest absolute difference between dsclip's float32 embeddings and those of the folder in `transformers`."""
+    from transformers import CLIPModel
+
+    c = checkpoint.config
+    ours = Clip(c)
+    ours.load_state_dict(checkpoint.state_dict)
+    theirs = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(samples, 3, c.image_size, c.image_size, generator=generator)
+    tokens = torch.randint(0, c.vocab_size, (samples, c.context_length), generator=generator)
+    tokens[tokens == c.eot_token_id] = 0
+    tokens[torch.arange(samples), torch.arange(samples) % (c.context_length - 1) + 1] = c.eot_token_id
+    image, text = ours(images, tokens)
+    output = theirs(input_ids=tokens, pixel_values=images)
+    return max((image - output.image_embeds).abs().max().item(), (text - output.text_embeds).abs().max().item())

@@ -1,0 +1,133 @@
+"""The command line of `launchers/evaluate.py`, on one process or many."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from dsclip.checkpoint import read_checkpoint
+from dsclip.command_line import parser, say
+from dsclip.data import build_eval_dataset, load_tokenizer
+from dsclip.engine.collectives import Collectives, launched_ranks, shutdown_distributed
+from dsclip.errors import UserError
+from dsclip.evaluate.retrieval import retrieval
+from dsclip.evaluate.zeroshot import zeroshot
+from dsclip.model import Clip, ClipConfig
+
+EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses, evaluates on all ranks, prints on rank 0, exits with 0, 1 or 2."""
+    arguments = _parser().parse_args(argv)
+    rank = launched_ranks()[0]
+    try:
+        result = evaluate(arguments)
+    except UserError as error:
+        if rank == 0:
+            say(f"dsclip: {error}")
+        code = 2
+    except Exception:
+        say(f"dsclip: rank {rank} failed:\n{traceback.format_exc()}")
+        code = 1
+    else:
+        if rank == 0:
+            _report(result, arguments)
+        shutdown_distributed()
+        return
+    sys.stderr.flush()
+    os._exit(code)  # the teardown would wait for ranks that may be elsewhere
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = parser("Evaluates a dsclip checkpoint, a run's newest checkpoint, or a converted HuggingFace folder.", EXAMPLE)
+    p.add_argument("--model", required=True, type=Path, help="checkpoint folder, run folder or HuggingFace CLIP folder")
+    p.add_argument("--task", required=True, choices=["zeroshot", "retrieval"])
+    p.add_argument("--data", required=True, help="shards: a folder, glob or brace expression, or demo:val")
+    p.add_argument("--tokenizer", help="folder or hub name (default: the model's own)")
+    p.add_argument("--classnames", help="file with one class name a line (default: those of the shards)")
+    p.add_argument("--templates", help="openai, cifar, simple, or a file of sentences with {} (default: those of the shards)")
+    p.add_argument("--caption-key", default="caption", help="key of the captions in .json members (default: caption)")
+    p.add_argument("--batch-size", type=int, default=64, help="samples a forward and rank (default: 64)")
+    p.add_argument("--max-samples", type=int, help="evaluate on the first samples only")
+    p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
+    p.add_argument("--output", type=Path, help="also write the JSON to this file")
+    p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return p
+
+
+def evaluate(arguments: argparse.Namespace) -> dict:
+    """{"task", "metrics", ...} of the model on the data; the same on every number of ranks."""
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    device, group = _join_ranks(arguments)
+    config, weights, tokenizer_dir = load_model(arguments.model)
+    tokenizer = load_tokenizer(arguments.tokenizer or str(tokenizer_dir))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; use the model's own")
+    model = Clip(config)
+    model.load_state_dict(weights)
+    dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    model = model.to(device, dtype).eval().requires_grad_(False)
+    dataset = build_eval_dataset(
+        arguments.data, image_size=config.image_size, max_samples=arguments.max_samples, caption_key=arguments.caption_key
+    )
+
+    def encode_image(images):
+        return model(images.to(device), None)[0]
+
+    def encode_text(tokens):
+        return model(None, tokens.to(device))[1]
+
+    shared = dict(context_length=config.context_length, batch_size=arguments.batch_size)
+    task, options = retrieval, {}
+    if arguments.task == "zeroshot":
+        task, options = zeroshot, dict(classnames=arguments.classnames, templates=arguments.templates)
+    metrics = task(encode_image, encode_text, dataset, tokenizer, group, **options, **shared)
+    return {
+        "task": arguments.task, "metrics": metrics, "model": str(arguments.model), "data": arguments.data,
+        "bad_samples": dict(dataset.bad),
+    }  # fmt: skip
+
+
+def _join_ranks(arguments: argparse.Namespace) -> tuple[torch.device, Collectives]:
+    rank, world_size, local_rank = launched_ranks()
+    if arguments.local_rank is not None:
+        local_rank = arguments.local_rank
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if world_size > 1:
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu"), Collectives(rank, world_size)
+
+
+def load_model(path: Path) -> tuple[ClipConfig, dict, Path]:
+    """(configuration, float32 weights, tokenizer folder) of a checkpoint, a run or a HuggingFace folder."""
+    if (path / "config.json").is_file():
+        from dsclip.convert.hf import load_hf_folder  # convert comes after evaluate in the pipeline
+
+        config, weights, _ = load_hf_folder(path)
+        return config, weights, path
+    checkpoint = read_checkpoint(path)
+    return checkpoint.config, checkpoint.state_dict, checkpoint.tokenizer_dir
+
+
+def _report(result: dict, arguments: argparse.Namespace) -> None:
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    print(f"{result['task']} of {result['model']} on {result['data']}")
+    for name, value in result["metrics"].items():
+        print(f"  {name:28} {value:.2%}" if isinstance(value, float) else f"  {name:28} {value}")
+    for reason, count in result["bad_samples"].items():
+        print(f"  left out: {count} {reason}")

@@ -1,0 +1,10 @@
+"""Writes webdataset shards from images with captions or classes.
+
+On a laptop:   python tools/make_shards.py photos.zip data/photos --holdout 0.2
+On a cluster:  run it once, on the file system that all nodes share.
+"""
+
+from dsclip.data.cli import main
+
+if __name__ == "__main__":
+    main()
