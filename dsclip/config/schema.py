@@ -87,7 +87,7 @@ class TrainSection:
 
     name: str = "run"
     output: str = "runs"
-    steps: int = 1000
+    steps: int = 10_000
     seed: int = 0
     log_every: int = 10  # steps between lines of metrics.jsonl and TensorBoard scalars
     save_every: int | None = None  # steps between checkpoints; the last step always saves

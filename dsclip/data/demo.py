@@ -17,12 +17,13 @@ import numpy as np
 
 from dsclip.data.scenes import COLOURS, HELD_OUT, SHAPES, captions, draw, random_scene
 from dsclip.data.shards import ShardWriter
+from dsclip.data.train_tokenizer import train_tokenizer
 
 VERSION = 1  # part of the folder's name: raise it whenever a written byte changes
 IMAGE_SIZE = 64
-TRAIN_SAMPLES, VAL_SAMPLES, SHARD_SIZE = 8000, 600, 500
+TRAIN_SAMPLES, VAL_SAMPLES, SHARD_SIZE = 12000, 600, 1000
 SEED = 0
-VOCABULARY = 400
+VOCABULARY = 700
 # Candidates are all pairs of colour and shape, also those of training: the held-out ones must beat them.
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 TEMPLATES = ["a {}", "a picture of a {}", "there is a {}"]
@@ -54,7 +55,7 @@ def write_demo(folder: Path, seed: int, train_samples: int = TRAIN_SAMPLES, val_
     """Writes both splits and a tokenizer trained on the training captions."""
     train = _write_split(folder / "train", seed, train_samples, held_out=False)
     _write_split(folder / "val", seed + 1, val_samples, held_out=True)
-    train_tokenizer(train, folder / "tokenizer")
+    train_tokenizer(train, folder / "tokenizer", VOCABULARY)
 
 
 def _write_split(folder: Path, seed: int, samples: int, *, held_out: bool) -> list[str]:
@@ -73,14 +74,6 @@ def _write_split(folder: Path, seed: int, samples: int, *, held_out: bool) -> li
             writer.write(f"{index:06d}", members)
             written += sentences
     return written
-
-
-def train_tokenizer(sentences: list[str], folder: Path) -> None:
-    """A small byte-pair tokenizer of CLIP's kind, as a folder that `transformers` loads."""
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer().train_new_from_iterator(sorted(set(sentences)), VOCABULARY, show_progress=False)
-    tokenizer.save_pretrained(str(folder))
 
 
 def held_out_classes() -> list[str]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dsclip.data.reader import IMAGE_EXTENSIONS, BadSample, RawSample, decode_image
 from dsclip.data.shards import MANIFEST, ShardWriter
+from dsclip.data.train_tokenizer import train_tokenizer
 from dsclip.errors import UserError
 
 CAPTIONS = "captions.tsv"
@@ -31,6 +32,7 @@ class Summary:
     samples: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     classes: list[str] | None = None
+    tokenizer: str | None = None
 
     def skip(self, reason: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
@@ -63,13 +65,20 @@ class _Item:
 
 
 def make_shards(
-    source: Path, out: Path, *, shard_size: int = 1000, holdout: float = 0.0, size: int | None = None
+    source: Path,
+    out: Path,
+    *,
+    shard_size: int = 1000,
+    holdout: float = 0.0,
+    size: int | None = None,
+    tokenizer_size: int | None = None,
 ) -> Summary:
     """Writes shards of everything in `source` below `out`; raises UserError when there is nothing to write.
 
     captions.tsv (filepath<TAB>caption, several rows an image allowed) gives image-caption pairs, split into `train` and
     `val` by a hash of the path when `holdout` is a share. Class folders, also below train/ and test/, become one set a
-    split, with labels. size: resize the shorter side to this, if it is larger, and store JPEG.
+    split, with labels. size: resize the shorter side to this, if it is larger, and store JPEG. tokenizer_size: also
+    train a tokenizer with so many tokens on the captions (not those of a held-out split), in `out`/tokenizer.
     """
     files = Source(source)
     summary = Summary()
@@ -85,6 +94,11 @@ def make_shards(
             summary.samples[name or "all"] = _write(files, items, folder, shard_size, size, summary)
     if not sum(summary.samples.values()):
         raise UserError(f"{source}: no image could be used ({summary.skipped or 'there are none'})")
+    if tokenizer_size is not None:
+        seen = [items for split, items in splits.items() if split in ("", "train")] or list(splits.values())
+        folder = out / "tokenizer"
+        train_tokenizer((caption for items in seen for item in items for caption in item.captions), folder, tokenizer_size)
+        summary.tokenizer = str(folder)
     return summary
 
 

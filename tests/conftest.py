@@ -1,0 +1,25 @@
+"""Shared by all tests: one thread, and one copy of the demo data set for the whole run."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_cache(tmp_path_factory):
+    """A cache of its own, so that tests neither need nor touch the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["DSCLIP_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(demo_cache):
+    """The embedded data set's folder."""
+    from dsclip.data.demo import demo_folder
+
+    return demo_folder()

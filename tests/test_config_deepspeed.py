@@ -1,0 +1,78 @@
+"""The DeepSpeed JSON: sizes from the recipe, typos and contradictions refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsclip.config import load_ds_config, load_recipe
+from dsclip.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
+
+
+def write(tmp_path, content):
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def valid(**changes):
+    return {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}} | changes
+
+
+def test_there_is_a_file_for_every_stage():
+    assert {p.stem for p in CONFIGS} >= {"zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_offload_bf16"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_sizes_are_resolved_from_the_recipe(path):
+    recipe = load_recipe("demo", ["batch.global_batch_size=96"])
+    config = load_ds_config(path, recipe, world_size=4)
+    assert config["train_batch_size"] == 96
+    assert config["train_micro_batch_size_per_gpu"] == 24
+    assert config["gradient_accumulation_steps"] == 1
+    assert "auto" not in json.dumps(config)
+    from deepspeed.runtime.config import DeepSpeedConfig  # DeepSpeed itself accepts every nested key
+
+    DeepSpeedConfig(config | {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 24})
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (valid(gradient_cliping=1.0), "unknown key `gradient_cliping`. Did you mean `gradient_clipping`"),
+        (valid(zero_optimisation={}), "Did you mean `zero_optimization`"),
+        (valid(train_batch_size=100), "`train_batch_size` is 100, but the recipe gives 256"),
+        (valid(train_micro_batch_size_per_gpu=3), "`train_micro_batch_size_per_gpu` is 3, but the recipe gives 128"),
+        (valid(gradient_accumulation_steps=4), "batch.samples_per_forward"),
+        (valid(fp16={"enabled": True}), "fp16 is not supported"),
+        (valid(optimizer={"type": "Adam"}), "remove `optimizer`: the recipe's `optim` section"),
+        (valid(scheduler={}), "remove `scheduler`"),
+        ({"bf16": {"enabled": True}}, "zero_optimization.stage is 0; choose 1"),
+        (valid(zero_optimization={"stage": 2, "offload_param": {"device": "cpu"}}), "offload_param needs stage 3"),
+        ('{"bf16": {}, "bf16": {}}', "key `bf16` stands there twice"),
+        ('{\n"bf16": }', "line 2"),
+        ("[1]", "holds no JSON object"),
+    ],
+)
+def test_bad_files_are_refused_with_the_reason(tmp_path, content, message):
+    path = write(tmp_path, content)
+    with pytest.raises(UserError) as error:
+        load_ds_config(path, load_recipe("demo"), world_size=2)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load_ds_config(tmp_path / "nowhere.json", load_recipe("demo"), world_size=1)
+
+
+def test_a_batch_that_ranks_cannot_share_names_those_they_can(tmp_path):
+    with pytest.raises(UserError, match="use 255 or 258"):
+        load_ds_config(write(tmp_path, valid()), load_recipe("demo"), world_size=3)
+
+
+def test_nothing_is_clipped_unasked(tmp_path):
+    assert load_ds_config(write(tmp_path, valid()), load_recipe("demo"), 1)["gradient_clipping"] == 0.0

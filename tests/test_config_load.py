@@ -1,0 +1,96 @@
+"""Recipes are read strictly: what can't be obeyed is refused with one clear sentence."""
+
+import dataclasses
+
+import pytest
+
+from dsclip.config import Recipe, dump_recipe, load_recipe, packaged_recipes
+from dsclip.errors import UserError
+
+
+def recipe_file(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipes_load_and_round_trip(name, tmp_path):
+    recipe = load_recipe(name)
+    assert load_recipe(recipe_file(tmp_path, dump_recipe(recipe))) == recipe
+
+
+def test_defaults_file_and_overrides_are_applied_in_that_order(tmp_path):
+    path = recipe_file(tmp_path, "optim: {lr: 1e-3, warmup_steps: 5}\n")
+    recipe = load_recipe(path, ["optim.lr=2e-4", "train.name=x1", "eval.zeroshot_shards=[a.tar, b.tar]", "train.seed=7"])
+    assert (recipe.optim.lr, recipe.optim.warmup_steps, recipe.train.name, recipe.train.seed) == (2e-4, 5, "x1", 7)
+    assert recipe.eval.zeroshot_shards == ["a.tar", "b.tar"]
+    assert recipe.optim.beta2 == Recipe().optim.beta2
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_recipe().optim.lr = 1.0
+
+
+@pytest.mark.parametrize("text, value", [("1e-3", 1e-3), ("5", 5.0), ("2.5e+2", 250.0), ("1E4", 1e4)])
+def test_numbers_are_numbers(tmp_path, text, value):
+    recipe = load_recipe(recipe_file(tmp_path, f"optim: {{lr: {text}, warmup_steps: 0}}"))
+    assert recipe.optim.lr == value and isinstance(recipe.optim.lr, float)
+
+
+def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
+    assert load_recipe(recipe_file(tmp_path, "train: {name: no}\noptim: {warmup_steps: 0}")).train.name == "no"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("optim: {learning_rate: 1}", "unknown key `optim.learning_rate`"),
+        ("optim: {warmup_step: 1}", "Did you mean `warmup_steps`"),
+        ("optimm: {lr: 1}", "unknown section `optimm`. Did you mean `optim`"),
+        ("optim:\n  lr: 1\n  lr: 2", "line 3: key `lr` stands here twice"),
+        ("optim: {lr: fast}", "`optim.lr` is 'fast'; it must be float"),
+        ("train: {steps: 10.5}", "`train.steps` is 10.5; it must be int"),
+        ("train: {steps: true}", "`train.steps` is True; it must be int"),
+        ("optim: 3", "`optim` is a section"),
+        ("- optim", "holds no sections"),
+        ("optim: {lr: [1", "recipe.yaml, line"),
+        ("a: &x [1]\nb: *x", "aliases are not allowed"),
+        ("optim: !!python/object/apply:os.system [ls]", "recipe.yaml, line 1"),
+        ("batch: {global_batch_size: 0}", "`batch.global_batch_size` is 0; it must be greater than 0"),
+        ("batch: {global_batch_size: 8, samples_per_forward: 16}", "exceeds `batch.global_batch_size` 8"),
+        ("batch: {samples_per_forward: 8, chunk_size: 16}", "`batch.chunk_size` 16 exceeds"),
+        ("optim: {warmup_steps: 5000}\ntrain: {steps: 100}", "would never be reached"),
+        ("optim: {schedule: cosin}", "Did you mean `cosine`"),
+        ("loss: {name: softmaxx}", "Did you mean `softmax`"),
+        ("train: {name: ../evil}", "`train.name` is '../evil'"),
+        ("data: {crop_scale: [0.9]}", "`data.crop_scale` is [0.9]"),
+        ("optim: {beta1: 1.5, warmup_steps: 0}", "must be in [0, 1)"),
+    ],
+)
+def test_bad_recipes_are_refused_with_the_reason(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        load_recipe(recipe_file(tmp_path, text))
+    assert message in str(error.value)
+    assert "recipe.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("lr=1", "write section.key=value"),
+        ("optim.lr", "write section.key=value"),
+        ("optim.lrr=1", "Did you mean `lr`"),
+        ("optim.lr=[1", "`optim.lr=[1`"),
+    ],
+)
+def test_bad_overrides_are_refused(override, message):
+    with pytest.raises(UserError) as error:
+        load_recipe("demo", [override])
+    assert message in str(error.value)
+
+
+def test_unknown_recipe_names_suggest_packaged_ones():
+    with pytest.raises(UserError, match="Did you mean `demo`"):
+        load_recipe("demmo")

@@ -1,0 +1,198 @@
+"""The training loader on real shards: complete, split, repeatable, resumable, and not stopped by broken samples."""
+
+import hashlib
+import itertools
+import os
+import pickle
+
+import pytest
+
+from dsclip.config.schema import DataSection
+from dsclip.data import build_eval_dataset, build_loader, load_tokenizer
+from dsclip.errors import UserError
+from tests.shard_files import jpeg, sample, write_set, write_tar
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo):
+    return load_tokenizer("demo")
+
+
+def loader(shards, tokenizer, *, batch=8, rank=0, world_size=1, state=None, seed=0, **data):
+    section = DataSection(train_shards=str(shards), shuffle_buffer=20, **{"workers": 0, **data})
+    return build_loader(
+        section, tokenizer=tokenizer, image_size=16, context_length=16, local_batch_size=batch, seed=seed,
+        rank=rank, world_size=world_size, state=state,
+    )  # fmt: skip
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def fingerprint(batch) -> str:
+    parts = (batch["images"].numpy().tobytes(), batch["tokens"].numpy().tobytes(), batch["sample_ids"].numpy().tobytes())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def numbers(batches) -> list[int]:
+    return [int(caption.rpartition(" ")[2]) for batch in batches for caption in batch["captions"]]
+
+
+def test_batches_have_the_promised_shapes(tmp_path, tokenizer):
+    (batch,) = take(loader(write_set(tmp_path, 2, 20), tokenizer), 1)
+    assert batch["images"].shape == (8, 3, 16, 16) and str(batch["images"].dtype) == "torch.uint8"
+    assert batch["tokens"].shape == (8, 16) and str(batch["tokens"].dtype) == "torch.int64"
+    assert len(set(batch["sample_ids"].tolist())) == 8 and len(batch["captions"]) == 8
+
+
+@pytest.mark.parametrize("shards, world_size", [(8, 4), (2, 4)], ids=["whole shards", "single samples"])
+def test_an_epoch_shows_every_sample_once_over_all_ranks(tmp_path, tokenizer, shards, world_size):
+    write_set(tmp_path, shards, 64 // shards)
+    seen = [n for rank in range(world_size) for n in numbers(take(loader(tmp_path, tokenizer, rank=rank, world_size=world_size), 2))]
+    assert sorted(seen) == list(range(64))
+
+
+def test_order_follows_the_seed_and_changes_with_the_epoch(tmp_path, tokenizer):
+    write_set(tmp_path, 4, 16)
+    first, second = numbers(take(loader(tmp_path, tokenizer), 8)), numbers(take(loader(tmp_path, tokenizer, seed=1), 8))
+    assert sorted(first) == sorted(second) == list(range(64))
+    assert first != second
+    epochs = numbers(take(loader(tmp_path, tokenizer), 16))
+    assert epochs[:64] == first and epochs[64:] != first and sorted(epochs[64:]) == list(range(64))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [3, 9])
+def test_a_resumed_loader_gives_exactly_the_next_batches(tmp_path, tokenizer, workers, stop):
+    """64 samples in batches of 8: 9 batches cross the border of an epoch. Every 9th image is broken."""
+    for s in range(4):
+        broken = {f"{i:05d}": sample(i, 3) | ({"jpg": b"no image"} if i % 9 == 0 else {}) for i in range(s * 16, s * 16 + 16)}
+        write_tar(tmp_path / f"{s}.tar", broken)
+    options = dict(workers=workers, max_bad_fraction=0.5)
+    whole = take(loader(tmp_path, tokenizer, **options), stop + 8)
+    resumed = take(loader(tmp_path, tokenizer, state=whole[stop - 1]["state"], **options), 8)
+    assert [fingerprint(b) for b in resumed] == [fingerprint(b) for b in whole[stop:]]
+    assert [b["state"] for b in resumed] == [b["state"] for b in whole[stop:]]
+
+
+def test_captions_and_crops_vary_between_epochs(tmp_path, tokenizer):
+    write_set(tmp_path, 1, 8, captions=3)
+    first, second = take(loader(tmp_path, tokenizer, crop_scale=[0.3, 1.0]), 2)
+    captions = [dict(zip(b["sample_ids"].tolist(), b["captions"], strict=True)) for b in (first, second)]
+    assert captions[0].keys() == captions[1].keys() and captions[0] != captions[1]
+    assert {hashlib.sha256(i.numpy().tobytes()).digest() for i in first["images"]}.isdisjoint(
+        {hashlib.sha256(i.numpy().tobytes()).digest() for i in second["images"]}
+    )
+
+
+def test_another_number_of_workers_is_refused_on_resume(tmp_path, tokenizer):
+    state = take(loader(write_set(tmp_path, 2, 16), tokenizer), 1)[0]["state"]
+    with pytest.raises(UserError, match="data.workers=1 and this run has 2"):
+        loader(tmp_path, tokenizer, workers=2, state=state)
+
+
+def test_bad_samples_are_skipped_and_counted_by_reason(tmp_path, tokenizer):
+    good = {f"{i:05d}": sample(i) for i in range(30)}
+    bad = {
+        "b1": {"jpg": b"this is text", "txt": b"a"}, "b2": {"jpg": jpeg(1)}, "b3": {"txt": b"no picture"},
+        "b4": {"jpg": jpeg(2), "txt": b"  \n"}, "b5": {"jpg": jpeg(3), "json": b"{"}, "b6": {"jpg": jpeg(4)[:200], "txt": b"a"},
+        "b7": {"png": jpeg(5, 100, "PNG"), "txt": b"many pixels"}, "b8": {"jpg": jpeg(6), "txt": b"\xff\xfe"},
+    }  # fmt: skip
+    write_tar(tmp_path / "a.tar", {**dict(list(good.items())[:10]), **bad, **dict(list(good.items())[10:])})
+    batches = take(loader(tmp_path, tokenizer, batch=30, max_image_pixels=5000), 1)
+    assert sorted(numbers(batches)) == list(range(30))
+    counts = {reason: n for b in batches for reason, n in b["bad"].items()}
+    found = take(loader(tmp_path, tokenizer, batch=30, max_image_pixels=5000), 2)
+    counts = {}
+    for b in found:
+        for reason, n in b["bad"].items():
+            counts[reason] = counts.get(reason, 0) + n
+    second_pass = sum(b["read"] for b in found) - 38
+    assert second_pass >= 22  # the second batch read most of another pass
+    for reason in ("undecodable image", "no caption", "no image", "empty caption", "unreadable caption", "too many pixels"):
+        assert counts.get(reason, 0) >= 1, reason
+
+
+def test_too_many_bad_samples_stop_the_run_and_name_the_shard(tmp_path, tokenizer):
+    members = {f"{i:05d}": sample(i) if i % 2 else {"jpg": b"x", "txt": b"a"} for i in range(300)}
+    write_tar(tmp_path / "broken.tar", members)
+    with pytest.raises(UserError, match=r"more than data.max_bad_fraction 0.1.*broken.tar"):
+        take(loader(tmp_path, tokenizer), 60)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_without_a_usable_sample_stop_the_run(tmp_path, tokenizer, workers):
+    write_tar(tmp_path / "a.tar", {f"{i}": {"jpg": b"text", "txt": b"a"} for i in range(5)})
+    with pytest.raises(UserError, match="gave no usable sample"):
+        take(loader(tmp_path, tokenizer, workers=workers), 1)
+
+
+def test_an_empty_shard_is_counted_and_the_others_are_read(tmp_path, tokenizer):
+    write_set(tmp_path, 2, 16)
+    (tmp_path / "999.tar").write_bytes(b"")
+    batches = take(loader(tmp_path, tokenizer), 4)
+    assert sorted(numbers(batches)) == list(range(32))
+    more = take(loader(tmp_path, tokenizer), 8)
+    assert sum(b["bad"].get("damaged shard", 0) for b in more) >= 1
+
+
+@pytest.mark.parametrize("cut", range(0, 9))
+def test_a_truncated_shard_never_pairs_an_image_with_another_caption(tmp_path, tokenizer, cut):
+    """Keys restart in every shard, so a half sample at the end of one could absorb the next one's caption."""
+    for s in range(3):
+        write_tar(tmp_path / f"{s}.tar", {f"{i:03d}": sample(s * 100 + i) for i in range(6)})
+    content = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(content[: 512 * (8 + cut) + (cut % 3) * 100])
+    dataset = build_eval_dataset(str(tmp_path), image_size=32)
+    originals = {i: build_one(tmp_path / "x", i) for i in [*range(6), *range(100, 106), *range(200, 206)]}
+    assert len(dataset) >= 12
+    for i in range(len(dataset)):
+        number = int(dataset[i]["captions"][0].rpartition(" ")[2])
+        assert (dataset[i]["image"] == originals[number]).all()
+
+
+def build_one(folder, number):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{number}.tar"
+    if not path.exists():
+        write_tar(path, {"000": sample(number)})
+    return build_eval_dataset(str(path), image_size=32)[0]["image"]
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_pickles_in_a_shard_are_never_opened(tmp_path, tokenizer):
+    payload = pickle.dumps(Payload(tmp_path / "executed"))
+    extras = {extension: payload for extension in ("pyd", "pkl", "pickle", "pth", "npy")}
+    write_tar(tmp_path / "a.tar", {f"{i:03d}": sample(i) | extras for i in range(8)})
+    assert sorted(numbers(take(loader(tmp_path, tokenizer), 1))) == list(range(8))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_missing_shards_are_named(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="no file matches"):
+        loader(tmp_path / "*.tar", tokenizer)
+    with pytest.raises(UserError, match="shard .*01.tar does not exist"):
+        write_tar(tmp_path / "00.tar", {"0": sample(0)})
+        loader(tmp_path / "{00..01}.tar", tokenizer)
+    with pytest.raises(UserError, match="holds no .tar shards"):
+        (tmp_path / "empty").mkdir()
+        loader(tmp_path / "empty", tokenizer)
+
+
+@pytest.mark.parametrize("spec", ["pipe:touch X", "https://host/a.tar", "s3://bucket/a.tar"])
+def test_addresses_never_reach_a_shell(spec, tokenizer):
+    with pytest.raises(UserError, match="only local shards"):
+        loader(spec, tokenizer)
+
+
+def test_a_brace_bomb_is_refused_before_it_is_expanded(tokenizer):
+    with pytest.raises(UserError, match="100,000,000 shards"):
+        loader("x{0..99999999}.tar", tokenizer)

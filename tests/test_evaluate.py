@@ -1,0 +1,113 @@
+"""Metrics against brute force, classifiers, and the same numbers for every number of ranks."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsclip.data import build_eval_dataset, load_tokenizer
+from dsclip.errors import UserError
+from dsclip.evaluate import classification_metrics, retrieval_metrics, zeroshot
+from dsclip.evaluate.templates import CIFAR, OPENAI, load_classnames, load_templates
+from dsclip.evaluate.zeroshot import build_classifier
+from dsclip.losses import SingleRank
+from dsclip.model import create_model
+
+
+def brute_force(image, text, owner) -> dict[str, float]:
+    scores = (image @ text.T).tolist()
+    images, captions = range(len(image)), range(len(text))
+    result = {}
+    for k in (1, 5, 10):
+        found = [sorted(captions, key=lambda c: (-scores[i][c], c))[:k] for i in images]
+        result[f"image_to_text_recall@{k}"] = sum(any(owner[c] == i for c in found[i]) for i in images) / len(image)
+        found = [sorted(images, key=lambda i: (-scores[i][c], i))[:k] for c in captions]
+        result[f"text_to_image_recall@{k}"] = sum(owner[c] in found[c] for c in captions) / len(text)
+    return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(images=st.integers(1, 14), extra=st.integers(0, 20), levels=st.integers(1, 4), seed=st.integers(0, 10**6))
+def test_recall_equals_brute_force_with_ties_and_several_captions(images, extra, levels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    owner = torch.cat([torch.arange(images), torch.randint(0, images, (extra,), generator=generator)]).sort().values
+    # Few integer levels in two dimensions: many exact ties.
+    image = torch.randint(-levels, levels + 1, (images, 2), generator=generator).float()
+    text = torch.randint(-levels, levels + 1, (len(owner), 2), generator=generator).float()
+    metrics = retrieval_metrics(image, text, owner)
+    for name, value in brute_force(image, text, owner.tolist()).items():
+        assert metrics[name] == pytest.approx(value), name
+    assert (metrics["images"], metrics["captions"]) == (images, len(owner))
+
+
+def test_chunks_do_not_change_recall(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(23, 4, generator=generator), torch.randn(50, 4, generator=generator)
+    owner = torch.arange(50) % 23
+    whole = retrieval_metrics(image, text, owner)
+    monkeypatch.setattr(importlib.import_module("dsclip.evaluate.retrieval"), "CHUNK", 7)
+    assert retrieval_metrics(image, text, owner) == whole
+
+
+def test_classification_metrics_of_a_hand_made_case():
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0, 5, 4, 3, 2, 1], [5, 4, 3, 2, 1, 0], [9, 4, 3, 2, 1, 0]])
+    metrics = classification_metrics(logits, torch.tensor([0, 1, 4, 5]))
+    assert metrics["top1"] == 0.5 and metrics["top5"] == 0.75
+    assert metrics["mean_per_class_recall"] == 0.5
+    balanced = classification_metrics(torch.eye(6)[[0, 0, 0, 1]], torch.tensor([0, 0, 0, 2]))
+    assert balanced["top1"] == 0.75 and balanced["mean_per_class_recall"] == 0.5
+
+
+def test_a_classifier_averages_unit_embeddings_over_templates(demo):
+    tokenizer = load_tokenizer("demo")
+    model = create_model("demo", vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
+    names, templates = ["red ring", "blue star", "green cross"], ["a {}", "there is a {}"]
+    with torch.no_grad():
+        ours = build_classifier(lambda t: model(None, t)[1], names, templates, tokenizer, SingleRank(), 32, batch_size=4)
+        for name, row in zip(names, ours, strict=True):
+            each = model(None, tokenizer([t.replace("{}", name) for t in templates], 32))[1]
+            mean = each.double().mean(dim=0)
+            torch.testing.assert_close(row.double(), mean / mean.norm(), atol=1e-6, rtol=1e-6)
+
+
+def test_the_published_template_sets_are_whole():
+    assert len(set(OPENAI)) == 80 and len(set(CIFAR)) == 18
+    assert all(t.count("{}") == 1 for t in OPENAI + CIFAR)
+    assert load_templates("openai") == OPENAI
+
+
+def test_names_and_templates_come_from_files_too(tmp_path):
+    (tmp_path / "names.txt").write_text("sea lion\n\ncat \n")
+    (tmp_path / "templates.txt").write_text("one {}\n")
+    assert load_classnames(str(tmp_path / "names.txt")) == ["sea lion", "cat"]
+    assert load_templates(str(tmp_path / "templates.txt")) == ["one {}"]
+    with pytest.raises(UserError, match="is no file"):
+        load_templates("openay")
+    with pytest.raises(UserError, match="has no {} where"):
+        load_templates(["a photo"])
+
+
+class Constant:
+    """An encoder that gives every input the same embedding."""
+
+    def __call__(self, batch):
+        return torch.ones(len(batch), 4) / 2
+
+
+def test_missing_labels_and_names_are_explained(demo):
+    tokenizer, dataset = load_tokenizer("demo"), build_eval_dataset("demo:val", image_size=64, max_samples=8)
+    options = dict(context_length=32, batch_size=4)
+    with pytest.raises(UserError, match="there are 2 class names"):
+        zeroshot(Constant(), Constant(), dataset, tokenizer, SingleRank(), classnames=["a", "b"], **options)
+    dataset.classes = None
+    with pytest.raises(UserError, match="needs class names"):
+        zeroshot(Constant(), Constant(), dataset, tokenizer, SingleRank(), **options)
+
+
+def test_metrics_are_json(demo):
+    tokenizer, dataset = load_tokenizer("demo"), build_eval_dataset("demo:val", image_size=64, max_samples=8)
+    metrics = zeroshot(Constant(), Constant(), dataset, tokenizer, SingleRank(), context_length=32, batch_size=3)
+    assert json.loads(json.dumps(metrics))["samples"] == 4
