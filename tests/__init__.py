@@ -1,0 +1,1 @@
+"""Tests of dsclip, one file a stage."""

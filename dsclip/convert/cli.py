@@ -47,7 +47,9 @@ def _convert(arguments: argparse.Namespace) -> tuple[dict, str]:
 def largest_difference(checkpoint: Checkpoint, folder: Path, samples: int = 4) -> float:
     """Largest absolute difference between dsclip's float32 embeddings and those of the folder in `transformers`."""
     from transformers import CLIPModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     c = checkpoint.config
     ours = Clip(c)
     ours.load_state_dict(checkpoint.state_dict)

@@ -2,56 +2,42 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
+import os
+import socket
 from datetime import timedelta
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import set_z3_leaf_modules
 
 from dsclip.config.schema import OptimSection
 from dsclip.engine.collectives import launched_ranks
+from dsclip.engine.quiet_deepspeed import deepspeed
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig, Stage
 
 
 def init_distributed(timeout_minutes: float = 30) -> torch.device:
     """Joins the ranks of the job (gloo on CPU, NCCL on CUDA) and returns this rank's device. Safe to call twice."""
-    quiet_dependencies()
     _, _, local_rank = launched_ranks()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes), **_single_process_address()
-        )
+        _address_of_a_single_process()
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes))
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _single_process_address() -> dict:
-    """Plain `python launchers/train.py` has no launcher to set the rendezvous; one rank needs none."""
+def _address_of_a_single_process() -> None:
+    """Plain `python launchers/train.py` has no launcher that sets the rendezvous; one rank needs none."""
     _, world_size, _ = launched_ranks()
     if world_size > 1:
-        return {}
-    import os
-    import socket
-
+        return
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    for key, value in defaults.items():
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for key, value in address.items():
         os.environ.setdefault(key, value)
-    return {}
-
-
-def quiet_dependencies() -> None:
-    """DeepSpeed's INFO lines and torch's repeated deprecation warnings bury what a user wants to read."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.*|deepspeed.*")
-    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor|_base).*")
 
 
 def build_model(config: ClipConfig, ds_config: dict, seed: int, state_dict: dict | None = None) -> Clip:
@@ -78,7 +64,7 @@ def build_model(config: ClipConfig, ds_config: dict, seed: int, state_dict: dict
 def initialize(model: Clip, ds_config: dict, optim: OptimSection):
     """The DeepSpeed engine around the model, with every stage a ZeRO-3 leaf module."""
     if ds_config["zero_optimization"]["stage"] == 3:
-        set_z3_leaf_modules(model, [Stage])
+        deepspeed.utils.set_z3_leaf_modules(model, [Stage])
     optimizer = _adamw(model, ds_config, optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     return engine

@@ -20,9 +20,11 @@ def full_precision_weights(folder: Path) -> dict[str, Tensor]:
     if bf16_shards := list(files.glob("bf16_zero_*optim_states.pt")):
         if "zero_stage" not in _load(bf16_shards[0])["optimizer_state_dict"]:
             return _from_bf16_optimizer(files, bf16_shards)
+    import dsclip.engine.quiet_deepspeed  # noqa: F401  (takes seconds, and evaluation of a HF folder does without)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints every step it takes
+    # It prints every step it takes, and two progress bars.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=DEEPSPEED_TAG)
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 

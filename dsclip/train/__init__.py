@@ -1,0 +1,1 @@
+"""A training run: loop, evaluation on the way, and what people see of it."""

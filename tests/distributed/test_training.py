@@ -1,0 +1,203 @@
+"""Whole runs with the real launchers: every DeepSpeed configuration, resume, and what bad input does."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CLIPModel
+
+from dsclip.checkpoint import read_checkpoint
+from dsclip.convert.cli import largest_difference
+from tests.distributed.launch import REPOSITORY, run_command
+from tests.shard_files import sample, write_set, write_tar
+
+BIN = Path(sys.executable).parent
+SMALL = [
+    "batch.global_batch_size=32", "model.vision_layers=2", "model.text_layers=1", "train.log_every=1", "train.steps=6",
+    "optim.warmup_steps=2", "eval.max_samples=40", "eval.batch_size=20", "eval.every_steps=3", "train.save_every=3",
+]  # fmt: skip
+
+
+def deepspeed(*arguments, ranks=2, port=29600, ds_config="zero3_bf16", timeout_s=240, **environment):
+    launcher = [str(BIN / "deepspeed"), f"--master_port={port}", "--num_gpus", str(ranks)]
+    path = ds_config if "/" in str(ds_config) else f"ds_configs/{ds_config}.json"
+    command = [*launcher, "launchers/train.py", "--ds_config", str(path), *map(str, arguments)]
+    path = f"{BIN}:/usr/local/bin:/usr/bin:/bin"
+    return run_command(command, timeout_s=timeout_s, PATH=path, **environment)
+
+
+def torchrun(*arguments, ranks=2, ds_config="zero3_bf16"):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return run_command([*launcher, "launchers/train.py", "--ds_config", f"ds_configs/{ds_config}.json", *map(str, arguments)])
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {m["step"]: m["loss"] for m in metrics(run) if "loss" in m}
+
+
+@pytest.fixture(scope="module")
+def finished(demo, tmp_path_factory):
+    """One whole run of the demo under `deepspeed` on two ranks, ZeRO-3."""
+    output = tmp_path_factory.mktemp("runs")
+    done = deepspeed(*SMALL, f"train.output={output}", "train.name=whole")
+    assert done.returncode == 0, done.stdout
+    return output / "whole", done.stdout
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    run, output = finished
+    for name in ("config.yaml", "ds_config.json", "metrics.jsonl", "summary.md", "summary.json", "hf/model.safetensors"):
+        assert (run / name).is_file(), name
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"steps", "samples", "seconds", "loss", "eval", "checkpoint", "hf_export"} <= summary.keys()
+    assert (summary["steps"], summary["samples"]) == (6, 192)
+    assert 0 <= summary["eval"]["zeroshot"]["top1"] <= 1 and "text_to_image_recall@10" in summary["eval"]["retrieval"]
+    assert "zero-shot top-1" in output and "tools/convert_hf.py" in output
+
+
+def test_everything_is_logged(finished):
+    run, _ = finished
+    logged = [m for m in metrics(run) if "loss" in m]
+    assert [m["step"] for m in logged] == [1, 2, 3, 4, 5, 6]
+    for m in logged:
+        for key in ("samples", "logit_scale", "lr", "grad_norm", "samples_per_second", "data_wait", "memory_gb",
+                    "accuracy_image_to_text", "accuracy_text_to_image", "skipped_steps", "bad_samples"):  # fmt: skip
+            assert math.isfinite(m[key]), key
+    events = EventAccumulator(str(run / "tb"))
+    events.Reload()
+    assert len(events.Scalars("train/loss")) == 6
+    assert set(events.Tags()["images"]) == {"eval/retrieval", "eval/similarity"}
+
+
+def test_the_converted_checkpoint_of_two_zero3_ranks_computes_the_same(finished):
+    run, _ = finished
+    assert largest_difference(read_checkpoint(run), run / "hf", samples=8) <= 1e-5
+    assert CLIPModel.from_pretrained(run / "hf").logit_scale.item() == pytest.approx(math.log(read_checkpoint(run).logit_scale))
+
+
+def test_resume_auto_continues_with_the_same_curve(finished):
+    run, _ = finished
+    first = deepspeed(*SMALL, f"train.output={run.parent}", "train.name=parts", "data.workers=2", "--resume", "auto")
+    assert first.returncode == 0, first.stdout
+    whole = losses(run.parent / "parts")
+    # A second run of the same recipe is cut after its first checkpoint, then continued.
+    parts = run.parent / "parts"
+    for name in ("step_00000006",):
+        for file in sorted((parts / "checkpoints" / name).rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+    again = deepspeed(*SMALL, f"train.output={run.parent}", "train.name=parts", "data.workers=2", "--resume", "auto")
+    assert again.returncode == 0, again.stdout
+    assert losses(parts) == whole and len(whole) == 6
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(finished):
+    run, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    done = deepspeed(*SMALL, f"train.output={run.parent}", "train.name=whole")
+    assert done.returncode != 0
+    assert "exists already. Continue it with --resume auto, or choose another folder with train.name=NAME" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_another_number_of_ranks_is_refused_on_resume_with_what_to_do(finished):
+    run, _ = finished
+    done = torchrun(*SMALL, f"train.output={run.parent}", "train.name=whole", "--resume", "auto", ranks=1)
+    assert "was written by 2 ranks and this run has 1" in done.stdout and "model.init=" in done.stdout
+
+
+@pytest.mark.parametrize("ds_config", ["zero1_bf16", "zero2_bf16", "zero3_offload_bf16"])
+def test_every_deepspeed_configuration_runs_the_demo(ds_config, finished, tmp_path):
+    reference = losses(finished[0])
+    done = torchrun(*SMALL, "train.export_hf=false", f"train.output={tmp_path}", ds_config=ds_config)
+    assert done.returncode == 0, done.stdout
+    ours = losses(tmp_path / "demo")
+    assert ours[1] == pytest.approx(reference[1], rel=0.05) and ours[6] < ours[1]
+
+
+def test_accumulation_gives_the_same_curve(finished, tmp_path):
+    done = torchrun(
+        *SMALL, "train.export_hf=false", f"train.output={tmp_path}", "batch.samples_per_forward=6", "batch.chunk_size=4"
+    )
+    assert done.returncode == 0, done.stdout
+    for step, loss in losses(tmp_path / "demo").items():
+        assert loss == pytest.approx(losses(finished[0])[step], rel=0.02)
+
+
+def test_a_run_can_start_from_a_converted_model(finished, tmp_path):
+    run, _ = finished
+    done = torchrun(
+        *SMALL, f"train.output={tmp_path}", f"model.init={run / 'hf'}", "train.export_hf=false", "train.steps=2"
+    )
+    assert done.returncode == 0, done.stdout
+    # The first batch again, with the weights after six steps: an untrained model gives ln 32 = 3.47 or more.
+    assert losses(tmp_path / "demo")[1] < losses(run)[1] - 0.05
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(demo, tmp_path):
+    done = deepspeed(*SMALL, f"train.output={tmp_path}", "--dry-run")
+    assert done.returncode == 0, done.stdout
+    assert "2 ranks x 16 samples" in done.stdout and "Everything fits together" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("unknown recipe key", "unknown key `optim.lrr`. Did you mean `lr`"),
+        ("unknown DeepSpeed key", "unknown key `gradient_cliping`. Did you mean `gradient_clipping`"),
+        ("contradictory sizes", "`train_batch_size` is 64, but the recipe gives 32"),
+        ("missing shards", "no file matches"),
+        ("missing tokenizer", "give a folder with tokenizer.json"),
+        ("empty shard", "gave no usable sample"),
+        ("text files named jpg", "undecodable image"),
+        ("no checkpoint", "is no dsclip checkpoint"),
+    ],
+)
+def test_bad_input_ends_with_one_clear_sentence(case, message, demo, tmp_path):
+    run, arguments, ds_config = tmp_path / "runs", [], "zero3_bf16"
+    if case == "unknown recipe key":
+        arguments = ["optim.lrr=1"]
+    elif case in ("unknown DeepSpeed key", "contradictory sizes"):
+        ds_config = tmp_path / "ds.json"
+        content = json.loads((REPOSITORY / "ds_configs" / "zero3_bf16.json").read_text())
+        content |= {"gradient_cliping": 1.0} if "unknown" in case else {"train_batch_size": 64}
+        ds_config.write_text(json.dumps(content))
+    elif case == "missing shards":
+        arguments = [f"data.train_shards={tmp_path}/*.tar"]
+    elif case == "missing tokenizer":
+        arguments = [f"data.tokenizer={tmp_path}/tokenizer"]
+    elif case == "empty shard":
+        (tmp_path / "0.tar").write_bytes(b"")
+        arguments = [f"data.train_shards={tmp_path}/0.tar"]
+    elif case == "text files named jpg":
+        write_tar(tmp_path / "0.tar", {f"{i}": {"jpg": b"text", "txt": b"a"} for i in range(40)})
+        arguments = [f"data.train_shards={tmp_path}/0.tar"]
+    elif case == "no checkpoint":
+        arguments = ["--resume", str(tmp_path)]
+    done = deepspeed(*SMALL, *arguments, f"train.output={run}", ds_config=ds_config)
+    assert done.returncode != 0
+    assert message in done.stdout, done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_a_truncated_shard_is_counted_and_the_run_goes_on(demo, tmp_path):
+    write_set(tmp_path / "shards", 2, 40)
+    shard = tmp_path / "shards" / "000.tar"
+    shard.write_bytes(shard.read_bytes()[:30_123])
+    write_tar(tmp_path / "shards" / "002.tar", {"x": sample(1) | {"jpg": b"text"}})
+    done = torchrun(
+        *SMALL, f"train.output={tmp_path}", f"data.train_shards={tmp_path}/shards", "eval.zeroshot_shards=null",
+        "eval.retrieval_shards=null", "train.export_hf=false",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    last = metrics(tmp_path / "demo")[-1]
+    assert last["bad_samples/damaged shard"] >= 1 and last["bad_samples/undecodable image"] >= 1

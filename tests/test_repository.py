@@ -1,0 +1,61 @@
+"""The code base keeps its own rules: layout, imports, sizes."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(p for folder in ("dsclip", "launchers", "tools", "tests") for p in (ROOT / folder).rglob("*.py"))
+PACKAGE = [p for p in SOURCES if p.is_relative_to(ROOT / "dsclip")]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=env)
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of all modules that a file imports, also within functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(
+    "module, folders",
+    [("deepspeed", {"engine"}), ("webdataset", {"data"}), ("transformers", {"data", "convert", "evaluate"})],
+)
+def test_dependencies_stay_in_their_rooms(module, folders):
+    users = {p.relative_to(ROOT / "dsclip").parts[0] for p in PACKAGE if module in imported(p)}
+    assert users and users <= folders
+
+
+def test_importing_every_module_does_nothing_visible():
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in PACKAGE]
+    code = f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_files_are_small_and_documented(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 330
+    if text.strip():
+        assert ast.get_docstring(ast.parse(text)), "says nothing about what it is for"
+
+
+def test_every_launcher_and_tool_says_how_to_run_it():
+    for path in [*(ROOT / "launchers").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        assert f"{path.parent.name}/{path.name}" in ast.get_docstring(ast.parse(path.read_text()))
+        done = run(str(path), "--help")
+        assert done.returncode == 0 and "example" in done.stdout, done.stderr

@@ -1,0 +1,140 @@
+"""What people see: progress, metrics on disk, pictures, the summary; and the learning-rate schedule."""
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dsclip.config.schema import OptimSection
+from dsclip.engine.schedule import learning_rate
+from dsclip.train.metrics_log import MetricsLog
+from dsclip.train.pictures import RIGHT, retrieval_grid, similarity_matrix
+from dsclip.train.progress import Progress, describe, format_seconds
+from dsclip.train.summary import console_summary, write_summary
+
+METRICS = {
+    "loss": 2.3145, "accuracy": 0.41, "logit_scale": 14.93, "lr": 5e-4, "grad_norm": 0.8, "samples_per_second": 310.4,
+    "data_wait": 0.02, "skipped_steps": 0, "bad_samples": 0,
+}  # fmt: skip
+SUMMARY = {
+    "steps": 400, "samples": 102400, "seconds": 187.0, "loss": 0.52,
+    "eval": {
+        "zeroshot": {"top1": 0.91, "top5": 1.0, "samples": 300, "classes": 48},
+        "retrieval": {f"{way}_recall@{k}": k / 20 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)},
+    },
+    "checkpoint": "runs/demo/checkpoints/step_00000400", "hf_export": "runs/demo/hf", "samples_per_second": 547.6,
+    "skipped_steps": 1, "bad_samples": {"no caption": 3}, "samples_read": 102403,
+}  # fmt: skip
+
+
+def test_lines_without_a_terminal_show_progress_and_metrics():
+    stream = io.StringIO()
+    progress = Progress(200, 100, True, stream)
+    progress.update(101, METRICS)
+    progress.update(102, METRICS)  # within a few seconds of the line before: not shown
+    progress.message("saved")
+    progress.update(200, METRICS)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3 and lines[1] == "saved"
+    assert lines[0].startswith("step 101/200 · 50% · ETA ")
+    assert "loss 2.314 · acc 41% · scale 14.9 · lr 5.0e-04 · grad 0.80 · 310 samples/s · wait 2%" in lines[0]
+
+
+def test_problems_are_shown_only_when_there_are_any():
+    assert "skipped" not in describe(METRICS)
+    assert describe(METRICS | {"skipped_steps": 2, "bad_samples": 5}).endswith("2 steps skipped · 5 bad samples")
+
+
+def test_other_ranks_are_silent():
+    stream = io.StringIO()
+    Progress(10, 0, False, stream).update(10, METRICS)
+    assert stream.getvalue() == ""
+
+
+def test_durations_are_readable():
+    assert [format_seconds(s) for s in (5, 187, 18720, 273600)] == ["5s", "3m07s", "5h12m", "3d04h"]
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(run_dir):
+    accumulator = EventAccumulator(str(run_dir / "tb"))
+    accumulator.Reload()
+    return accumulator
+
+
+def test_metrics_reach_jsonl_and_tensorboard(tmp_path):
+    log = MetricsLog(tmp_path, True)
+    log.log(10, {"loss": 1.5, "samples_per_second": 99.0, "eval/zeroshot/top1": 0.25})
+    log.log(20, {"loss": float("nan")})
+    log.text("recipe", "lr: 1")
+    log.image("eval/similarity", similarity_matrix(np.eye(4)), 20)
+    log.close()
+    assert lines(tmp_path)[0] == {"step": 10, "loss": 1.5, "samples_per_second": 99.0, "eval/zeroshot/top1": 0.25}
+    assert lines(tmp_path)[1] == {"step": 20, "loss": None}
+    found = events(tmp_path)
+    assert [(e.step, e.value) for e in found.Scalars("train/loss")][0] == (10, 1.5)
+    assert found.Scalars("speed/samples_per_second")[0].value == 99.0
+    assert found.Scalars("eval/zeroshot/top1")[0].value == 0.25
+    assert found.Tags()["images"] == ["eval/similarity"] and "recipe/text_summary" in found.Tags()["tensors"]
+
+
+def test_a_resumed_log_does_not_overlap(tmp_path):
+    log = MetricsLog(tmp_path, True)
+    for step in (10, 20, 30):
+        log.log(step, {"loss": float(step)})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 40, "lo')  # a crash in the middle of a line
+    log = MetricsLog(tmp_path, True, start_step=20)
+    log.log(30, {"loss": 0.5})
+    log.close()
+    assert [(e["step"], e["loss"]) for e in lines(tmp_path)] == [(10, 10.0), (20, 20.0), (30, 0.5)]
+    assert [(e.step, e.value) for e in events(tmp_path).Scalars("train/loss")] == [(10, 10.0), (20, 20.0), (30, 0.5)]
+
+
+def pixels_of(picture, colour) -> int:
+    return int((picture == np.array(colour)).all(axis=2).sum())
+
+
+def test_the_retrieval_grid_marks_the_right_image():
+    images = np.random.default_rng(0).integers(0, 256, (6, 3, 16, 16), dtype=np.uint8)
+    captions = ["a caption " * 30, "", "Zürich 日本", "x", "y", "z"]
+    right = retrieval_grid(images, captions, np.eye(6), rows=6)
+    wrong = retrieval_grid(images, captions, -np.eye(6), rows=6)  # the own image comes last, beyond the shown five
+    assert right.dtype == np.uint8 and right.ndim == 3
+    assert pixels_of(right, RIGHT) > 1000 and pixels_of(wrong, RIGHT) == 0
+    assert retrieval_grid(images[:1], captions[:1], np.eye(1)).shape[2] == 3
+
+
+def test_the_similarity_matrix_has_a_dark_diagonal():
+    picture = similarity_matrix(np.eye(8)).astype(int).sum(axis=2)
+    inner = picture[44 : 44 + 512, 44 : 44 + 512]
+    assert inner[32, 32] < 300 < inner[32, 96]
+
+
+def test_the_summary_states_results_and_what_to_do_next(tmp_path):
+    write_summary(tmp_path, SUMMARY)
+    assert json.loads((tmp_path / "summary.json").read_text()) == SUMMARY
+    text, console = (tmp_path / "summary.md").read_text(), console_summary(SUMMARY, tmp_path)
+    for shown in ("91.0%", "3m07s", "3 no caption", "tools/convert_hf.py runs/demo/checkpoints/step_00000400"):
+        assert shown in text
+    assert "zero-shot top-1 91.0% over 48 classes, 300 images" in console
+    assert "text to image recall@1/5/10 5.0% / 25.0% / 50.0%" in console
+    assert "tensorboard --logdir" in console
+
+
+def test_the_schedule_warms_up_and_falls():
+    optim = OptimSection(lr=1.0, warmup_steps=10, min_lr=0.1)
+    rates = [learning_rate(s, 110, optim) for s in range(111)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(50, 110, replace(optim, schedule="constant")) == 1.0
+    assert learning_rate(35, 110, replace(optim, min_lr=0.0)) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
