@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,15 @@ def read_shard(path: Path, bad: dict[str, int]) -> Iterator[RawSample]:
         return
     if members:
         yield RawSample(shard, key, members)
+    if not _has_end_marker(path):
+        bad["damaged shard"] = bad.get("damaged shard", 0) + 1
+
+
+def _has_end_marker(path: Path) -> bool:
+    """Whether a tar ends with its two zero blocks. tarfile takes a cut within a header for the regular end."""
+    with path.open("rb") as stream:
+        stream.seek(-min(1024, path.stat().st_size), os.SEEK_END)
+        return stream.read() == bytes(1024)
 
 
 def _is_member(name: str) -> bool:
