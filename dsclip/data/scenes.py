@@ -13,7 +13,7 @@ COLOURS = {
     "purple": (150, 60, 190), "orange": (245, 140, 30), "white": (240, 240, 240), "cyan": (60, 210, 220),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.17, "large": 0.28}  # half the extent, as a share of the picture
+SIZES = {"small": 0.15, "large": 0.26}  # half the extent, as a share of the picture
 POSITIONS = {
     "top left": (0.28, 0.28), "top right": (0.72, 0.28), "centre": (0.5, 0.5),
     "bottom left": (0.28, 0.72), "bottom right": (0.72, 0.72),

@@ -15,12 +15,14 @@ DEEPSPEED_TAG = "deepspeed"  # folder of DeepSpeed's own files within a checkpoi
 
 def full_precision_weights(folder: Path) -> dict[str, Tensor]:
     """The float32 master weights of a checkpoint by dsclip's names. The folder must have been verified."""
+    # Before the first file is opened, which imports DeepSpeed; here, because evaluating a HuggingFace folder needs none.
+    import dsclip.engine.quiet_deepspeed  # noqa: F401
+
     files = folder / DEEPSPEED_TAG
     # ZeRO-1 with float32 accumulation runs DeepSpeed's BF16_Optimizer, whose files zero_to_fp32 doesn't know.
     if bf16_shards := list(files.glob("bf16_zero_*optim_states.pt")):
         if "zero_stage" not in _load(bf16_shards[0])["optimizer_state_dict"]:
             return _from_bf16_optimizer(files, bf16_shards)
-    import dsclip.engine.quiet_deepspeed  # noqa: F401  (takes seconds, and evaluation of a HF folder does without)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # It prints every step it takes, and two progress bars.

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -81,6 +83,48 @@ def test_the_converted_checkpoint_of_two_zero3_ranks_computes_the_same(finished)
     run, _ = finished
     assert largest_difference(read_checkpoint(run), run / "hf", samples=8) <= 1e-5
     assert CLIPModel.from_pretrained(run / "hf").logit_scale.item() == pytest.approx(math.log(read_checkpoint(run).logit_scale))
+
+
+def tool(script: str, *arguments) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"} | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=env)
+
+
+def test_tools_print_one_json_object_and_nothing_else(finished, tmp_path):
+    run, _ = finished
+    done = tool("tools/convert_hf.py", run, tmp_path / "hf", "--dtype", "fp32", "--json")
+    assert json.loads(done.stdout)["max_difference"] <= 1e-5, done.stderr
+    results = []
+    for model in (run, tmp_path / "hf"):
+        done = tool("launchers/evaluate.py", "--model", model, "--task", "zeroshot", "--data", "demo:val", "--json")
+        results.append(json.loads(done.stdout)["metrics"])
+    assert results[0] == results[1] and results[0]["samples"] == 300
+
+
+@pytest.mark.parametrize("task", ["zeroshot", "retrieval"])
+def test_evaluation_gives_the_same_on_one_and_three_ranks(task, finished):
+    options = ["--model", finished[0], "--task", task, "--data", "demo:val", "--batch-size", "37", "--json"]
+    alone = json.loads(tool("launchers/evaluate.py", *options).stdout)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    done = run_command([*launcher, "launchers/evaluate.py", *map(str, options)])
+    together = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "{tmp}", "--data", "demo:val"], "is no dsclip checkpoint"),
+        (["--model", "{run}", "--data", "{tmp}"], "holds no .tar shards"),
+        (["--model", "{run}", "--data", "demo:val", "--templates", "nowhere"], "nowhere is no file"),
+        (["--model", "{run}", "--data", "demo:val", "--tokenizer", "/nowhere/t"], "no tokenizer at /nowhere/t"),
+    ],
+)
+def test_wrong_evaluation_input_is_explained(arguments, message, finished, tmp_path):
+    filled = [a.replace("{tmp}", str(tmp_path)).replace("{run}", str(finished[0])) for a in arguments]
+    done = tool("launchers/evaluate.py", "--task", "zeroshot", *filled)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_resume_auto_continues_with_the_same_curve(finished):
