@@ -18,7 +18,9 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
         epilog=f"example:\n  {example}\n\nexit codes: 0 done, 1 failed, 2 wrong input",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
+    made.add_argument(
+        "--json", action="store_true", help="print one JSON object on standard output, all else on standard error"
+    )
     return made
 
 

@@ -22,7 +22,9 @@ def test_packaged_recipes_load_and_round_trip(name, tmp_path):
 
 def test_defaults_file_and_overrides_are_applied_in_that_order(tmp_path):
     path = recipe_file(tmp_path, "optim: {lr: 1e-3, warmup_steps: 5}\n")
-    recipe = load_recipe(path, ["optim.lr=2e-4", "train.name=x1", "eval.zeroshot_shards=[a.tar, b.tar]", "train.seed=7"])
+    recipe = load_recipe(
+        path, ["optim.lr=2e-4", "train.name=x1", "eval.zeroshot_shards=[a.tar, b.tar]", "train.seed=7"]
+    )
     assert (recipe.optim.lr, recipe.optim.warmup_steps, recipe.train.name, recipe.train.seed) == (2e-4, 5, "x1", 7)
     assert recipe.eval.zeroshot_shards == ["a.tar", "b.tar"]
     assert recipe.optim.beta2 == Recipe().optim.beta2

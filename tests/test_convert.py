@@ -63,7 +63,11 @@ def differences(model: Clip, theirs: CLIPModel) -> tuple[float, float, float]:
     image, text = model(images, tokens)
     output = theirs.eval()(input_ids=tokens, pixel_values=images)
     logits = SCALE * image @ text.T
-    pairs = ((image, output.image_embeds), (text, output.text_embeds), (logits / SCALE, output.logits_per_image / SCALE))
+    pairs = (
+        (image, output.image_embeds),
+        (text, output.text_embeds),
+        (logits / SCALE, output.logits_per_image / SCALE),
+    )
     return tuple((a - b).abs().max().item() for a, b in pairs)
 
 
@@ -77,7 +81,9 @@ def test_transformers_computes_the_same(preset, demo, tmp_path):
     assert not list((tmp_path / "hf").glob("*.bin"))
 
 
-@pytest.mark.parametrize("field, value", [("hidden_act", "quick_gelu"), ("num_attention_heads", 2), ("layer_norm_eps", 1e-3)])
+@pytest.mark.parametrize(
+    "field, value", [("hidden_act", "quick_gelu"), ("num_attention_heads", 2), ("layer_norm_eps", 1e-3)]
+)
 def test_a_wrong_configuration_would_be_noticed(field, value, demo, tmp_path):
     model = perturbed(small("demo"))
     export_hf(checkpoint_of(model, demo), tmp_path / "hf")
@@ -206,7 +212,9 @@ def test_weights_that_do_not_fit_are_named(demo, tmp_path):
     with pytest.raises(UserError, match="of another shape: text.blocks.0.attn.out.bias"):
         load_init(tmp_path / "hf", small("demo", text_width=64, text_heads=4))
     with pytest.raises(UserError, match="unexpected: text.blocks.1"):
-        load_init(tmp_path / "hf", resolve_preset("demo", text_layers=1, vision_layers=2, vocab_size=612, eot_token_id=611))
+        load_init(
+            tmp_path / "hf", resolve_preset("demo", text_layers=1, vision_layers=2, vocab_size=612, eot_token_id=611)
+        )
     with pytest.raises(UserError, match="set model.activation=gelu"):
         load_init(tmp_path / "hf", replace(model.config, activation="quick_gelu"))
     with pytest.raises(UserError, match="no such file or folder"):

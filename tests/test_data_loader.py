@@ -31,7 +31,11 @@ def take(batches, count):
 
 
 def fingerprint(batch) -> str:
-    parts = (batch["images"].numpy().tobytes(), batch["tokens"].numpy().tobytes(), batch["sample_ids"].numpy().tobytes())
+    parts = (
+        batch["images"].numpy().tobytes(),
+        batch["tokens"].numpy().tobytes(),
+        batch["sample_ids"].numpy().tobytes(),
+    )
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -49,7 +53,11 @@ def test_batches_have_the_promised_shapes(tmp_path, tokenizer):
 @pytest.mark.parametrize("shards, world_size", [(8, 4), (2, 4)], ids=["whole shards", "single samples"])
 def test_an_epoch_shows_every_sample_once_over_all_ranks(tmp_path, tokenizer, shards, world_size):
     write_set(tmp_path, shards, 64 // shards)
-    seen = [n for rank in range(world_size) for n in numbers(take(loader(tmp_path, tokenizer, rank=rank, world_size=world_size), 2))]
+    seen = [
+        n
+        for rank in range(world_size)
+        for n in numbers(take(loader(tmp_path, tokenizer, rank=rank, world_size=world_size), 2))
+    ]
     assert sorted(seen) == list(range(64))
 
 
@@ -67,7 +75,9 @@ def test_order_follows_the_seed_and_changes_with_the_epoch(tmp_path, tokenizer):
 def test_a_resumed_loader_gives_exactly_the_next_batches(tmp_path, tokenizer, workers, stop):
     """64 samples in batches of 8: 9 batches cross the border of an epoch. Every 9th image is broken."""
     for s in range(4):
-        broken = {f"{i:05d}": sample(i, 3) | ({"jpg": b"no image"} if i % 9 == 0 else {}) for i in range(s * 16, s * 16 + 16)}
+        broken = {
+            f"{i:05d}": sample(i, 3) | ({"jpg": b"no image"} if i % 9 == 0 else {}) for i in range(s * 16, s * 16 + 16)
+        }
         write_tar(tmp_path / f"{s}.tar", broken)
     options = dict(workers=workers, max_bad_fraction=0.5)
     whole = take(loader(tmp_path, tokenizer, **options), stop + 8)
@@ -110,7 +120,14 @@ def test_bad_samples_are_skipped_and_counted_by_reason(tmp_path, tokenizer):
             counts[reason] = counts.get(reason, 0) + n
     second_pass = sum(b["read"] for b in found) - 38
     assert second_pass >= 22  # the second batch read most of another pass
-    for reason in ("undecodable image", "no caption", "no image", "empty caption", "unreadable caption", "too many pixels"):
+    for reason in (
+        "undecodable image",
+        "no caption",
+        "no image",
+        "empty caption",
+        "unreadable caption",
+        "too many pixels",
+    ):
         assert counts.get(reason, 0) >= 1, reason
 
 

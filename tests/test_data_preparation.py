@@ -21,7 +21,11 @@ from tests.shard_files import jpeg
 
 
 def digests(folder) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 def test_the_demo_is_the_same_bytes_for_the_same_seed(tmp_path):
@@ -43,7 +47,11 @@ def test_held_out_combinations_never_occur_in_training(demo):
 
 def test_manifests_tell_size_and_hash_of_every_shard(demo):
     manifest = read_manifest(resolve_shards("demo:train"))
-    assert manifest["samples"] == sum(s["samples"] for s in manifest["shards"]) == len(list((demo / "train").glob("*.tar"))) * 1000
+    assert (
+        manifest["samples"]
+        == sum(s["samples"] for s in manifest["shards"])
+        == len(list((demo / "train").glob("*.tar"))) * 1000
+    )
     for shard in manifest["shards"]:
         content = (demo / "train" / shard["name"]).read_bytes()
         assert (shard["bytes"], shard["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
@@ -158,7 +166,10 @@ def test_the_command_prints_json_and_exits_with_two_for_wrong_input(tmp_path, ca
         make_shards_command([str(tmp_path / "p.zip"), str(tmp_path / "out"), "--json"])
     assert done.value.code == 0
     assert json.loads(capsys.readouterr().out)["samples"] == {"all": 20}
-    for source, message in ((tmp_path / "p.zip", "holds shards already"), (tmp_path / "nowhere", "neither a folder nor a zip")):
+    for source, message in (
+        (tmp_path / "p.zip", "holds shards already"),
+        (tmp_path / "nowhere", "neither a folder nor a zip"),
+    ):
         with pytest.raises(SystemExit) as done:
             make_shards_command([str(source), str(tmp_path / "out")])
         assert done.value.code == 2 and message in capsys.readouterr().err

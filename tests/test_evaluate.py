@@ -66,7 +66,9 @@ def test_a_classifier_averages_unit_embeddings_over_templates(demo):
     model = create_model("demo", vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
     names, templates = ["red ring", "blue star", "green cross"], ["a {}", "there is a {}"]
     with torch.no_grad():
-        ours = build_classifier(lambda t: model(None, t)[1], names, templates, tokenizer, SingleRank(), 32, batch_size=4)
+        ours = build_classifier(
+            lambda t: model(None, t)[1], names, templates, tokenizer, SingleRank(), 32, batch_size=4
+        )
         for name, row in zip(names, ours, strict=True):
             each = model(None, tokenizer([t.replace("{}", name) for t in templates], 32))[1]
             mean = each.double().mean(dim=0)

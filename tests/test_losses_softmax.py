@@ -20,9 +20,7 @@ def reference(image, text, log_scale):
     image, text, log_scale = (x.detach().double().requires_grad_() for x in (image, text, log_scale))
     logits = log_scale.exp() * image @ text.T
     target = torch.arange(len(image))
-    loss = (
-        torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)
-    ) / 2
+    loss = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
     loss.backward()
     return loss.detach(), image.grad, text.grad, log_scale.grad
 
@@ -35,8 +33,10 @@ class ThreadRanks:
 
     def run(self, function):
         results = [None] * self.world_size
+
         def work(rank):
             results[rank] = function(ThreadRank(self, rank))
+
         threads = [threading.Thread(target=work, args=(r,)) for r in range(self.world_size)]
         [t.start() for t in threads]
         [t.join() for t in threads]

@@ -79,9 +79,7 @@ def test_nothing_after_the_end_token_matters():
     short = tokens.clone()
     short[:, 12:] = 0
     # The tower sees 16 tokens (the longest caption has 12) and gives what it would give on the whole context.
-    uncut = model.text(
-        (short,), False, (), (((short == 59).int().argmax(dim=1),),)
-    )[0]
+    uncut = model.text((short,), False, (), (((short == 59).int().argmax(dim=1),),))[0]
     torch.testing.assert_close(model(None, short)[1], uncut)
 
 

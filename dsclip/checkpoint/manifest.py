@@ -49,7 +49,10 @@ def checkpoint_files(folder: Path) -> list[str]:
 def write_manifest(folder: Path, state: dict, group: Collectives) -> None:
     """Collective. Ranks share the hashing; rank 0 writes the manifest, which makes the folder a checkpoint."""
     names = checkpoint_files(folder)
-    mine = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in names[group.rank :: group.world_size]}
+    mine = {
+        n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)}
+        for n in names[group.rank :: group.world_size]
+    }
     entries = {name: entry for part in group.all_gather_object(mine) for name, entry in part.items()}
     if group.rank == 0:
         manifest = {"format": FORMAT, **state, "files": dict(sorted(entries.items()))}
@@ -66,7 +69,9 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a checkpoint folder. Raises UserError when it isn't one."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder} is no dsclip checkpoint: it has no {MANIFEST}. Give a folder such as runs/NAME/checkpoints/step_00001000.")
+        raise UserError(
+            f"{folder} is no dsclip checkpoint: it has no {MANIFEST}. Give a folder such as runs/NAME/checkpoints/step_00001000."
+        )
     try:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
@@ -101,4 +106,6 @@ def _refuse_foreign_classes(path: Path) -> None:
     except Exception as error:
         raise UserError(f"{path} is not a file that torch.save wrote ({error})") from error
     if foreign := found - ALLOWED_CLASSES:
-        raise UserError(f"{path} would run code when loaded: it refers to {', '.join(sorted(foreign))}. It was not opened.")
+        raise UserError(
+            f"{path} would run code when loaded: it refers to {', '.join(sorted(foreign))}. It was not opened."
+        )

@@ -64,7 +64,9 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint meant by `path`: itself, or the newest complete one of a run folder. Raises UserError."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path} is no folder; give a checkpoint such as runs/NAME/checkpoints/step_00001000, or runs/NAME")
+        raise UserError(
+            f"{path} is no folder; give a checkpoint such as runs/NAME/checkpoints/step_00001000, or runs/NAME"
+        )
     if (path / MANIFEST).is_file():
         return path
     for folder in (path / "checkpoints", path):
@@ -107,4 +109,6 @@ def _check_fits(manifest: dict, engine, path: Path, world_size: int) -> None:
         )
     ours = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(engine.config).items()}
     if different := [k for k in ours if ours[k] != manifest["model"].get(k) and k != "patch_dropout"]:
-        raise UserError(f"{path} holds another model: {', '.join(different)} differ. Resume with the recipe of that run.")
+        raise UserError(
+            f"{path} holds another model: {', '.join(different)} differ. Resume with the recipe of that run."
+        )

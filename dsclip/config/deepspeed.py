@@ -49,7 +49,9 @@ def load_ds_config(path: str | Path, recipe: Recipe, world_size: int) -> dict:
     config = _read_json(path)
     for key in config:
         if key not in KNOWN_KEYS:
-            raise UserError(f"{path}: unknown key `{key}`.{did_you_mean(key, KNOWN_KEYS)} DeepSpeed would ignore it silently.")
+            raise UserError(
+                f"{path}: unknown key `{key}`.{did_you_mean(key, KNOWN_KEYS)} DeepSpeed would ignore it silently."
+            )
         if key in REFUSED:
             raise UserError(f"{path}: remove `{key}`: {REFUSED[key]}.")
     _check_precision_and_stage(config, path)
@@ -107,7 +109,10 @@ def _sizes(config: dict, path: Path, recipe: Recipe, world_size: int) -> dict:
         "train_batch_size": (total, "batch.global_batch_size"),
         "train_micro_batch_size_per_gpu": (total // world_size, f"batch.global_batch_size / {world_size} ranks"),
         # dsclip accumulates itself, on the exact loss of the global batch.
-        "gradient_accumulation_steps": (1, "batch.samples_per_forward, which splits the batch exactly; it leaves this at"),
+        "gradient_accumulation_steps": (
+            1,
+            "batch.samples_per_forward, which splits the batch exactly; it leaves this at",
+        ),
     }
     for key, (value, origin) in expected.items():
         given = config.get(key, "auto")

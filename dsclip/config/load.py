@@ -45,7 +45,9 @@ class _StrictLoader(yaml.SafeLoader):
 
 # PyYAML follows YAML 1.1, where 1e-3 is a string and no/on/yes are booleans; both surprise everyone.
 _StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
@@ -76,7 +78,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def packaged_recipes() -> list[str]:
     """Names of the recipes that come with dsclip."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("dsclip.recipes").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("dsclip.recipes").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def parse_yaml(text: str, source: str):
@@ -158,7 +162,9 @@ def _convert(value, hint, name: str, source: str):
             continue
         elif isinstance(value, option):
             return value
-    wanted = " or ".join("null" if o is type(None) else str(o).replace("<class '", "").replace("'>", "") for o in options)
+    wanted = " or ".join(
+        "null" if o is type(None) else str(o).replace("<class '", "").replace("'>", "") for o in options
+    )
     raise UserError(f"{source}: `{name}` is {value!r}; it must be {wanted}")
 
 
@@ -184,7 +190,9 @@ def check_values(recipe: Recipe, source: str) -> None:
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
-            raise UserError(f"{source}: `{name}` is `{value}`.{did_you_mean(value, list(allowed))} Choose from: {', '.join(allowed)}")
+            raise UserError(
+                f"{source}: `{name}` is `{value}`.{did_you_mean(value, list(allowed))} Choose from: {', '.join(allowed)}"
+            )
     _check_ranges(recipe, source)
 
 
@@ -201,10 +209,16 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
             f"`optim.warmup_steps` is {optim.warmup_steps} and `train.steps` {train.steps}: the learning rate would never "
             "be reached. Lower the first or raise the second.",
         ),
-        (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, f"`data.crop_scale` is {scale}; give [low, high] within (0, 1]"),
+        (
+            len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
+            f"`data.crop_scale` is {scale}; give [low, high] within (0, 1]",
+        ),
         (data.workers >= 0, f"`data.workers` is {data.workers}; it must not be negative"),
         (0 <= data.max_bad_fraction <= 1, f"`data.max_bad_fraction` is {data.max_bad_fraction}; it is a share of 1"),
-        (re.fullmatch(r"[\w][\w.+-]*", train.name), f"`train.name` is {train.name!r}; use letters, digits and . _ - + only"),
+        (
+            re.fullmatch(r"[\w][\w.+-]*", train.name),
+            f"`train.name` is {train.name!r}; use letters, digits and . _ - + only",
+        ),
         (
             not batch.samples_per_forward or batch.samples_per_forward <= batch.global_batch_size,
             f"`batch.samples_per_forward` {batch.samples_per_forward} exceeds `batch.global_batch_size` {batch.global_batch_size}",

@@ -20,8 +20,12 @@ TOLERANCE = 1e-5  # of float32 embeddings, whose entries are at most 1
 
 def main(argv: list[str] | None = None) -> None:
     """Parses, converts, compares, exits."""
-    p = parser("Converts a dsclip checkpoint to a folder that transformers loads: CLIPModel, CLIPProcessor, pipeline.", EXAMPLE)
-    p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint folder, or a run folder for its newest one")
+    p = parser(
+        "Converts a dsclip checkpoint to a folder that transformers loads: CLIPModel, CLIPProcessor, pipeline.", EXAMPLE
+    )
+    p.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint folder, or a run folder for its newest one"
+    )
     p.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     p.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the written weights (default: fp32)")
     sys.exit(run_tool(_convert, p.parse_args(argv)))
@@ -33,11 +37,18 @@ def _convert(arguments: argparse.Namespace) -> tuple[dict, str]:
     export_hf(checkpoint, arguments.out, dtype=arguments.dtype)
     difference = largest_difference(checkpoint, arguments.out)
     if arguments.dtype == "fp32" and difference > TOLERANCE:
-        raise UserError(f"{arguments.out}: transformers' embeddings differ by {difference:.1e}, more than {TOLERANCE:.0e}; don't use it")
-    result = {"out": str(arguments.out), "checkpoint": str(checkpoint.path), "dtype": arguments.dtype, "max_difference": difference}
+        raise UserError(
+            f"{arguments.out}: transformers' embeddings differ by {difference:.1e}, more than {TOLERANCE:.0e}; don't use it"
+        )
+    result = {
+        "out": str(arguments.out),
+        "checkpoint": str(checkpoint.path),
+        "dtype": arguments.dtype,
+        "max_difference": difference,
+    }
     text = (
         f"{arguments.out} is a CLIPModel; its embeddings differ from dsclip's by {difference:.1e} at most\n\nNext:\n"
-        f'  python -c "from transformers import pipeline; print(pipeline(\'zero-shot-image-classification\', \'{arguments.out}\'))"\n'
+        f"  python -c \"from transformers import pipeline; print(pipeline('zero-shot-image-classification', '{arguments.out}'))\"\n"
         f"  python launchers/evaluate.py --model {arguments.out} --task zeroshot --data SHARDS"
     )
     return result, text

@@ -116,7 +116,9 @@ def load_hf_folder(path: Path) -> tuple[ClipConfig, dict[str, Tensor], float]:
     path = Path(path)
     config = _read_json(path / "config.json")
     if config.get("model_type") != "clip":
-        raise UserError(f"{path} holds a {config.get('model_type')!r} model; only CLIPModel folders (model_type clip) are read")
+        raise UserError(
+            f"{path} holds a {config.get('model_type')!r} model; only CLIPModel folders (model_type clip) are read"
+        )
     files = sorted(path.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{path} has no model.safetensors; pickled weights (.bin) are not read, convert them first")
@@ -136,7 +138,9 @@ def _config_from_hf(config: dict, path: Path) -> ClipConfig:
     from transformers import CLIPConfig
 
     # transformers fills in the many defaults that published configurations leave out.
-    full = CLIPConfig.from_dict({k: config[k] for k in ("text_config", "vision_config", "projection_dim") if k in config})
+    full = CLIPConfig.from_dict(
+        {k: config[k] for k in ("text_config", "vision_config", "projection_dim") if k in config}
+    )
     text, vision = full.text_config, full.vision_config
     if text.hidden_act != vision.hidden_act or text.layer_norm_eps != vision.layer_norm_eps:
         raise UserError(f"{path}: the towers differ in activation or layer_norm_eps, which dsclip's can't")

@@ -56,7 +56,9 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"model.init={path} is no state dict of plain tensors ({type(error).__name__}); it was not opened") from error
+        raise UserError(
+            f"model.init={path} is no state dict of plain tensors ({type(error).__name__}); it was not opened"
+        ) from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f"model.init={path} holds no state dict")
@@ -86,7 +88,9 @@ def _check_fit(weights: dict[str, Tensor], config: ClipConfig, path: Path) -> No
     problems = [f"missing: {_some(missing)}"] * bool(missing) + [f"unexpected: {_some(unexpected)}"] * bool(unexpected)
     problems += [f"of another shape: {_some(shapes)}"] * bool(shapes)
     if problems:
-        raise UserError(f"model.init={path} does not fit this model. Weights {'; '.join(problems)}. Check model.preset and the tokenizer.")
+        raise UserError(
+            f"model.init={path} does not fit this model. Weights {'; '.join(problems)}. Check model.preset and the tokenizer."
+        )
 
 
 def _some(names) -> str:

@@ -9,7 +9,9 @@ def model_card(checkpoint: Checkpoint, metrics: dict[str, dict[str, float]]) -> 
     """Markdown with the front matter that the HuggingFace hub reads. metrics: {task: {metric: value}}."""
     c, recipe = checkpoint.config, checkpoint.recipe
     rows = [(task, name, value) for task, values in metrics.items() for name, value in values.items()]
-    table = "\n".join(f"| {t} | {n} | {v:.4f} |" if isinstance(v, float) else f"| {t} | {n} | {v} |" for t, n, v in rows)
+    table = "\n".join(
+        f"| {t} | {n} | {v:.4f} |" if isinstance(v, float) else f"| {t} | {n} | {v} |" for t, n, v in rows
+    )
     measured = f"| task | metric | value |\n|---|---|---|\n{table}" if rows else "Not measured with this export."
     data, batch, optim = recipe.get("data", {}), recipe.get("batch", {}), recipe.get("optim", {})
     return f"""---

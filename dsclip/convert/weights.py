@@ -51,7 +51,10 @@ _OPENCLIP_OUTSIDE = {
     "ln_final.weight": "text.head.ln_final.weight",
     "ln_final.bias": "text.head.ln_final.bias",
 }
-_OPENCLIP_TRANSPOSED = {"visual.proj": "visual.head.projection.weight", "text_projection": "text.head.projection.weight"}
+_OPENCLIP_TRANSPOSED = {
+    "visual.proj": "visual.head.projection.weight",
+    "text_projection": "text.head.projection.weight",
+}
 _OPENCLIP_BLOCK = {
     "ln_1.weight": "ln_1.weight", "ln_1.bias": "ln_1.bias", "ln_2.weight": "ln_2.weight", "ln_2.bias": "ln_2.bias",
     "attn.in_proj_weight": "attn.qkv.weight", "attn.in_proj_bias": "attn.qkv.bias",

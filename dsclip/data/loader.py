@@ -189,7 +189,11 @@ class _Stream:
         image = decode_image(raw, self._s.data.max_image_pixels)
         rng = np.random.default_rng([self._s.seed, epoch, raw.sample_id % 2**63])
         caption = captions[int(rng.integers(len(captions)))]
-        return train_image(image, self._s.image_size, self._s.data.crop_scale, self._s.data.flip, rng), caption, raw.sample_id
+        return (
+            train_image(image, self._s.image_size, self._s.data.crop_scale, self._s.data.flip, rng),
+            caption,
+            raw.sample_id,
+        )
 
     def _batch(self, samples: list[tuple], read: int, bad: dict[str, int], position: dict) -> dict:
         images, captions, sample_ids = zip(*samples, strict=True)
@@ -214,7 +218,9 @@ class _Stream:
             )
 
     def _refuse_unusable(self, skipped: Counter) -> None:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in (skipped + Counter(self._damaged)).items()) or "they are empty"
+        reasons = (
+            ", ".join(f"{n} {reason}" for reason, n in (skipped + Counter(self._damaged)).items()) or "they are empty"
+        )
         names = ", ".join(str(p) for p in self._s.shards[:3]) + (" ..." if len(self._s.shards) > 3 else "")
         raise UserError(
             f"rank {self._s.rank}: a whole pass over {names} gave no usable sample for stream {self._part} of "

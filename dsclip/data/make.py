@@ -97,7 +97,9 @@ def make_shards(
     if tokenizer_size is not None:
         seen = [items for split, items in splits.items() if split in ("", "train")] or list(splits.values())
         folder = out / "tokenizer"
-        train_tokenizer((caption for items in seen for item in items for caption in item.captions), folder, tokenizer_size)
+        train_tokenizer(
+            (caption for items in seen for item in items for caption in item.captions), folder, tokenizer_size
+        )
         summary.tokenizer = str(folder)
     return summary
 

@@ -115,7 +115,9 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
     for thing, (x, y) in zip(scene.objects, centres, strict=True):
         dx, dy = rng.uniform(-0.04, 0.04, 2)
         radius = SIZES[thing.size] * rng.uniform(0.9, 1.1) * (0.85 if len(scene.objects) == 2 else 1) * large
-        fill = tuple(int(np.clip(c + d, 0, 255)) for c, d in zip(COLOURS[thing.colour], rng.integers(-12, 13, 3), strict=True))
+        fill = tuple(
+            int(np.clip(c + d, 0, 255)) for c, d in zip(COLOURS[thing.colour], rng.integers(-12, 13, 3), strict=True)
+        )
         _draw_shape(canvas, thing.shape, (x + dx) * large, (y + dy) * large, radius, fill, image)
     return image.resize((size, size), Image.Resampling.BOX)
 
@@ -135,4 +137,6 @@ def _draw_shape(canvas, shape: str, x: float, y: float, r: float, fill, image: I
     else:
         radii = [r * 1.1 if i % 2 == 0 else r * 0.45 for i in range(10)]
         angles = [math.pi * (i / 5 - 0.5) for i in range(10)]
-        canvas.polygon([(x + q * math.cos(a), y + q * math.sin(a)) for q, a in zip(radii, angles, strict=True)], fill=fill)
+        canvas.polygon(
+            [(x + q * math.cos(a), y + q * math.sin(a)) for q, a in zip(radii, angles, strict=True)], fill=fill
+        )

@@ -93,7 +93,9 @@ class ShardWriter:
     Use as a context manager: leaving it without an error writes the manifest, which makes the set complete.
     """
 
-    def __init__(self, folder: Path, shard_size: int, *, classes: list[str] | None = None, templates: list[str] | None = None):
+    def __init__(
+        self, folder: Path, shard_size: int, *, classes: list[str] | None = None, templates: list[str] | None = None
+    ):
         self.folder, self._shard_size = Path(folder), shard_size
         self._classes, self._templates = classes, templates
         self._entries: list[dict] = []

@@ -38,7 +38,9 @@ def train_image(image: Image.Image, size: int, crop_scale: list[float], flip: bo
     return to_uint8(image)
 
 
-def random_crop(width: int, height: int, crop_scale: list[float], rng: np.random.Generator) -> tuple[int, int, int, int]:
+def random_crop(
+    width: int, height: int, crop_scale: list[float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) as torchvision's RandomResizedCrop draws it, whole image in the worst case."""
     low, high = (math.log(r) for r in ASPECT_RATIO)
     for _ in range(CROP_TRIES):

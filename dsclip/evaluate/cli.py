@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--data", required=True, help="shards: a folder, glob or brace expression, or demo:val")
     p.add_argument("--tokenizer", help="folder or hub name (default: the model's own)")
     p.add_argument("--classnames", help="file with one class name a line (default: those of the shards)")
-    p.add_argument("--templates", help="openai, cifar, simple, or a file of sentences with {} (default: those of the shards)")
+    p.add_argument(
+        "--templates", help="openai, cifar, simple, or a file of sentences with {} (default: those of the shards)"
+    )
     p.add_argument("--caption-key", default="caption", help="key of the captions in .json members (default: caption)")
     p.add_argument("--batch-size", type=int, default=64, help="samples a forward and rank (default: 64)")
     p.add_argument("--max-samples", type=int, help="evaluate on the first samples only")
@@ -71,13 +73,18 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     config, weights, tokenizer_dir = load_model(arguments.model)
     tokenizer = load_tokenizer(arguments.tokenizer or str(tokenizer_dir))
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; use the model's own")
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; use the model's own"
+        )
     model = Clip(config)
     model.load_state_dict(weights)
     dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     model = model.to(device, dtype).eval().requires_grad_(False)
     dataset = build_eval_dataset(
-        arguments.data, image_size=config.image_size, max_samples=arguments.max_samples, caption_key=arguments.caption_key
+        arguments.data,
+        image_size=config.image_size,
+        max_samples=arguments.max_samples,
+        caption_key=arguments.caption_key,
     )
 
     def encode_image(images):

@@ -14,7 +14,14 @@ CHUNK = 1024  # rows of the similarity matrix held at a time
 
 
 def retrieval(
-    encode_image: Encoder, encode_text: Encoder, dataset, tokenizer, group: Group, *, context_length: int, batch_size: int
+    encode_image: Encoder,
+    encode_text: Encoder,
+    dataset,
+    tokenizer,
+    group: Group,
+    *,
+    context_length: int,
+    batch_size: int,
 ) -> dict[str, float]:
     """{"image_to_text_recall@k", "text_to_image_recall@k" for k = 1, 5, 10, "images", "captions"}; recalls in 0..1.
 

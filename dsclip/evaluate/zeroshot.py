@@ -31,7 +31,9 @@ def zeroshot(
     """
     names = load_classnames(classnames) or dataset.classes
     if not names:
-        raise UserError("zero-shot classification needs class names: give eval.classnames (--classnames), one name a line")
+        raise UserError(
+            "zero-shot classification needs class names: give eval.classnames (--classnames), one name a line"
+        )
     sentences = load_templates(templates) or dataset.templates or load_templates("simple")
     indices = [i for i, label in enumerate(dataset.labels) if label is not None]
     if not indices:

@@ -46,7 +46,7 @@ def softmax_contrastive(
     """
     group = group or SingleRank()
     all_image, all_text = group.all_gather(image), group.all_gather(text)
-    total, n, first = len(all_image), len(image), group.rank * len(image)
+    total, first = len(all_image), group.rank * len(image)
     scale = log_scale.exp().to(image.dtype)
 
     image_lse, image_own, correct_image = _log_sum_exp(image, all_text, scale, first, tile_rows)

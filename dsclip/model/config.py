@@ -91,7 +91,9 @@ def resolve_preset(preset: str, **overrides) -> ClipConfig:
         name = name.removesuffix("-quickgelu")
         overrides.setdefault("activation", "quick_gelu")
     if name not in PRESETS:
-        raise UserError(f"unknown model preset `{preset}`.{did_you_mean(name, list(PRESETS))} Known: {', '.join(PRESETS)}")
+        raise UserError(
+            f"unknown model preset `{preset}`.{did_you_mean(name, list(PRESETS))} Known: {', '.join(PRESETS)}"
+        )
     known = [f.name for f in fields(ClipConfig)]
     for key in overrides:
         if key not in known:

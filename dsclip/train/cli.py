@@ -25,14 +25,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ds_config", "--ds-config", required=True, help="how to run: a DeepSpeed JSON, see ds_configs/")
-    parser.add_argument("--config", default="demo", help="what to train: a packaged recipe or a YAML file (default: demo)")
+    parser.add_argument(
+        "--ds_config", "--ds-config", required=True, help="how to run: a DeepSpeed JSON, see ds_configs/"
+    )
+    parser.add_argument(
+        "--config", default="demo", help="what to train: a packaged recipe or a YAML file (default: demo)"
+    )
     parser.add_argument(
         "--resume", default="none", metavar="auto|none|PATH",
         help="auto: continue this run's newest checkpoint, if it has one; PATH: continue from that checkpoint",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # from launchers
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # from launchers
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the recipe")
     return parser.parse_intermixed_args(argv)
 

@@ -10,7 +10,15 @@ import numpy as np
 
 # TensorBoard groups by what stands before the slash.
 GROUPS = {
-    "train": ("loss", "accuracy_image_to_text", "accuracy_text_to_image", "logit_scale", "lr", "grad_norm", "skipped_steps"),
+    "train": (
+        "loss",
+        "accuracy_image_to_text",
+        "accuracy_text_to_image",
+        "logit_scale",
+        "lr",
+        "grad_norm",
+        "skipped_steps",
+    ),
     "speed": ("samples_per_second", "data_wait"),
     "memory": ("memory_gb",),
     "data": ("samples_read", "bad_samples"),

@@ -37,7 +37,9 @@ def retrieval_grid(images: np.ndarray, captions: list[str], similarity: np.ndarr
         for place, candidate in enumerate(np.argsort(-similarity[row], kind="stable")[:columns]):
             left = GAP + TEXT_WIDTH + place * (THUMBNAIL + GAP)
             own = candidate == row
-            canvas.rectangle((left - 4, top - 4, left + THUMBNAIL + 3, top + THUMBNAIL + 3), fill=RIGHT if own else WRONG)
+            canvas.rectangle(
+                (left - 4, top - 4, left + THUMBNAIL + 3, top + THUMBNAIL + 3), fill=RIGHT if own else WRONG
+            )
             sheet.paste(_thumbnail(images[candidate]), (left, top))
             score = f"{similarity[row, candidate]:.3f}"
             canvas.text((left, top + THUMBNAIL + 6), score, fill=RIGHT if own else FAINT, font=_font(13))

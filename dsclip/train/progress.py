@@ -37,7 +37,11 @@ class Progress:
         elif now - self._last_line >= LINE_EVERY_S or step == self._total:
             self._last_line = now
             share = step / self._total
-            print(f"step {step}/{self._total} · {share:.0%} · ETA {self._eta(step)} · {describe(metrics)}", file=self._stream, flush=True)
+            print(
+                f"step {step}/{self._total} · {share:.0%} · ETA {self._eta(step)} · {describe(metrics)}",
+                file=self._stream,
+                flush=True,
+            )
 
     def _eta(self, step: int) -> str:
         (first_step, first), (_, now) = self._times[0], self._times[-1]

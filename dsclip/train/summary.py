@@ -78,7 +78,11 @@ def console_summary(summary: dict, run_dir: Path) -> str:
         for way, key in (("image to text", "image_to_text"), ("text to image", "text_to_image")):
             recalls = " / ".join(f"{r[f'{key}_recall@{k}']:.1%}" for k in (1, 5, 10))
             lines.append(f"  {way} recall@1/5/10 {recalls}")
-    lines += [f"  checkpoint  {summary['checkpoint']}", f"  HuggingFace {summary['hf_export']}", f"  summary     {run_dir}/summary.md"]
+    lines += [
+        f"  checkpoint  {summary['checkpoint']}",
+        f"  HuggingFace {summary['hf_export']}",
+        f"  summary     {run_dir}/summary.md",
+    ]
     lines += ["", "Next:"]
     lines += [f"  # {what}\n  {command}" for what, command in next_commands(summary, run_dir)]
     return "\n".join(lines)

@@ -40,7 +40,14 @@ def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives) -> dic
     second = build(stage, **options)
     manifest = load_checkpoint(second, find_checkpoint(folder), world_size=group.world_size)
     seen += losses(second, group, 6)
-    result = {"kind": "resume", "stage": stage, "bf16": bf16, "expected": expected, "seen": seen, "data": manifest["data"]}
+    result = {
+        "kind": "resume",
+        "stage": stage,
+        "bf16": bf16,
+        "expected": expected,
+        "seen": seen,
+        "data": manifest["data"],
+    }
     if group.rank == 0:
         read = read_checkpoint(folder)
         result["weights_equal"] = all(torch.equal(read.state_dict[n], weights[n]) for n in weights)

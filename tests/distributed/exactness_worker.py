@@ -90,7 +90,9 @@ def build(stage, outer, chunks, patch_dropout, bf16, group) -> ContrastiveEngine
         loss=LossSection(),
         train=TrainSection(seed=SEED, steps=10),
     )
-    return ContrastiveEngine(recipe, ds_config(stage, bf16, group.world_size), replace(CONFIG, patch_dropout=patch_dropout))
+    return ContrastiveEngine(
+        recipe, ds_config(stage, bf16, group.world_size), replace(CONFIG, patch_dropout=patch_dropout)
+    )
 
 
 def full_weights(engine) -> dict:
@@ -106,7 +108,9 @@ def gradient_case(case: dict, group: Collectives) -> dict:
     reference, d_scale, loss = reference_gradient(weights, log_scale, batch, 0, case["patch_dropout"])
     result = {
         "gradient": relative(grads, reference),
-        "worst_tensor": max(relative({n: grads[n]}, {n: reference[n]}) for n in reference if reference[n].norm() > 1e-6),
+        "worst_tensor": max(
+            relative({n: grads[n]}, {n: reference[n]}) for n in reference if reference[n].norm() > 1e-6
+        ),
         "d_log_scale": abs(float(ours.d_log_scale.double() - d_scale) / float(d_scale)),
         "loss": abs(ours.loss.item() - loss),
     }

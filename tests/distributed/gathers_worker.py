@@ -18,7 +18,9 @@ def bytes_per_step(chunk_size: int | None, group: Collectives) -> dict:
     settings = ds_config(3, True, group.world_size)
     settings["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True, "debug": False}
     settings["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    recipe = Recipe(batch=BatchSection(GLOBAL_BATCH, None, chunk_size), optim=OptimSection(warmup_steps=0), train=TrainSection())
+    recipe = Recipe(
+        batch=BatchSection(GLOBAL_BATCH, None, chunk_size), optim=OptimSection(warmup_steps=0), train=TrainSection()
+    )
     engine = ContrastiveEngine(recipe, settings, WIDE)
     parameters = engine.module.parameter_count()
     for step in range(2):  # the first steps record ZeRO's trace

@@ -15,7 +15,9 @@ def run_ranks(script: Path, world_size: int, *args, timeout_s: int = 300) -> sub
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     done = run_command([*command, str(script), *map(str, args)], timeout_s=timeout_s)
     if done.returncode:
-        raise AssertionError(f"{script.name} on {world_size} ranks exited with {done.returncode}\n{done.stdout[-6000:]}")
+        raise AssertionError(
+            f"{script.name} on {world_size} ranks exited with {done.returncode}\n{done.stdout[-6000:]}"
+        )
     return done
 
 
@@ -29,7 +31,8 @@ def run_command(command: list[str], *, timeout_s: int = 300, **environment: str)
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as error:
         os.killpg(process.pid, signal.SIGKILL)  # a launcher's ranks outlive it otherwise
-        raise AssertionError(f"{' '.join(command)} took longer than {timeout_s} s\n{process.communicate()[0][-6000:]}")
+        output = process.communicate()[0]
+        raise AssertionError(f"{' '.join(command)} took longer than {timeout_s} s\n{output[-6000:]}") from error
     return subprocess.CompletedProcess(command, process.returncode, output, None)

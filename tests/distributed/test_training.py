@@ -33,7 +33,9 @@ def deepspeed(*arguments, ranks=2, port=29600, ds_config="zero3_bf16", timeout_s
 
 def torchrun(*arguments, ranks=2, ds_config="zero3_bf16"):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return run_command([*launcher, "launchers/train.py", "--ds_config", f"ds_configs/{ds_config}.json", *map(str, arguments)])
+    return run_command(
+        [*launcher, "launchers/train.py", "--ds_config", f"ds_configs/{ds_config}.json", *map(str, arguments)]
+    )
 
 
 def metrics(run: Path) -> list[dict]:
@@ -55,7 +57,14 @@ def finished(demo, tmp_path_factory):
 
 def test_a_run_leaves_everything_it_promises(finished):
     run, output = finished
-    for name in ("config.yaml", "ds_config.json", "metrics.jsonl", "summary.md", "summary.json", "hf/model.safetensors"):
+    for name in (
+        "config.yaml",
+        "ds_config.json",
+        "metrics.jsonl",
+        "summary.md",
+        "summary.json",
+        "hf/model.safetensors",
+    ):
         assert (run / name).is_file(), name
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
     summary = json.loads((run / "summary.json").read_text())
@@ -82,7 +91,9 @@ def test_everything_is_logged(finished):
 def test_the_converted_checkpoint_of_two_zero3_ranks_computes_the_same(finished):
     run, _ = finished
     assert largest_difference(read_checkpoint(run), run / "hf", samples=8) <= 1e-5
-    assert CLIPModel.from_pretrained(run / "hf").logit_scale.item() == pytest.approx(math.log(read_checkpoint(run).logit_scale))
+    assert CLIPModel.from_pretrained(run / "hf").logit_scale.item() == pytest.approx(
+        math.log(read_checkpoint(run).logit_scale)
+    )
 
 
 def tool(script: str, *arguments) -> subprocess.CompletedProcess:
@@ -147,7 +158,9 @@ def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(finish
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     done = deepspeed(*SMALL, f"train.output={run.parent}", "train.name=whole")
     assert done.returncode != 0
-    assert "exists already. Continue it with --resume auto, or choose another folder with train.name=NAME" in done.stdout
+    assert (
+        "exists already. Continue it with --resume auto, or choose another folder with train.name=NAME" in done.stdout
+    )
     assert "Traceback" not in done.stdout
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
