@@ -1,17 +1,17 @@
 """dsclip: contrastive image-text training at scale, on the exact loss of the whole global batch."""
 
 __version__ = "0.1.0"
-__all__ = ["ContrastiveEngine", "create_model"]
+__all__ = ["ContrastiveEngine", "create_model", "data", "losses"]
+
+_HOMES = {"create_model": "dsclip.model", "ContrastiveEngine": "dsclip.engine.contrastive"}
 
 
 def __getattr__(name):
     # Imported on first use: `import dsclip` stays instant and free of side effects.
-    if name == "create_model":
-        from dsclip.model import create_model
+    from importlib import import_module
 
-        return create_model
-    if name == "ContrastiveEngine":
-        from dsclip.engine.contrastive import ContrastiveEngine
-
-        return ContrastiveEngine
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in __all__:
+        return import_module(f"dsclip.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

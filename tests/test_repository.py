@@ -59,3 +59,13 @@ def test_every_launcher_and_tool_says_how_to_run_it():
         assert f"{path.parent.name}/{path.name}" in ast.get_docstring(ast.parse(path.read_text()))
         done = run(str(path), "--help")
         assert done.returncode == 0 and "example" in done.stdout, done.stderr
+
+
+def test_the_public_names_are_where_the_documentation_says():
+    import dsclip
+
+    assert dsclip.create_model("demo").config.image_size == 64
+    assert dsclip.losses.softmax_contrastive and dsclip.data.build_loader
+    assert dsclip.ContrastiveEngine.train_step
+    with pytest.raises(AttributeError):
+        _ = dsclip.no_such_name

@@ -8,7 +8,7 @@ import deepspeed.comm as dist
 
 from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
 from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
-from dsclip.engine.build import init_distributed
+from dsclip.engine.build import build_model, init_distributed
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, global_batch, local_part
 
 WIDE = replace(CONFIG, vision_width=128, vision_mlp_width=512, vision_layers=3)
@@ -34,10 +34,19 @@ def bytes_per_step(chunk_size: int | None, group: Collectives) -> dict:
     return {"chunk_size": chunk_size, "parameter_bytes": 2 * parameters, "bytes": totals}
 
 
+def share_held_while_building(group: Collectives) -> float:
+    """Largest share of a parameter that this rank holds right after construction under zero.Init."""
+    model = build_model(WIDE, ds_config(3, True, group.world_size), seed=0)
+    held = [(p.numel() + p.ds_tensor.numel()) / p.ds_numel for p in model.parameters() if p.ds_numel > 1000]
+    return max(held)
+
+
 def main(out: str) -> None:
     init_distributed()
     group = Collectives.current()
     results = [bytes_per_step(size, group) for size in (None, 3, 1)]
+    share = share_held_while_building(group)
+    results = [result | {"share_held_while_building": share} for result in results]
     if group.rank == 0:
         with open(out, "w") as f:
             json.dump(results, f)

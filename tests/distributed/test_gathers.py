@@ -29,3 +29,7 @@ def test_parameters_are_gathered_at_most_twice_and_gradients_reduced_once(result
         assert 0 < gathered <= 2 * result["parameter_bytes"]
         reduced_fp32 = result["bytes"]["reduce_scatter_tensor"]  # the logger counts the full buffer
         assert reduced_fp32 == 2 * result["parameter_bytes"]
+
+
+def test_no_rank_holds_a_full_copy_while_the_model_is_built(results):
+    assert all(r["share_held_while_building"] < 0.51 for r in results)
