@@ -26,6 +26,7 @@ SUMMARY = {
         "zeroshot": {"top1": 0.91, "top5": 1.0, "samples": 300, "classes": 48},
         "retrieval": {f"{way}_recall@{k}": k / 20 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)},
     },
+    "eval_data": {"zeroshot": ["a.tar", "b.tar"], "retrieval": "demo:val"},
     "checkpoint": "runs/demo/checkpoints/step_00000400", "hf_export": "runs/demo/hf", "samples_per_second": 547.6,
     "skipped_steps": 1, "bad_samples": {"no caption": 3}, "samples_read": 102403,
 }  # fmt: skip
@@ -128,6 +129,7 @@ def test_the_summary_states_results_and_what_to_do_next(tmp_path):
     assert "zero-shot top-1 91.0% over 48 classes, 300 images" in console
     assert "text to image recall@1/5/10 5.0% / 25.0% / 50.0%" in console
     assert "tensorboard --logdir" in console
+    assert "launchers/evaluate.py --model runs/demo/hf --task zeroshot --data a.tar::b.tar" in console
 
 
 def test_the_schedule_warms_up_and_falls():

@@ -21,7 +21,7 @@ from dsclip.data.train_tokenizer import train_tokenizer
 
 VERSION = 1  # part of the folder's name: raise it whenever a written byte changes
 IMAGE_SIZE = 64
-TRAIN_SAMPLES, VAL_SAMPLES, SHARD_SIZE = 12000, 600, 1000
+TRAIN_SAMPLES, VAL_SAMPLES, SHARD_SIZE = 8000, 600, 1000
 SEED = 0
 VOCABULARY = 700
 # Candidates are all pairs of colour and shape, also those of training: the held-out ones must beat them.

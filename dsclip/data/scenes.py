@@ -25,11 +25,10 @@ RELATIONS = {  # of the first object to the second: (first centre, second centre
 OPPOSITE = {"to the left of": "to the right of", "above": "below"}
 OPPOSITE |= {v: k for k, v in OPPOSITE.items()}
 
-# Two shapes of each of six colours and so on: every colour and every shape is seen in training, these pairs never.
+# One shape of each colour: every colour and every shape is seen in training, these pairs never.
 HELD_OUT = frozenset({
-    ("red", "star"), ("green", "circle"), ("blue", "triangle"), ("yellow", "cross"), ("purple", "square"),
-    ("orange", "ring"), ("white", "circle"), ("cyan", "star"), ("red", "square"), ("blue", "ring"),
-    ("yellow", "triangle"), ("cyan", "cross"),
+    ("red", "star"), ("green", "circle"), ("blue", "triangle"), ("yellow", "cross"),
+    ("purple", "square"), ("orange", "ring"), ("white", "circle"), ("cyan", "star"),
 })  # fmt: skip
 SUPERSAMPLING = 3
 

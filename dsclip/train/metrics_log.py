@@ -38,7 +38,7 @@ class MetricsLog:
         path = Path(run_dir) / "metrics.jsonl"
         drop_entries_after(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(Path(run_dir) / "tb"), purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(str(Path(run_dir) / "tb"), purge_step=start_step + 1)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """One line and one point per scalar. JSON has no NaN: a non-finite number is written as null."""

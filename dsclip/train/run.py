@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dsclip.checkpoint import CheckpointStore, complete_checkpoints, find_checkpoint, load_checkpoint
 from dsclip.config import Recipe, dump_recipe, load_ds_config, load_recipe
-from dsclip.data import build_loader, load_tokenizer
+from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.engine import Collectives
 from dsclip.engine.collectives import launched_ranks
 from dsclip.errors import UserError
@@ -48,7 +48,6 @@ def run(arguments: argparse.Namespace) -> None:
     state_dict, init_scale = plan.init or (None, None)
     engine = ContrastiveEngine(plan.recipe, plan.ds_config, plan.model, state_dict=state_dict, init_scale=init_scale)
     group = Collectives.current()
-    claim_run_folder(plan, group)
     store = CheckpointStore(plan.run_dir, plan.recipe.train.keep_checkpoints, plan.tokenizer)
     data_state = None
     if plan.resume:
@@ -56,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         data_state = manifest["data"][group.rank]
     loader = make_loader(plan, group, data_state)
     evaluation = Evaluation(plan.recipe, plan.model, plan.tokenizer, group)
+    claim_run_folder(plan, group)
     watch = Watch(plan, engine)
     started = time.monotonic()
     outcome = train(plan.recipe, engine, loader, evaluation, store, watch)
@@ -68,6 +68,9 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     world_size = launched_ranks()[1]
     ds_config = load_ds_config(arguments.ds_config, recipe, world_size)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
+    for shards in (recipe.data.train_shards, recipe.eval.zeroshot_shards, recipe.eval.retrieval_shards):
+        if shards is not None:
+            resolve_shards(shards)
     run_dir = Path(recipe.train.output) / recipe.train.name
     resume = find_resume(arguments.resume, run_dir)
     overrides = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
@@ -88,11 +91,22 @@ def find_resume(resume: str, run_dir: Path) -> Path | None:
         return own[-1] if own else None
     if resume != "none":
         return find_checkpoint(Path(resume))
-    if run_dir.exists() and any(run_dir.iterdir()):
+    if not _is_unused(run_dir):
         raise UserError(
             f"{run_dir} exists already. Continue it with --resume auto, or choose another folder with train.name=NAME."
         )
     return None
+
+
+def _is_unused(run_dir: Path) -> bool:
+    """Whether a run can begin here: no folder, or only what a run leaves that ended before its first logged step."""
+    if not run_dir.exists():
+        return True
+    begun = {"config.yaml", "ds_config.json", "metrics.jsonl", "tb"}
+    if not run_dir.is_dir() or any(p.name not in begun for p in run_dir.iterdir()):
+        return False
+    metrics = run_dir / "metrics.jsonl"
+    return not metrics.exists() or metrics.stat().st_size == 0
 
 
 def claim_run_folder(plan: Plan, group: Collectives) -> None:
@@ -163,6 +177,7 @@ def finish(plan: Plan, engine, watch: Watch, outcome, seconds: float) -> None:
             "seconds": round(seconds, 1),
             "loss": outcome.loss,
             "eval": outcome.evaluation,
+            "eval_data": {task: getattr(plan.recipe.eval, f"{task}_shards") for task in outcome.evaluation},
             "checkpoint": str(outcome.checkpoint),
             "hf_export": None if hf_export is None else str(hf_export),
             **watch.totals(),

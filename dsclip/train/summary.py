@@ -10,8 +10,11 @@ from dsclip.train.progress import format_seconds
 
 
 def write_summary(run_dir: Path, summary: dict) -> None:
-    """Writes both files. summary: steps, samples, seconds, loss, eval {task: {metric: value}}, checkpoint, hf_export,
-    samples_per_second, skipped_steps, bad_samples {reason: count}, samples_read."""
+    """Writes both files.
+
+    summary: steps, samples, seconds, loss, eval {task: {metric: value}}, eval_data {task: shards}, checkpoint, hf_export,
+    samples_per_second, skipped_steps, bad_samples {reason: count}, samples_read.
+    """
     run_dir = Path(run_dir)
     _write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     _write(run_dir / "summary.md", markdown(summary, run_dir))
@@ -26,15 +29,20 @@ def _write(path: Path, text: str) -> None:
 def next_commands(summary: dict, run_dir: Path) -> list[tuple[str, str]]:
     """(what for, command) of what people do after a run."""
     model = summary["hf_export"] or summary["checkpoint"]
-    commands = [
-        ("watch the curves and pictures", f"tensorboard --logdir {Path(run_dir).parent}"),
-        ("evaluate", f"python launchers/evaluate.py --model {model} --task zeroshot --data demo:val"),
+    commands = [("watch the curves and pictures", f"tensorboard --logdir {Path(run_dir).parent}")]
+    for task, shards in list(summary["eval_data"].items())[:1]:
+        commands.append(
+            ("evaluate", f"python launchers/evaluate.py --model {model} --task {task} --data {_argument(shards)}")
+        )
+    return commands + [
         ("convert", f"python tools/convert_hf.py {summary['checkpoint']} OUT --dtype bf16"),
-        ("your own data", "python tools/make_shards.py PHOTOS_FOLDER_OR_ZIP OUT"),
-        ("train on it", "deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json --config RECIPE.yaml "
-         "data.train_shards=OUT train.name=NAME"),
-    ]  # fmt: skip
-    return commands
+        ("your own data", "python tools/make_shards.py FOLDER_OR_ZIP data/mine --holdout 0.1 --tokenizer-size 4000"),
+        ("train on it", "deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json --config RECIPE.yaml"),
+    ]
+
+
+def _argument(shards: str | list[str]) -> str:
+    return shards if isinstance(shards, str) else "::".join(shards)
 
 
 def result_rows(summary: dict) -> list[tuple[str, str]]:

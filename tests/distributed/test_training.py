@@ -13,6 +13,7 @@ from transformers import CLIPModel
 
 from dsclip.checkpoint import read_checkpoint
 from dsclip.convert.cli import largest_difference
+from dsclip.train.run import find_resume
 from tests.distributed.launch import REPOSITORY, run_command
 from tests.shard_files import sample, write_set, write_tar
 
@@ -244,6 +245,8 @@ def test_bad_input_ends_with_one_clear_sentence(case, message, demo, tmp_path):
     assert done.returncode != 0
     assert message in done.stdout, done.stdout
     assert "Traceback" not in done.stdout
+    again = find_resume("none", run / "demo")  # corrected, the same command must not stumble over its own leftovers
+    assert again is None
 
 
 def test_a_truncated_shard_is_counted_and_the_run_goes_on(demo, tmp_path):
