@@ -40,7 +40,7 @@ def test_held_out_combinations_never_occur_in_training(demo):
     train, val = (build_eval_dataset(f"demo:{split}", image_size=64, max_samples=2000) for split in ("train", "val"))
     shown = {n for captions in train.captions for c in captions for n in names if n in c}
     assert shown == set(names) - held_out
-    tested = {train.classes[label] for label in val.labels if label is not None}
+    tested = {val.classes[label] for label in val.labels if label is not None}
     assert tested == held_out
     assert {n.split()[0] for n in shown} == set(COLOURS) and {n.split()[1] for n in shown} == set(SHAPES)
 

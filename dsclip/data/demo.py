@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsclip.data.scenes import COLOURS, HELD_OUT, SHAPES, captions, draw, random_scene
+from dsclip.data.scenes import HELD_OUT, captions, draw, random_scene
 from dsclip.data.shards import ShardWriter
 from dsclip.data.train_tokenizer import train_tokenizer
 
@@ -24,8 +24,7 @@ IMAGE_SIZE = 64
 TRAIN_SAMPLES, VAL_SAMPLES, SHARD_SIZE = 8000, 600, 1000
 SEED = 0
 VOCABULARY = 700
-# Candidates are all pairs of colour and shape, also those of training: the held-out ones must beat them.
-CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+CLASSES = sorted(f"{colour} {shape}" for colour, shape in HELD_OUT)  # what zero-shot classification chooses from
 TEMPLATES = ["a {}", "a picture of a {}", "there is a {}"]
 
 
@@ -59,9 +58,10 @@ def write_demo(folder: Path, seed: int, train_samples: int = TRAIN_SAMPLES, val_
 
 
 def _write_split(folder: Path, seed: int, samples: int, *, held_out: bool) -> list[str]:
-    """Returns the captions. Half of the scenes have two objects; in the held-out split those carry no class."""
+    """Returns the captions. Half of the scenes have two objects; held-out scenes with one object carry its class."""
     written = []
-    with ShardWriter(folder, min(SHARD_SIZE, max(1, samples // 2)), classes=CLASSES, templates=TEMPLATES) as writer:
+    labels = dict(classes=CLASSES, templates=TEMPLATES) if held_out else {}
+    with ShardWriter(folder, min(SHARD_SIZE, max(1, samples // 2)), **labels) as writer:
         for index in range(samples):
             rng = np.random.default_rng([seed, index])
             scene = random_scene(rng, held_out=held_out, two_objects=index % 2 == 1)
@@ -69,13 +69,8 @@ def _write_split(folder: Path, seed: int, samples: int, *, held_out: bool) -> li
             picture = io.BytesIO()
             draw(scene, IMAGE_SIZE, rng).save(picture, "JPEG", quality=92)
             members = {"jpg": picture.getvalue(), "json": json.dumps({"caption": sentences}).encode()}
-            if len(scene.objects) == 1:
+            if held_out and len(scene.objects) == 1:
                 members["cls"] = str(CLASSES.index(scene.objects[0].name)).encode()
             writer.write(f"{index:06d}", members)
             written += sentences
     return written
-
-
-def held_out_classes() -> list[str]:
-    """The combinations that only the held-out split shows."""
-    return sorted(f"{colour} {shape}" for colour, shape in HELD_OUT)

@@ -25,10 +25,13 @@ RELATIONS = {  # of the first object to the second: (first centre, second centre
 OPPOSITE = {"to the left of": "to the right of", "above": "below"}
 OPPOSITE |= {v: k for k, v in OPPOSITE.items()}
 
-# One shape of each colour: every colour and every shape is seen in training, these pairs never.
+# Two shapes of each colour, and each shape in two or three colours: training shows every colour and every shape, these
+# pairs never. Telling them apart takes both the colour and the shape.
 HELD_OUT = frozenset({
-    ("red", "star"), ("green", "circle"), ("blue", "triangle"), ("yellow", "cross"),
-    ("purple", "square"), ("orange", "ring"), ("white", "circle"), ("cyan", "star"),
+    ("red", "star"), ("red", "square"), ("green", "circle"), ("green", "cross"),
+    ("blue", "triangle"), ("blue", "ring"), ("yellow", "cross"), ("yellow", "star"),
+    ("purple", "square"), ("purple", "circle"), ("orange", "ring"), ("orange", "triangle"),
+    ("white", "circle"), ("white", "star"), ("cyan", "square"), ("cyan", "cross"),
 })  # fmt: skip
 SUPERSAMPLING = 3
 
