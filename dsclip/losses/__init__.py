@@ -1,8 +1,10 @@
 """Losses: pure functions from features to the loss and its exact feature gradients."""
 
 from dsclip.losses.group import Group, SingleRank
-from dsclip.losses.softmax import ContrastiveGrads, softmax_contrastive
+from dsclip.losses.pairs import LossGrads, Negatives, Pairs
+from dsclip.losses.registry import checked, filip, find_loss, from_dense, register, sigmoid, softmax
 
-LOSSES = {"softmax": softmax_contrastive}
-
-__all__ = ["LOSSES", "ContrastiveGrads", "Group", "SingleRank", "softmax_contrastive"]
+__all__ = [
+    "Group", "LossGrads", "Negatives", "Pairs", "SingleRank", "checked", "filip", "find_loss", "from_dense", "register",
+    "sigmoid", "softmax",
+]  # fmt: skip
