@@ -81,9 +81,7 @@ def loss(name, image, text, log_scale, bias, options, similar, keys=None, hard=N
     """The value of loss `name`. queue: (image features, text features, keys) or None."""
     scale = log_scale.exp()
     queue_image, queue_text, queue_keys = queue or (None, None, None)
-    to_text = blocks(
-        similar, image, text, keys, scale, options, hard, hard_owner, queue_text, queue_keys
-    )
+    to_text = blocks(similar, image, text, keys, scale, options, hard, hard_owner, queue_text, queue_keys)
     to_image = blocks(similar, text, image, keys, scale, options, queue=queue_image, queue_keys=queue_keys)
     if name != "sigmoid":
         return (cross_entropy(*to_text, options) + cross_entropy(*to_image, options)) / 2

@@ -1,8 +1,6 @@
 """Every loss × every negatives option against the dense float64 references, on 1, 2 and 4 ranks."""
 
-import itertools
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -90,7 +88,13 @@ class Case:
         return ThreadRanks(self.world_size).run(one_rank)
 
     def reference(self, options):
-        leaves = {"image": self.image, "text": self.text, "log_scale": self.log_scale, "bias": self.bias, "hard": self.hard}
+        leaves = {
+            "image": self.image,
+            "text": self.text,
+            "log_scale": self.log_scale,
+            "bias": self.bias,
+            "hard": self.hard,
+        }
         leaves = {k: v.double().clone().requires_grad_() for k, v in leaves.items() if v is not None}
         similar = reference.cosine
         if self.name == "filip":
@@ -183,6 +187,14 @@ def test_float32_stays_finite_and_close_at_large_scales(scale):
     (ours,), (value, grads) = case.ours(Negatives(), 500), case.reference(Negatives())
     assert abs(ours.loss - value) < 1e-4
     assert (ours.d_image - grads["image"]).norm() <= 1e-3 * grads["image"].norm() + 1e-5
+
+
+def test_a_false_negative_far_above_the_rest_hides_nothing():
+    # Its own pair is bad and the excluded entry is 200 nats above all others: exp(-200) is zero in float32.
+    image = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    pairs = Pairs(image, -image, torch.tensor(math.log(100.0)))
+    ours = losses.softmax(pairs, negatives=Negatives(filter_margin=0.0))
+    assert torch.equal(ours.loss, torch.tensor(0.0)) and ours.masked == 4
 
 
 def test_identical_rows_share_the_probability():

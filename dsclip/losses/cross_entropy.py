@@ -12,6 +12,7 @@ from torch import Tensor
 from dsclip.losses.masks import Masks, own_pairs
 from dsclip.losses.pairs import Negatives
 from dsclip.losses.sides import Side
+from dsclip.losses.tile_size import Scratch
 
 
 class CrossEntropy:
@@ -20,12 +21,12 @@ class CrossEntropy:
     texts_ask = True
     has_bias = False
 
-    def __init__(self, negatives: Negatives, bias: Tensor | None):
-        self.negatives = negatives
+    def __init__(self, negatives: Negatives, bias: Tensor | None, scratch: Scratch):
+        self.negatives, self._scratch = negatives, scratch
 
     def statistics(self, asker: Side, *, are_images: bool) -> Statistics:
         """An empty accumulator for the askers' rows."""
-        return Statistics(asker, self.negatives)
+        return Statistics(asker, self.negatives, self._scratch)
 
     def weights(self, logits: Tensor, masks: Masks, asker: Side, *, cols_ask: bool, reuse: bool) -> Tensor:
         """The gradient [r, c] of Σ_i loss_i for the logits. With `reuse` it takes the logits' memory."""
@@ -35,8 +36,8 @@ class CrossEntropy:
 
         options = self.negatives
         if options.one_hot:
-            weights = logits.sub_(facing("lse")) if reuse else logits - facing("lse")
-            weights.exp_()
+            weights = logits if reuse else self._scratch("weights", *logits.shape, logits)
+            torch.sub(logits, facing("lse"), out=weights).exp_()
             if masks.excluded is not None:
                 weights.masked_fill_(masks.excluded, 0)
             if masks.diagonal is not None:
@@ -59,10 +60,10 @@ class CrossEntropy:
 class Statistics:
     """What the rows of one direction need of all their candidates, gathered tile by tile."""
 
-    def __init__(self, asker: Side, negatives: Negatives):
+    def __init__(self, asker: Side, negatives: Negatives, scratch: Scratch):
         like = asker.features
         n = len(asker)
-        self._own, self._options = asker.own, negatives
+        self._own, self._options, self._scratch = asker.own, negatives, scratch
         self._lse = like.new_full((n,), -torch.inf)  # of positives and, without reweighting, of negatives
         self._best = like.new_full((n,), -torch.inf)
         if not negatives.one_hot:
@@ -74,11 +75,11 @@ class Statistics:
     def add(self, part: slice, logits: Tensor, masks: Masks, *, cols_ask: bool, in_batch: bool) -> None:
         """One tile [r, c]; part: the askers in it."""
         dim = 0 if cols_ask else 1
+        best = logits.amax(dim)
         if in_batch:
-            self._best[part] = torch.maximum(self._best[part], logits.amax(dim))
+            self._best[part] = torch.maximum(self._best[part], best)
         if self._options.one_hot:
-            seen = logits if masks.excluded is None else logits.masked_fill(masks.excluded, -torch.inf)
-            self._lse[part] = torch.logaddexp(self._lse[part], torch.logsumexp(seen, dim))
+            self._lse[part] = torch.logaddexp(self._lse[part], self._log_sum_exp(logits, masks.excluded, best, dim))
             return
         positive, beta = own_pairs(masks, logits), self._options.beta
         negative = ~positive if masks.excluded is None else ~(positive | masks.excluded)
@@ -97,6 +98,16 @@ class Statistics:
         if self._options.label_smoothing:
             self._sum[part] += (logits * (positive | negative)).sum(dim)
             self._candidates[part] += (positive | negative).sum(dim)
+
+    def _log_sum_exp(self, logits: Tensor, excluded: Tensor | None, best: Tensor, dim: int) -> Tensor:
+        """Over the entries that are not excluded; `best` is the largest logit of each row."""
+        seen = self._scratch("weights", *logits.shape, logits)
+        if excluded is not None:
+            torch.where(excluded, -torch.inf, logits, out=seen)
+            best = seen.amax(dim).clamp_min(torch.finfo(logits.dtype).min)  # a row may have nothing left in this tile
+            logits = seen
+        torch.sub(logits, best.unsqueeze(dim), out=seen).exp_()
+        return seen.sum(dim).log_().add_(best)
 
     def finish(self) -> tuple[dict[str, Tensor], Tensor]:
         """The statistics [n] by name, and the loss [n] of each row."""

@@ -14,42 +14,47 @@ from dsclip.errors import UserError, did_you_mean
 from dsclip.losses.cross_entropy import CrossEntropy
 from dsclip.losses.group import Group, SingleRank
 from dsclip.losses.pairs import LossGrads, Negatives, Pairs
-from dsclip.losses.sigmoid import Sigmoid
 from dsclip.losses.sides import widen
+from dsclip.losses.sigmoid import Sigmoid
 from dsclip.losses.similarity import Cosine, LateInteraction
 from dsclip.losses.stage import contrast
 
 Loss = Callable[..., LossGrads]
+PLAIN, ALONE = Negatives(), SingleRank()
 
 
 def softmax(
-    pairs: Pairs, *, negatives: Negatives = Negatives(), group: Group = SingleRank(), tile_entries: int | None = None
+    pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
 ) -> LossGrads:
     """InfoNCE, the CLIP loss −½·mean(log p_ii) − ½·mean(log q_ii) (Radford et al. 2021, figure 3).
 
     With G = (p + q − 2·Id)/(2N): dI = s·G·T, dT = s·Gᵀ·I, d log s = Σ G∘S. Raises nothing; see `Pairs` for shapes.
     """
     return contrast(
-        pairs, similarity=Cosine(), criterion=CrossEntropy, negatives=negatives, group=group, tile_entries=tile_entries
+        pairs, similarity=Cosine, criterion=CrossEntropy, negatives=negatives, group=group, tile_entries=tile_entries
     )
 
 
 def sigmoid(
-    pairs: Pairs, *, negatives: Negatives = Negatives(), group: Group = SingleRank(), tile_entries: int | None = None
+    pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
 ) -> LossGrads:
     """SigLIP (Zhai et al. 2023): −(1/N) Σ_ij log σ(z_ij(S_ij + b)), z = 1 for pairs and −1 otherwise. Needs a bias."""
     return contrast(
-        pairs, similarity=Cosine(), criterion=Sigmoid, negatives=negatives, group=group, tile_entries=tile_entries
+        pairs, similarity=Cosine, criterion=Sigmoid, negatives=negatives, group=group, tile_entries=tile_entries
     )
 
 
 def filip(
-    pairs: Pairs, *, negatives: Negatives = Negatives(), group: Group = SingleRank(), tile_entries: int | None = None
+    pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
 ) -> LossGrads:
     """FILIP (Yao et al. 2022): InfoNCE over token-wise late interaction. Features are tokens [n, T, d]."""
-    similarity = LateInteraction()
     return contrast(
-        pairs, similarity=similarity, criterion=CrossEntropy, negatives=negatives, group=group, tile_entries=tile_entries
+        pairs,
+        similarity=LateInteraction,
+        criterion=CrossEntropy,
+        negatives=negatives,
+        group=group,
+        tile_entries=tile_entries,
     )
 
 
@@ -111,7 +116,7 @@ def from_dense(loss: Callable) -> Loss:
     the function holds, N×N matrices too, on every rank.
     """
 
-    def run(pairs: Pairs, *, negatives: Negatives = Negatives(), group: Group = SingleRank(), tile_entries=None):
+    def run(pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries=None):
         mine = slice(group.rank * len(pairs.image), (group.rank + 1) * len(pairs.image))
         gathered = [widen(group.all_gather(x)) for x in (pairs.image, pairs.text)]
         leaves = [x.detach().requires_grad_() for x in gathered]

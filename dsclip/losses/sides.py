@@ -82,7 +82,9 @@ def gather_sides(pairs: Pairs, group: Group, own_logits) -> Sides:
     if pairs.hard_text is not None:
         hard = Side(widen(pairs.hard_text), pairs.hard_valid, owner=pairs.hard_owner + first)
         hard_valid = None if hard.valid is None else gather_ragged(hard.valid, group)
-        all_hard = Side(widen(gather_ragged(pairs.hard_text, group)), hard_valid, owner=gather_ragged(hard.owner, group))
+        all_hard = Side(
+            widen(gather_ragged(pairs.hard_text, group)), hard_valid, owner=gather_ragged(hard.owner, group)
+        )
     queue_image = queue_text = None
     if pairs.queue_image is not None and len(pairs.queue_image):
         queue_image = Side(pairs.queue_image, key=pairs.queue_keys)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dsclip.losses.masks import Masks, own_pairs
 from dsclip.losses.pairs import Negatives
 from dsclip.losses.sides import Side
+from dsclip.losses.tile_size import Scratch
 
 
 class Sigmoid:
@@ -21,7 +22,7 @@ class Sigmoid:
     texts_ask = False
     has_bias = True
 
-    def __init__(self, negatives: Negatives, bias: Tensor | None):
+    def __init__(self, negatives: Negatives, bias: Tensor | None, scratch: Scratch):
         self.negatives, self._bias = negatives, bias
 
     def statistics(self, asker: Side, *, are_images: bool) -> Statistics:

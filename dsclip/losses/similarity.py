@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsclip.losses.sides import Side
+from dsclip.losses.tile_size import Scratch
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,24 @@ class Tile:
 class Cosine:
     """The dot product of unit features [r, d]."""
 
+    def __init__(self, scratch: Scratch):
+        self._scratch = scratch
+
     def cells(self, rows: Side, cols: Side) -> int:
         """Numbers that one entry of a tile takes."""
         return 1
 
     def tile(self, rows: Side, cols: Side, scale: Tensor) -> Tile:
         """Logits scale·rows·columnsᵀ."""
-        logits = (rows.features * scale) @ cols.features.T
+        scaled = self._scratch("rows", *rows.features.shape, rows.features)
+        torch.mul(rows.features, scale, out=scaled)
+        logits = self._scratch("logits", len(rows), len(cols), rows.features)
+        torch.mm(scaled, cols.features.T, out=logits)
         return Tile(logits, logits)
 
     def own(self, rows: Side, cols: Side, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [r] of row i with column i, both directions."""
-        own = torch.cat([
-            ((r * scale) * c).sum(1) for r, c in zip(rows.features.split(8192), cols.features.split(8192), strict=True)
-        ])  # fmt: skip
+        own = row_products(rows.features, cols.features) * scale
         return own, own
 
     def pull(self, tile: Tile, row_weights, col_weights, rows: Side, cols: Side, d_rows, d_cols) -> None:
@@ -53,11 +58,19 @@ class Cosine:
             d_cols.addmm_(weights.T, rows.features)
 
 
+def row_products(x: Tensor, y: Tensor) -> Tensor:
+    """Σ over all but the first dimension of x·y, [r], without a copy of either."""
+    return torch.bmm(x.reshape(len(x), 1, -1), y.reshape(len(y), -1, 1)).view(-1)
+
+
 class LateInteraction:
     """FILIP (Yao et al. 2022, eq. 4-5): the mean over a sample's tokens of each token's best match in the other.
 
     Features are tokens [r, T, d] with `valid`. Best matches of rows and of columns differ, so the two directions do.
     """
+
+    def __init__(self, scratch: Scratch):
+        del scratch  # its tiles are few and large
 
     def cells(self, rows: Side, cols: Side) -> int:
         """Numbers that one entry of a tile takes: all pairs of tokens."""

@@ -15,7 +15,8 @@ from dsclip.losses.group import Group
 from dsclip.losses.masks import masks
 from dsclip.losses.pairs import LossGrads, Negatives, Pairs
 from dsclip.losses.sides import Side, Sides, gather_sides
-from dsclip.losses.tile_size import free_bytes, tile_shape
+from dsclip.losses.similarity import row_products
+from dsclip.losses.tile_size import Scratch, free_bytes, tile_shape
 
 
 @torch.no_grad()
@@ -26,8 +27,9 @@ def contrast(
 
     tile_entries: largest number of similarities held at a time; None chooses it from free memory.
     """
-    stage = _Stage(pairs, similarity, criterion(negatives, pairs.bias), negatives, group, tile_entries)
-    return stage.run()
+    scratch = Scratch()
+    criterion = criterion(negatives, pairs.bias, scratch)
+    return _Stage(pairs, similarity(scratch), criterion, negatives, group, tile_entries).run()
 
 
 class _Stage:
@@ -164,4 +166,4 @@ class _Stage:
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
-    return sum((a * b).sum() for a, b in zip(x.split(8192), y.split(8192), strict=True))
+    return row_products(x, y).sum()
