@@ -103,7 +103,7 @@ class Statistics:
         """Over the entries that are not excluded; `best` is the largest logit of each row."""
         seen = self._scratch("weights", *logits.shape, logits)
         if excluded is not None:
-            torch.where(excluded, -torch.inf, logits, out=seen)
+            seen.copy_(logits).masked_fill_(excluded, -torch.inf)
             best = seen.amax(dim).clamp_min(torch.finfo(logits.dtype).min)  # a row may have nothing left in this tile
             logits = seen
         torch.sub(logits, best.unsqueeze(dim), out=seen).exp_()
