@@ -40,7 +40,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         path=folder,
         config=ClipConfig(**manifest["model"]),
         state_dict=full_precision_weights(folder),
-        logit_scale=math.exp(manifest["engine"]["logit_scale"]["log"]),
+        logit_scale=math.exp(manifest["engine"]["scalars"]["log_scale"]["value"]),
         tokenizer_dir=folder / "tokenizer",
         step=manifest["step"],
         samples=manifest["samples"],

@@ -179,6 +179,7 @@ def check_values(recipe: Recipe, source: str) -> None:
         "eval.max_samples": recipe.eval.max_samples, "data.shuffle_buffer": recipe.data.shuffle_buffer,
         "data.max_image_pixels": recipe.data.max_image_pixels, "optim.lr": optim.lr, "optim.eps": optim.eps,
         "loss.init_temperature": loss.init_temperature, "loss.max_logit_scale": loss.max_logit_scale,
+        "loss.final_temperature": loss.final_temperature, "loss.queue_warmup_steps": loss.queue_warmup_steps,
     }  # fmt: skip
     for name, value in positive.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -186,7 +187,10 @@ def check_values(recipe: Recipe, source: str) -> None:
     choices = {
         "batch.checkpointing": (batch.checkpointing, ("auto", "none", "full")),
         "optim.schedule": (optim.schedule, ("cosine", "constant")),
-        "loss.name": (loss.name, ("softmax",)),
+        "loss.temperature": (loss.temperature, ("learned", "fixed", "scheduled")),
+        "loss.hard_negatives": (loss.hard_negatives, ("none", "global", "own")),
+        "loss.duplicates": (loss.duplicates, ("negative", "positive", "mask")),
+        "loss.wire_dtype": (loss.wire_dtype, ("fp32", "bf16")),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -197,7 +201,7 @@ def check_values(recipe: Recipe, source: str) -> None:
 
 
 def _check_ranges(recipe: Recipe, source: str) -> None:
-    batch, optim, data, train = recipe.batch, recipe.optim, recipe.data, recipe.train
+    batch, optim, data, train, loss = recipe.batch, recipe.optim, recipe.data, recipe.train, recipe.loss
     scale = data.crop_scale
     rules = [
         (0 <= optim.beta1 < 1 and 0 <= optim.beta2 < 1, "`optim.beta1` and `optim.beta2` must be in [0, 1)"),
@@ -213,6 +217,21 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
             len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
             f"`data.crop_scale` is {scale}; give [low, high] within (0, 1]",
         ),
+        (
+            0 <= loss.label_smoothing < 1,
+            f"`loss.label_smoothing` is {loss.label_smoothing}; it is a share: 0 ≤ share < 1",
+        ),
+        (loss.beta >= 0, f"`loss.beta` is {loss.beta}; it must not be negative"),
+        (loss.queue_size >= 0, f"`loss.queue_size` is {loss.queue_size}; it must not be negative"),
+        (
+            (loss.temperature == "scheduled") == (loss.final_temperature is not None),
+            "`loss.final_temperature` belongs to `loss.temperature: scheduled`; set both or neither",
+        ),
+        (
+            loss.queue_momentum is None or (loss.queue_size and 0 <= loss.queue_momentum < 1),
+            f"`loss.queue_momentum` is {loss.queue_momentum}; it needs `loss.queue_size` and must be in [0, 1)",
+        ),
+        (data.max_negatives > 0, f"`data.max_negatives` is {data.max_negatives}; it must be greater than 0"),
         (data.workers >= 0, f"`data.workers` is {data.workers}; it must not be negative"),
         (0 <= data.max_bad_fraction <= 1, f"`data.max_bad_fraction` is {data.max_bad_fraction}; it is a share of 1"),
         (

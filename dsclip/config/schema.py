@@ -44,6 +44,9 @@ class DataSection:
     crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])  # share of the area kept (CLIP, OpenCLIP)
     flip: bool = False  # horizontal flips; wrong for captions that say left or right
     caption_key: str = "caption"  # key of the caption (string or list of strings) in `.json` members
+    negative_key: str = "negatives"  # key of hard-negative captions in `.json`; or a `.neg.txt` member, one a line
+    max_negatives: int = 4  # hard-negative captions used of one sample
+    group_key: str | None = None  # key in `.json` whose equal values mark duplicates; None: equal captions do
     max_bad_fraction: float = 0.1  # the run stops when more of the samples read can't be used
     max_image_pixels: int = 64_000_000  # checked on the header, before decoding
 
@@ -60,11 +63,24 @@ class BatchSection:
 
 @dataclass(frozen=True)
 class LossSection:
-    """InfoNCE over the global batch, both directions (Radford et al. 2021, figure 3)."""
+    """The loss over the global batch and the negatives in it; docs/negatives.md explains each option."""
 
-    name: str = "softmax"
+    name: str = "softmax"  # softmax (InfoNCE, CLIP) | sigmoid (SigLIP) | filip (token-wise) | one of your own
+    plugin: str | None = None  # Python file or module that registers your own loss
+    temperature: str = "learned"  # learned | fixed | scheduled
     init_temperature: float = 0.07  # logit scale starts at 1/0.07 (CLIP)
+    final_temperature: float | None = None  # where a scheduled one ends; its logarithm changes evenly over the run
     max_logit_scale: float = 100.0  # clamp after each step (CLIP)
+    init_bias: float = -10.0  # logit bias of the sigmoid loss (SigLIP)
+    label_smoothing: float = 0.0  # share of the target spread over all candidates
+    hard_negatives: str = "none"  # none | global (compete for every image) | own (for their own image only)
+    duplicates: str = "negative"  # samples with equal keys: negative | positive | mask
+    filter_margin: float | None = None  # δ: entries with I_i·T_j > I_i·T_i − δ are left out as false negatives
+    beta: float = 0.0  # concentration of hard-negative reweighting
+    queue_size: int = 0  # pairs of earlier steps kept as negatives
+    queue_warmup_steps: int | None = None  # steps before the queue is used; None: until it is full
+    queue_momentum: float | None = None  # embed queued pairs by an average of the weights (MoCo), such as 0.999
+    wire_dtype: str = "fp32"  # fp32 | bf16: how features travel between ranks
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,22 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dsclip.config.schema import DataSection
-from dsclip.data.reader import BadSample, RawSample, decode_image, read_captions, read_shard
+from dsclip.data.reader import (
+    BadSample,
+    RawSample,
+    decode_image,
+    read_captions,
+    read_group,
+    read_negatives,
+    read_shard,
+)  # fmt: skip
 from dsclip.data.shards import resolve_shards
 from dsclip.data.tokenizer import Tokenizer
 from dsclip.data.transforms import train_image
 from dsclip.errors import UserError
 
 FEWEST_TO_JUDGE = 200  # samples read before the share of bad ones can stop a run
+FEWEST_WITHOUT_NEGATIVES = 1000  # samples read without any hard negative before declaring them is an error
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class StreamSettings:
     seed: int
     rank: int
     world_size: int
+    hard_negatives: bool = False
 
     @property
     def streams_a_rank(self) -> int:
@@ -55,17 +65,19 @@ def build_loader(
     seed: int,
     rank: int,
     world_size: int,
+    hard_negatives: bool = False,
     state: dict | None = None,
 ) -> Loader:
     """This rank's endless iterable of batches of exactly `local_batch_size` samples.
 
-    A batch: images uint8 [n, 3, S, S], tokens int64 [n, L], sample_ids int64 [n], captions (n strings), read and bad
-    (samples read and skipped, by reason, for this batch), state (JSON: the position after this batch). Passing that
+    A batch: images uint8 [n, 3, S, S], tokens int64 [n, L], sample_ids int64 [n], keys int64 [n]
+    (equal for duplicates), captions (n strings), read and bad (samples read and skipped, by reason, for this batch);
+    with hard_negatives also hard_tokens [m, L] and hard_owner [m], the sample of each; state (JSON: the position after this batch). Passing that
     state back continues with exactly the next batch. Raises UserError for shards that are missing or all unusable.
     """
     shards = resolve_shards(data.train_shards)
     settings = StreamSettings(
-        shards, data, tokenizer, image_size, context_length, local_batch_size, seed, rank, world_size
+        shards, data, tokenizer, image_size, context_length, local_batch_size, seed, rank, world_size, hard_negatives
     )
     return Loader(settings, state)
 
@@ -131,6 +143,7 @@ class _Stream:
         self._damaged: dict[str, int] = {}
         self._bad_by_shard: Counter = Counter()
         self._read = 0
+        self._negatives = 0
 
     def batches(self, epoch: int, drawn: int) -> Iterator[dict]:
         samples, skipped, read = [], Counter(), 0
@@ -152,6 +165,7 @@ class _Stream:
                     samples, skipped, read = [], Counter(), 0
             if whole_pass and not usable:
                 self._refuse_unusable(skipped)
+            self._judge_negatives(whole_pass)
             epoch, drawn = epoch + 1, 0
 
     def _shuffled(self, epoch: int, skip: int) -> Iterator[RawSample]:
@@ -189,26 +203,50 @@ class _Stream:
         image = decode_image(raw, self._s.data.max_image_pixels)
         rng = np.random.default_rng([self._s.seed, epoch, raw.sample_id % 2**63])
         caption = captions[int(rng.integers(len(captions)))]
+        negatives = []
+        if self._s.hard_negatives:
+            negatives = read_negatives(raw, self._s.data.negative_key, self._s.data.max_negatives)
+            self._negatives += len(negatives)
         return (
             train_image(image, self._s.image_size, self._s.data.crop_scale, self._s.data.flip, rng),
             caption,
             raw.sample_id,
+            read_group(raw, self._s.data.group_key, caption),
+            negatives,
         )
 
     def _batch(self, samples: list[tuple], read: int, bad: dict[str, int], position: dict) -> dict:
-        images, captions, sample_ids = zip(*samples, strict=True)
-        return {
+        images, captions, sample_ids, keys, negatives = zip(*samples, strict=True)
+        extra = {}
+        if self._s.hard_negatives:
+            owners = [row for row, own in enumerate(negatives) for _ in own]
+            sentences = [sentence for own in negatives for sentence in own]
+            extra["hard_tokens"] = self._s.tokenizer(sentences, self._s.context_length)
+            extra["hard_owner"] = torch.tensor(owners, dtype=torch.int64)
+        return extra | {
             "images": torch.stack(images),
             "tokens": self._s.tokenizer(list(captions), self._s.context_length),
             "sample_ids": torch.tensor(sample_ids),
+            "keys": torch.tensor(keys),
             "captions": list(captions),
             "read": read,
             "bad": bad,
             "position": position,
         }
 
+    def _judge_negatives(self, whole_pass: bool) -> None:
+        """Stops a run that declares hard negatives and has none: it would train another loss than it says."""
+        if self._s.hard_negatives and not self._negatives and (whole_pass or self._read >= FEWEST_WITHOUT_NEGATIVES):
+            raise UserError(
+                f"rank {self._s.rank}: loss.hard_negatives is set, but none of the first {self._read} samples of stream "
+                f"{self._part} has a hard negative. Give samples a .neg.txt member or a list under "
+                f"`{self._s.data.negative_key}` (data.negative_key) in their .json, or set loss.hard_negatives=none."
+            )
+
     def _judge(self) -> None:
         self._read += 1
+        if self._read >= FEWEST_WITHOUT_NEGATIVES:
+            self._judge_negatives(whole_pass=False)
         total_bad = self._bad_by_shard.total()
         if self._read >= FEWEST_TO_JUDGE and total_bad > self._s.data.max_bad_fraction * self._read:
             worst = ", ".join(f"{name} ({n})" for name, n in self._bad_by_shard.most_common(3))

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MEMBER_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls")
+MEMBER_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls")  # `.neg.txt` ends in .txt
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -109,6 +109,34 @@ def read_captions(raw: RawSample, caption_key: str) -> list[str]:
     if not captions:
         raise BadSample("empty caption")
     return captions
+
+
+def read_negatives(raw: RawSample, negative_key: str, most: int) -> list[str]:
+    """The sample's hard-negative captions, at most `most`: from `.neg.txt` (one a line) or `.json`. Raises BadSample."""
+    if "neg.txt" in raw.members:
+        try:
+            found = raw.members["neg.txt"].decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise BadSample("unreadable hard negatives") from error
+    else:
+        found = _json_value(raw, negative_key, [])
+    found = found if isinstance(found, list) else [found]
+    return [c.strip() for c in found if isinstance(c, str) and c.strip()][:most]
+
+
+def read_group(raw: RawSample, group_key: str | None, caption: str) -> int:
+    """An int64 that is equal for duplicates: of the value under `group_key`, or else of the caption."""
+    value = caption.strip().lower() if group_key is None else _json_value(raw, group_key, None)
+    if value is None:
+        raise BadSample("no group key")
+    return int.from_bytes(blake2b(str(value).encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _json_value(raw: RawSample, key: str, otherwise):
+    try:
+        return json.loads(raw.members["json"]).get(key, otherwise) if "json" in raw.members else otherwise
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BadSample("unreadable json") from error
 
 
 def read_label(raw: RawSample) -> int | None:

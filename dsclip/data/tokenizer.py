@@ -19,6 +19,8 @@ class Tokenizer:
 
     def __call__(self, captions: list[str], context_length: int) -> Tensor:
         """Token ids [n, context_length] int64 of n captions."""
+        if not captions:
+            return torch.zeros(0, context_length, dtype=torch.int64)
         encoded = self._hf(captions, padding="max_length", truncation=True, max_length=context_length)
         return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 

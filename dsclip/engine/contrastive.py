@@ -6,7 +6,6 @@ Symbols: n samples of this rank, N of all ranks, D embedding width, k outer micr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,17 +15,24 @@ from dsclip.config.schema import BatchSection, Recipe
 from dsclip.engine.build import build_model, init_distributed, initialize
 from dsclip.engine.collectives import Collectives
 from dsclip.engine.consolidate import DEEPSPEED_TAG
-from dsclip.engine.logit_scale import LogitScale
+from dsclip.engine.feature_queue import FeatureQueue
+from dsclip.engine.loss_scalars import LossScalars
+from dsclip.engine.momentum import MomentumEncoder
 from dsclip.engine.schedule import learning_rate
 from dsclip.errors import UserError
-from dsclip.losses import LOSSES, ContrastiveGrads
+from dsclip.losses import LossGrads, Negatives, Pairs, checked, find_loss
+from dsclip.losses.observe import FeatureStatistics, feature_statistics
 from dsclip.model import ClipConfig
 from dsclip.model.patch_dropout import kept_patches
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step, counted from 1. loss in nats; accuracies over the global batch; norm before clipping."""
+    """One optimizer step, counted from 1. loss in nats; accuracies over the global batch; norm before clipping.
+
+    masked_negatives: entries left out of the loss, both directions; hard_negatives: hard-negative captions in the
+    global batch; queue_length: pairs in the queue. features: alignment, uniformity and similarities of this rank.
+    """
 
     step: int
     loss: float
@@ -36,14 +42,23 @@ class StepMetrics:
     lr: float
     grad_norm: float
     skipped: bool
+    logit_bias: float | None
+    masked_negatives: int
+    hard_negatives: int
+    queue_length: int
+    features: FeatureStatistics | None
 
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """What one forward needs. The same object goes through the towers twice, with the same kept patches."""
+    """What one forward needs. The same object goes through the towers twice, with the same kept patches.
+
+    tokens: the captions of the images, then their hard negatives, whose images are the rows hard_owner of the batch.
+    """
 
     images: Tensor
     tokens: Tensor
+    hard_owner: Tensor
     kept: Tensor | None
 
 
@@ -51,8 +66,9 @@ class ContrastiveEngine:
     """DeepSpeed's engine with the step that contrastive learning needs.
 
     `train_step(batch)`: batch["images"] [n, 3, S, S] uint8 (or float, normalised), batch["tokens"] [n, L] int64,
-    batch["sample_ids"] [n] int64. Its gradient equals that of a single process with the N samples in one batch, for
-    every number of ranks, ZeRO stage, outer micro-batch and chunk size.
+    batch["sample_ids"] [n] int64; by the recipe's loss also batch["keys"] [n] int64 (duplicates), and
+    batch["hard_tokens"] [m, L] with batch["hard_owner"] [m] (hard negatives). Its gradient equals that of a single
+    process with the N samples in one batch, for every number of ranks, ZeRO stage, outer micro-batch and chunk size.
     """
 
     def __init__(
@@ -68,12 +84,32 @@ class ContrastiveEngine:
         self.group = Collectives.current()
         self.recipe, self.config, self.ds_config = recipe, config, ds_config
         self.step = 0
-        self._loss = partial(LOSSES[recipe.loss.name], group=self.group)
+        settings = recipe.loss
+        self._loss = find_loss(settings.name, settings.plugin)
+        self._negatives = Negatives(
+            settings.duplicates, "own" if settings.hard_negatives == "own" else "global", settings.filter_margin,
+            settings.beta, settings.label_smoothing,
+        )  # fmt: skip
         model = build_model(config, ds_config, recipe.train.seed, state_dict)
         self.deepspeed = initialize(model, ds_config, recipe.optim)
-        self.logit_scale = LogitScale(recipe.loss, recipe.optim, self.device)
+        self.scalars = LossScalars(
+            settings, recipe.optim, recipe.train.steps, self.device, has_bias=self._loss.has_bias
+        )
         if init_scale is not None:
-            self.logit_scale.set_scale(init_scale)
+            self.scalars.set_scale(init_scale)
+        self._queue = self._momentum = None
+        if settings.queue_size:
+            self._queue = FeatureQueue(settings, *self._feature_shapes(), self.device)
+        if settings.queue_momentum is not None:
+            self._momentum = MomentumEncoder(model, config, ds_config, settings.queue_momentum, self.device)
+
+    def _feature_shapes(self) -> tuple[tuple, tuple]:
+        config = self.config
+        if not self._loss.token_wise:
+            return (config.embed_dim,), (config.embed_dim,)
+        if config.patch_dropout:
+            raise UserError("token-wise losses with a queue need model.patch_dropout 0: all images need equal tokens")
+        return (1 + config.patches, config.embed_dim), (config.context_length, config.embed_dim)
 
     @property
     def module(self):
@@ -82,6 +118,7 @@ class ContrastiveEngine:
 
     def train_step(self, batch: dict) -> StepMetrics:
         """One optimizer step on the global batch of which `batch` is this rank's share. Collective."""
+        self.scalars.before_step(self.step)
         grads = self.accumulate(batch)
         lr = learning_rate(self.step, self.recipe.train.steps, self.recipe.optim)
         for group in self.deepspeed.optimizer.param_groups:
@@ -89,11 +126,13 @@ class ContrastiveEngine:
         self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
         if applied:
-            self.logit_scale.step(grads.d_log_scale, lr)
+            self.scalars.step(grads, lr)
+            if self._momentum is not None:
+                self._momentum.update()
         self.step += 1
-        return self._metrics(grads, lr, applied)
+        return self._metrics(grads, lr, applied, batch)
 
-    def accumulate(self, batch: dict) -> ContrastiveGrads:
+    def accumulate(self, batch: dict) -> LossGrads:
         """Features, loss and backward of the towers; the gradients then wait in DeepSpeed for its step.
 
         The last micro-batch keeps its graph and goes backward first; the others ran without one and run again.
@@ -102,27 +141,75 @@ class ContrastiveEngine:
         micro = self._micro_batches(batch)
         with torch.no_grad():
             cached = [self._features(m) for m in micro[:-1]]
-        features = self._features(micro[-1])
-        image, text = (torch.cat([c[i] for c in cached] + [features[i].detach()]) for i in (0, 1))
-        grads = self._loss(image, text, self.logit_scale.log.detach())
+        kept_graph = self._features(micro[-1])
+        pairs = self._pairs(micro, [*cached, tuple(f.detach() for f in kept_graph)], batch)
+        grads = checked(self._loss, pairs, negatives=self._negatives, group=self.group)
+        self._observed = None
+        if not self._loss.token_wise:
+            self._observed = feature_statistics(pairs.image, pairs.text)
 
-        sizes = [len(m.images) for m in micro]
-        pairs = list(zip(grads.d_image.split(sizes), grads.d_text.split(sizes), strict=True))
-        self._backward(features, pairs[-1], last=len(micro) == 1)
-        del features
+        by_micro = self._split_gradients(micro, grads)
+        self._backward(kept_graph, by_micro[-1], last=len(micro) == 1)
+        del kept_graph, cached
         for index, m in enumerate(micro[:-1]):
-            self._backward(self._features(m), pairs[index], last=index == len(micro) - 2)
+            self._backward(self._features(m), by_micro[index], last=index == len(micro) - 2)
+        if self._queue is not None:
+            self._fill_queue(micro, pairs)
         return grads
 
-    def _features(self, micro: _MicroBatch) -> tuple[Tensor, Tensor]:
+    def _features(self, micro: _MicroBatch, encoder=None) -> tuple[Tensor, Tensor]:
+        """Image features [b, D], and text features [b + m, D] of captions and hard negatives."""
         chunk_size, recompute = chunking(self.recipe.batch)
-        return self.deepspeed(micro.images, micro.tokens, chunk_size=chunk_size, recompute=recompute, kept=micro.kept)
+        return (encoder or self.deepspeed)(
+            micro.images, micro.tokens, chunk_size=chunk_size, recompute=recompute, kept=micro.kept,
+            token_wise=self._loss.token_wise,
+        )  # fmt: skip
+
+    def _pairs(self, micro: list[_MicroBatch], features: list[tuple[Tensor, Tensor]], batch: dict) -> Pairs:
+        """What the loss sees: the features of all micro-batches, hard negatives and queue."""
+        image = torch.cat([i for i, _ in features])
+        text = torch.cat([t[: len(i)] for i, t in features])
+        extra = {}
+        if self._negatives.duplicates != "negative":
+            extra["keys"] = self._put(self._need(batch, "keys"))
+        if self._loss.token_wise:
+            valid = [self.module.valid_tokens(m.tokens) for m in micro]
+            extra["text_valid"] = torch.cat([v[: len(m.images)] for v, m in zip(valid, micro, strict=True)])
+        if self.recipe.loss.hard_negatives != "none":
+            extra["hard_text"] = torch.cat([t[len(i) :] for i, t in features])
+            extra["hard_owner"] = torch.cat([m.hard_owner for m in micro])
+            if self._loss.token_wise:
+                extra["hard_valid"] = torch.cat([v[len(m.images) :] for v, m in zip(valid, micro, strict=True)])
+        if self._queue is not None:
+            extra |= self._queue.negatives(self.step)
+        if self.recipe.loss.wire_dtype == "bf16":
+            image, text = image.bfloat16(), text.bfloat16()
+            if "hard_text" in extra:
+                extra["hard_text"] = extra["hard_text"].bfloat16()
+        return Pairs(image, text, self.scalars.log_scale.detach(), _detached(self.scalars.bias), **extra)
+
+    def _split_gradients(self, micro: list[_MicroBatch], grads: LossGrads) -> list[tuple[Tensor, Tensor]]:
+        """The gradients of each micro-batch's features, in the order of its tokens."""
+        sizes = [len(m.images) for m in micro]
+        texts = grads.d_text.split(sizes)
+        if grads.d_hard_text is not None:
+            hard = grads.d_hard_text.split([len(m.hard_owner) for m in micro])
+            texts = [torch.cat(parts) for parts in zip(texts, hard, strict=True)]
+        return list(zip(grads.d_image.split(sizes), texts, strict=True))
 
     def _backward(self, features, grads, *, last: bool) -> None:
         # ZeRO averages over ranks, and each rank holds the gradient of the global loss: hence the world size.
         surrogate = sum((f * g).sum() for f, g in zip(features, grads, strict=True)) * self.group.world_size
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(surrogate, scale_wrt_gas=False)
+
+    def _fill_queue(self, micro: list[_MicroBatch], pairs: Pairs) -> None:
+        image, text = pairs.image, pairs.text
+        if self._momentum is not None:
+            features = [self._features(m, self._momentum) for m in micro]
+            image = torch.cat([i for i, _ in features])
+            text = torch.cat([t[: len(i)] for i, t in features])
+        self._queue.push(image, text, pairs.keys, self.group)
 
     def _micro_batches(self, batch: dict) -> list[_MicroBatch]:
         n = len(batch["images"])
@@ -133,8 +220,22 @@ class ContrastiveEngine:
                 f"batch.global_batch_size over {self.group.world_size} ranks is {expected} pairs a rank"
             )
         size = self.recipe.batch.samples_per_forward or n
-        parts = zip(*(batch[k].split(size) for k in ("images", "tokens", "sample_ids")), strict=True)
-        return [_MicroBatch(self._put(i), self._put(t), self._kept(s)) for i, t, s in parts]
+        return [self._micro_batch(batch, start, min(n, start + size)) for start in range(0, n, size)]
+
+    def _micro_batch(self, batch: dict, start: int, stop: int) -> _MicroBatch:
+        images, tokens = (self._put(batch[name][start:stop]) for name in ("images", "tokens"))
+        hard_owner = torch.zeros(0, dtype=torch.int64, device=self.device)
+        if self.recipe.loss.hard_negatives != "none":
+            owner = self._need(batch, "hard_owner")
+            chosen = (owner >= start) & (owner < stop)
+            hard_owner = self._put(owner[chosen])
+            tokens = torch.cat([tokens, self._put(batch["hard_tokens"][chosen])])
+        return _MicroBatch(images, tokens, hard_owner, self._kept(batch["sample_ids"][start:stop]))
+
+    def _need(self, batch: dict, name: str) -> Tensor:
+        if name not in batch:
+            raise UserError(f"step {self.step}: the loss section of the recipe needs batch[{name!r}], which is missing")
+        return batch[name]
 
     def _put(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
@@ -145,19 +246,26 @@ class ContrastiveEngine:
         seed, share = self.recipe.train.seed, self.config.patch_dropout
         return kept_patches(self._put(sample_ids), self.config.patches, share, seed=seed, step=self.step)
 
-    def _metrics(self, grads: ContrastiveGrads, lr: float, applied: bool) -> StepMetrics:
-        correct = self.group.all_reduce_sum(torch.stack([grads.correct_image, grads.correct_text])).tolist()
+    def _metrics(self, grads: LossGrads, lr: float, applied: bool, batch: dict) -> StepMetrics:
+        hard = torch.tensor(len(batch.get("hard_owner", ())), device=self.device)
+        counts = torch.stack([grads.correct_image, grads.correct_text, grads.masked.to(self.device), hard])
+        correct_image, correct_text, masked, hard = self.group.all_reduce_sum(counts).tolist()
         total = self.recipe.batch.global_batch_size
         norm = self.deepspeed.get_global_grad_norm()
         return StepMetrics(
             step=self.step,
             loss=grads.loss.item(),
-            accuracy_image_to_text=correct[0] / total,
-            accuracy_text_to_image=correct[1] / total,
-            logit_scale=self.logit_scale.scale,
+            accuracy_image_to_text=correct_image / total,
+            accuracy_text_to_image=correct_text / total,
+            logit_scale=self.scalars.scale,
             lr=lr,
             grad_norm=float("nan") if norm is None else float(norm),
             skipped=not applied,
+            logit_bias=None if self.scalars.bias is None else self.scalars.bias.item(),
+            masked_negatives=masked,
+            hard_negatives=hard,
+            queue_length=0 if self._queue is None else self._queue.filled,
+            features=self._observed,
         )
 
     @torch.no_grad()
@@ -180,7 +288,12 @@ class ContrastiveEngine:
             # A script that DeepSpeed drops for users to run; `tools/convert_hf.py` does its work after verification.
             for script in folder.glob("zero_to_*.py"):
                 script.unlink()
-        return {"step": self.step, "logit_scale": self.logit_scale.state()}
+            if self._queue is not None:
+                self._queue.save(folder)
+        if self._momentum is not None:
+            self._momentum.save(folder, self.group.rank)
+        queue = None if self._queue is None else self._queue.state()
+        return {"step": self.step, "scalars": self.scalars.state(), "queue": queue}
 
     def load(self, folder: Path, state: dict) -> None:
         """Restores what `save` wrote with the same number of ranks. Collective; `folder` must have been verified."""
@@ -188,12 +301,20 @@ class ContrastiveEngine:
         if path is None:
             raise UserError(f"DeepSpeed found no checkpoint in {folder}")
         self.step = state["step"]
-        self.logit_scale.load_state(state["logit_scale"])
+        self.scalars.load_state(state["scalars"])
+        if self._queue is not None:
+            self._queue.load(folder, state["queue"])
+        if self._momentum is not None:
+            self._momentum.load(folder, self.group.rank)
 
     def close(self) -> None:
         """Frees DeepSpeed's buffers and hooks; call it before `shutdown_distributed`."""
         self.deepspeed.destroy()
         self.deepspeed = None
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
 
 
 def chunking(batch: BatchSection) -> tuple[int | None, bool]:

@@ -39,7 +39,8 @@ class Clip(nn.Module):
     `forward(images, tokens)`: images [n, 3, S, S] (uint8, or float already normalised), tokens [n, L] int64;
     returns unit features ([n, D], [n, D]) in float32. Either input may be None, and so are its features then.
     chunk_size: samples that go through a stage together (None: all of them). recompute: keep only the stages' inputs
-    for backward. kept [n, K]: the patches that patch dropout leaves.
+    for backward. kept [n, K]: the patches that patch dropout leaves. token_wise: features of all tokens instead,
+    [n, 1 + K, D] and [n, context, D].
     """
 
     def __init__(self, config: ClipConfig):
@@ -66,8 +67,10 @@ class Clip(nn.Module):
         chunk_size: int | None = None,
         recompute: bool = False,
         kept: Tensor | None = None,
+        token_wise: bool = False,
     ) -> tuple[Tensor, Tensor]:
         image_features = text_features = None
+        self.visual.head.token_wise = self.text.head.token_wise = token_wise
         if images is not None:
             self._check_images(images)
             at_start = () if kept is None else (_split(kept, chunk_size),)
@@ -76,6 +79,14 @@ class Clip(nn.Module):
             chunks, ends = self._cut_text(tokens, chunk_size)
             text_features = torch.cat(self.text(chunks, recompute, (), (ends,)))
         return image_features, text_features
+
+    def valid_tokens(self, tokens: Tensor) -> Tensor:
+        """[n, context] bool: the tokens of each caption up to its end token. tokens [n, L]."""
+        positions = torch.arange(self.config.context_length, device=tokens.device)
+        return positions <= self._ends(tokens)[:, None]
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        return (tokens == self.config.eot_token_id).int().argmax(dim=1)
 
     def _check_images(self, images: Tensor) -> None:
         size = self.config.image_size
@@ -86,8 +97,7 @@ class Clip(nn.Module):
         """Each chunk cut behind its longest caption: the tower is causal, so nothing after the end token counts."""
         if tokens.shape[1] > self.config.context_length:
             raise UserError(f"captions have {tokens.shape[1]} tokens; this model takes {self.config.context_length}")
-        ends = (tokens == self.config.eot_token_id).int().argmax(dim=1)
-        end_chunks = _split(ends, chunk_size)
+        end_chunks = _split(self._ends(tokens), chunk_size)
         longest = torch.stack([chunk.max() for chunk in end_chunks]).tolist()
         multiple = TEXT_LENGTH_MULTIPLE
         lengths = [min(tokens.shape[1], -(-(end + 1) // multiple) * multiple) for end in longest]

@@ -72,7 +72,12 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionHead(Stage):
-    """Tokens [B, 1 + K, W] -> unit embeddings [B, D] in float32, from the class token."""
+    """Tokens [B, 1 + K, W] -> unit embeddings [B, D] in float32, from the class token.
+
+    With `token_wise`, every token is embedded: [B, 1 + K, D].
+    """
+
+    token_wise = False
 
     def __init__(self, config: ClipConfig):
         super().__init__()
@@ -81,7 +86,7 @@ class VisionHead(Stage):
         self.projection = Linear(width, config.embed_dim, std=width**-0.5, bias=False)
 
     def compute(self, tokens: Tensor) -> Tensor:
-        return unit_rows(self.projection(self.ln_post(tokens[:, 0])))
+        return unit_rows(self.projection(self.ln_post(tokens if self.token_wise else tokens[:, 0])))
 
 
 class TextEmbed(Stage):
@@ -97,15 +102,24 @@ class TextEmbed(Stage):
 
 
 class TextHead(Stage):
-    """Tokens [B, T, W] and end positions [B] -> unit embeddings [B, D] in float32, from the end token."""
+    """Tokens [B, T, W] and end positions [B] -> unit embeddings [B, D] in float32, from the end token.
+
+    With `token_wise`, every token is embedded and those behind the context's end are zero: [B, context, D].
+    """
+
+    token_wise = False
 
     def __init__(self, config: ClipConfig):
         super().__init__()
         width = config.text_width
+        self.context_length = config.context_length
         self.ln_final = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.projection = Linear(width, config.embed_dim, std=width**-0.5, bias=False)
 
     def compute(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        if self.token_wise:
+            embedded = unit_rows(self.projection(self.ln_final(tokens)))
+            return F.pad(embedded, (0, 0, 0, self.context_length - tokens.shape[1]))
         last = tokens.gather(1, ends[:, None, None].expand(-1, 1, tokens.shape[-1])).squeeze(1)
         return unit_rows(self.projection(self.ln_final(last)))
 

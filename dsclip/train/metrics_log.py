@@ -18,7 +18,10 @@ GROUPS = {
         "lr",
         "grad_norm",
         "skipped_steps",
+        "logit_bias",
     ),
+    "features": ("alignment", "uniformity"),
+    "negatives": ("masked_negatives", "hard_negatives", "queue_length"),
     "speed": ("samples_per_second", "data_wait"),
     "memory": ("memory_gb",),
     "data": ("samples_read", "bad_samples"),
@@ -50,6 +53,11 @@ class MetricsLog:
         for name, value in scalars.items():
             tag = _TAG.get(name) or (name if "/" in name else f"train/{name}")
             self._writer.add_scalar(tag, value, step)
+
+    def histogram(self, tag: str, values, step: int) -> None:
+        """The distribution of a tensor, for TensorBoard only."""
+        if self._writer is not None:
+            self._writer.add_histogram(tag, values.float().cpu().numpy(), step)
 
     def text(self, tag: str, text: str) -> None:
         """Markdown for TensorBoard's text tab."""

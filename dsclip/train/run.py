@@ -130,6 +130,7 @@ def make_loader(plan: Plan, group: Collectives, state: dict | None):
         seed=recipe.train.seed,
         rank=group.rank,
         world_size=group.world_size,
+        hard_negatives=recipe.loss.hard_negatives != "none",
         state=state,
     )
 

@@ -69,7 +69,11 @@ class Watch:
             "samples_read": read,
             "bad_samples": sum(bad.values()),
             "memory_gb": peak_memory_gb(),
+            **loss_scalars(metrics),
         }
+        if metrics.features is not None:
+            self._log.histogram("similarity/positive", metrics.features.positive, step)
+            self._log.histogram("similarity/negative", metrics.features.negative, step)
         self._log.log(step, scalars | {f"bad_samples/{reason}": n for reason, n in bad.items()})
 
     def evaluated(self, step: int, results: dict[str, dict[str, float]]) -> None:
@@ -101,6 +105,16 @@ class Watch:
         """Ends the progress line and flushes the logs."""
         self._progress.close()
         self._log.close()
+
+
+def loss_scalars(metrics) -> dict[str, float]:
+    """What TensorBoard shows of the loss beyond its value; only what the run has."""
+    shown = {"logit_bias": metrics.logit_bias}
+    if metrics.features is not None:
+        shown |= {"alignment": metrics.features.alignment.item(), "uniformity": metrics.features.uniformity.item()}
+    counts = ("masked_negatives", "hard_negatives", "queue_length")
+    shown |= {name: getattr(metrics, name) for name in counts if getattr(metrics, name)}
+    return {name: value for name, value in shown.items() if value is not None}
 
 
 def peak_memory_gb() -> float:

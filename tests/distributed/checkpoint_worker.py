@@ -34,7 +34,7 @@ def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives) -> dic
     store = CheckpointStore(folder, keep=2, tokenizer=NoTokenizer())
     store.save(first, {"position": group.rank}, {})
     weights = {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in first.module.named_parameters()}
-    scale = first.logit_scale.scale
+    scale = first.scalars.scale
     first.close()
 
     second = build(stage, **options)

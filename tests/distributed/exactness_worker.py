@@ -102,7 +102,7 @@ def full_weights(engine) -> dict:
 def gradient_case(case: dict, group: Collectives) -> dict:
     engine = build(**case, group=group)
     batch = global_batch(0)
-    weights, log_scale = full_weights(engine), engine.logit_scale.log.item()
+    weights, log_scale = full_weights(engine), engine.scalars.log_scale.item()
     ours = engine.accumulate(local_part(batch, group))
     grads = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
     reference, d_scale, loss = reference_gradient(weights, log_scale, batch, 0, case["patch_dropout"])
@@ -129,7 +129,7 @@ def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
     model = Clip(CONFIG).double()
     model.load_state_dict(full_weights(engine))
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    scale = torch.nn.Parameter(engine.logit_scale.log.detach().double())
+    scale = torch.nn.Parameter(engine.scalars.log_scale.detach().double())
     settings = dict(lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
     groups = [*decay_groups(model, OPTIM.weight_decay), {"params": [scale], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, **settings)
@@ -144,7 +144,7 @@ def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
     result = {
         "parameters": relative(ours, expected),
         "moved": relative({n: ours[n] - start[n] for n in ours}, {n: expected[n] - start[n] for n in ours}),
-        "log_scale": abs(engine.logit_scale.log.item() - scale.item()),
+        "log_scale": abs(engine.scalars.log_scale.item() - scale.item()),
     }
     engine.close()
     return result

@@ -1,0 +1,74 @@
+"""The features of earlier steps as extra negatives (MoCo, He et al. 2020), the same on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsclip.config.schema import LossSection
+from dsclip.engine.collectives import Collectives
+from dsclip.errors import UserError
+from dsclip.losses.tile_size import free_bytes
+
+FILE = "queue.safetensors"
+
+
+class FeatureQueue:
+    """A ring of the last `queue_size` pairs. `shape_image`, `shape_text`: the shape of one sample's features."""
+
+    def __init__(self, loss: LossSection, shape_image: tuple, shape_text: tuple, device: torch.device):
+        self.size, self._warmup_steps = loss.queue_size, loss.queue_warmup_steps
+        needed = 4 * self.size * (torch.Size(shape_image).numel() + torch.Size(shape_text).numel() + 2)
+        if needed > free_bytes(device):
+            raise UserError(
+                f"loss.queue_size {self.size} needs {needed / 2**30:.1f} GiB on every rank and "
+                f"{free_bytes(device) / 2**30:.1f} GiB are free; choose a smaller queue"
+            )
+        self._tensors = {
+            "image": torch.zeros(self.size, *shape_image, device=device),
+            "text": torch.zeros(self.size, *shape_text, device=device),
+            "keys": torch.zeros(self.size, dtype=torch.int64, device=device),
+        }
+        self.filled = self._next = 0
+
+    def negatives(self, step: int) -> dict[str, Tensor]:
+        """The queue as fields of `Pairs`; nothing during the warm-up. step: optimizer steps done."""
+        ready = self.filled == self.size if self._warmup_steps is None else step >= self._warmup_steps
+        if not ready or not self.filled:
+            return {}
+        return {f"queue_{name}": tensor[: self.filled] for name, tensor in self._tensors.items()}
+
+    def push(self, image: Tensor, text: Tensor, keys: Tensor | None, group: Collectives) -> None:
+        """Adds the pairs of all ranks in place of the oldest ones. Collective. image, text: this rank's features."""
+        if keys is None:
+            keys = torch.zeros(len(image), dtype=torch.int64, device=image.device)
+        for name, x in (("image", image), ("text", text), ("keys", keys)):
+            gathered = group.all_gather(x.contiguous())[-self.size :]
+            places = (self._next + torch.arange(len(gathered), device=x.device)) % self.size
+            self._tensors[name][places] = gathered.to(self._tensors[name].dtype)
+        self._next = (self._next + len(gathered)) % self.size
+        self.filled = min(self.size, self.filled + len(gathered))
+
+    def save(self, folder: Path) -> dict:
+        """Writes the features (call it on one rank) and returns the position for JSON."""
+        save_file(self._tensors, str(folder / FILE))
+        return self.state()
+
+    def state(self) -> dict:
+        """The position in the ring."""
+        return {"filled": self.filled, "next": self._next}
+
+    def load(self, folder: Path, state: dict | None) -> None:
+        """Restores what `save` wrote."""
+        if state is None:
+            return  # the run had no queue before: it fills anew
+        tensors = load_file(str(folder / FILE), device=str(self._tensors["image"].device))
+        if tensors["image"].shape != self._tensors["image"].shape:
+            raise UserError(
+                f"{folder} holds a queue of {len(tensors['image'])} pairs and loss.queue_size is {self.size}; "
+                "resume with the same size"
+            )
+        self._tensors, self.filled, self._next = tensors, state["filled"], state["next"]

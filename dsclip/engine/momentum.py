@@ -1,0 +1,78 @@
+"""A moving average of the weights that embeds the queue's pairs (MoCo), sharded like the model itself."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsclip.engine.build import build_model
+from dsclip.engine.quiet_deepspeed import deepspeed
+from dsclip.model import Clip, ClipConfig, Stage
+
+
+class MomentumEncoder:
+    """average ← m·average + (1 − m)·weights after each step, in float32, on this rank's shards."""
+
+    def __init__(self, model: Clip, config: ClipConfig, ds_config: dict, momentum: float, device: torch.device):
+        self._weights, self._momentum = list(model.parameters()), momentum
+        sharded = ds_config["zero_optimization"]["stage"] == 3
+        if sharded:
+            settings = copy.deepcopy(ds_config)
+            # Persisted parameters are gathered once only; these change after every step.
+            settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
+            settings["zero_optimization"].pop("offload_optimizer", None)
+            own = build_model(config, settings, seed=0)
+            deepspeed.utils.set_z3_leaf_modules(own, [Stage])
+            self._model, *_ = deepspeed.initialize(model=own, config=settings, dist_init_required=False)
+        else:
+            own = build_model(config, ds_config, seed=0).to(device, self._weights[0].dtype)
+            self._model = own
+        self._own = list(own.parameters())
+        self._average = [_shard(p).detach().float().clone() for p in self._weights]
+        self._publish()
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """The features of the averaged model; arguments as `Clip.forward`. Collective under ZeRO-3."""
+        return self._model(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the weights after an optimizer step."""
+        for average, weight in zip(self._average, self._weights, strict=True):
+            average.lerp_(_shard(weight).to(average.device, torch.float32), 1 - self._momentum)
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for own, average in zip(self._own, self._average, strict=True):
+            _shard(own).copy_(average)
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Writes this rank's shards of the average."""
+        save_file({str(i): x for i, x in enumerate(self._average)}, str(folder / _file(rank)))
+
+    def load(self, folder: Path, rank: int) -> None:
+        """Restores what `save` wrote on the same rank. A run that had no momentum encoder starts from its weights."""
+        path = folder / _file(rank)
+        if path.is_file():
+            stored = load_file(str(path))
+            for index, average in enumerate(self._average):
+                average.copy_(stored[str(index)])
+        else:
+            for average, weight in zip(self._average, self._weights, strict=True):
+                average.copy_(_shard(weight))
+        self._publish()
+
+
+def _shard(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter: its ZeRO-3 partition, or all of it."""
+    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
+
+
+def _file(rank: int) -> str:
+    return f"momentum_rank_{rank:05d}.safetensors"
