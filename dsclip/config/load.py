@@ -179,7 +179,7 @@ def check_values(recipe: Recipe, source: str) -> None:
         "eval.max_samples": recipe.eval.max_samples, "data.shuffle_buffer": recipe.data.shuffle_buffer,
         "data.max_image_pixels": recipe.data.max_image_pixels, "optim.lr": optim.lr, "optim.eps": optim.eps,
         "loss.init_temperature": loss.init_temperature, "loss.max_logit_scale": loss.max_logit_scale,
-        "loss.final_temperature": loss.final_temperature, "loss.queue_warmup_steps": loss.queue_warmup_steps,
+        "loss.final_temperature": loss.final_temperature,
     }  # fmt: skip
     for name, value in positive.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -222,6 +222,10 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
             f"`loss.label_smoothing` is {loss.label_smoothing}; it is a share: 0 ≤ share < 1",
         ),
         (loss.beta >= 0, f"`loss.beta` is {loss.beta}; it must not be negative"),
+        (
+            loss.queue_warmup_steps is None or loss.queue_warmup_steps >= 0,
+            f"`loss.queue_warmup_steps` is {loss.queue_warmup_steps}; it must not be negative",
+        ),
         (loss.queue_size >= 0, f"`loss.queue_size` is {loss.queue_size}; it must not be negative"),
         (
             (loss.temperature == "scheduled") == (loss.final_temperature is not None),

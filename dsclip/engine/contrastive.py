@@ -17,13 +17,13 @@ from dsclip.engine.collectives import Collectives
 from dsclip.engine.consolidate import DEEPSPEED_TAG
 from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.loss_scalars import LossScalars
+from dsclip.engine.micro_batch import Cutter, MicroBatch, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
 from dsclip.engine.schedule import learning_rate
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Negatives, Pairs, checked, find_loss
 from dsclip.losses.observe import FeatureStatistics, feature_statistics
 from dsclip.model import ClipConfig
-from dsclip.model.patch_dropout import kept_patches
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,6 @@ class StepMetrics:
     features: FeatureStatistics | None
 
 
-@dataclass(frozen=True)
-class _MicroBatch:
-    """What one forward needs. The same object goes through the towers twice, with the same kept patches.
-
-    tokens: the captions of the images, then their hard negatives, whose images are the rows hard_owner of the batch.
-    """
-
-    images: Tensor
-    tokens: Tensor
-    hard_owner: Tensor
-    kept: Tensor | None
-
-
 class ContrastiveEngine:
     """DeepSpeed's engine with the step that contrastive learning needs.
 
@@ -84,6 +71,7 @@ class ContrastiveEngine:
         self.group = Collectives.current()
         self.recipe, self.config, self.ds_config = recipe, config, ds_config
         self.step = 0
+        self._cutter = Cutter(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss
         self._loss = find_loss(settings.name, settings.plugin)
         self._negatives = Negatives(
@@ -97,9 +85,9 @@ class ContrastiveEngine:
         )
         if init_scale is not None:
             self.scalars.set_scale(init_scale)
-        self._queue = self._momentum = None
+        self.queue = self._momentum = None
         if settings.queue_size:
-            self._queue = FeatureQueue(settings, *self._feature_shapes(), self.device)
+            self.queue = FeatureQueue(settings, *self._feature_shapes(), self.device)
         if settings.queue_momentum is not None:
             self._momentum = MomentumEncoder(model, config, ds_config, settings.queue_momentum, self.device)
 
@@ -138,7 +126,7 @@ class ContrastiveEngine:
         The last micro-batch keeps its graph and goes backward first; the others ran without one and run again.
         Every backward follows an engine forward: two in a row lose gradients silently in DeepSpeed 0.19.8.
         """
-        micro = self._micro_batches(batch)
+        micro = self._cutter.cut(batch, self.step)
         with torch.no_grad():
             cached = [self._features(m) for m in micro[:-1]]
         kept_graph = self._features(micro[-1])
@@ -148,16 +136,16 @@ class ContrastiveEngine:
         if not self._loss.token_wise:
             self._observed = feature_statistics(pairs.image, pairs.text)
 
-        by_micro = self._split_gradients(micro, grads)
+        by_micro = split_gradients(micro, grads)
         self._backward(kept_graph, by_micro[-1], last=len(micro) == 1)
         del kept_graph, cached
         for index, m in enumerate(micro[:-1]):
             self._backward(self._features(m), by_micro[index], last=index == len(micro) - 2)
-        if self._queue is not None:
+        if self.queue is not None:
             self._fill_queue(micro, pairs)
         return grads
 
-    def _features(self, micro: _MicroBatch, encoder=None) -> tuple[Tensor, Tensor]:
+    def _features(self, micro: MicroBatch, encoder=None) -> tuple[Tensor, Tensor]:
         """Image features [b, D], and text features [b + m, D] of captions and hard negatives."""
         chunk_size, recompute = chunking(self.recipe.batch)
         return (encoder or self.deepspeed)(
@@ -165,13 +153,13 @@ class ContrastiveEngine:
             token_wise=self._loss.token_wise,
         )  # fmt: skip
 
-    def _pairs(self, micro: list[_MicroBatch], features: list[tuple[Tensor, Tensor]], batch: dict) -> Pairs:
+    def _pairs(self, micro: list[MicroBatch], features: list[tuple[Tensor, Tensor]], batch: dict) -> Pairs:
         """What the loss sees: the features of all micro-batches, hard negatives and queue."""
         image = torch.cat([i for i, _ in features])
         text = torch.cat([t[: len(i)] for i, t in features])
         extra = {}
         if self._negatives.duplicates != "negative":
-            extra["keys"] = self._put(self._need(batch, "keys"))
+            extra["keys"] = self._cutter.put(self._cutter.need(batch, "keys", self.step))
         if self._loss.token_wise:
             valid = [self.module.valid_tokens(m.tokens) for m in micro]
             extra["text_valid"] = torch.cat([v[: len(m.images)] for v, m in zip(valid, micro, strict=True)])
@@ -180,22 +168,13 @@ class ContrastiveEngine:
             extra["hard_owner"] = torch.cat([m.hard_owner for m in micro])
             if self._loss.token_wise:
                 extra["hard_valid"] = torch.cat([v[len(m.images) :] for v, m in zip(valid, micro, strict=True)])
-        if self._queue is not None:
-            extra |= self._queue.negatives(self.step)
+        if self.queue is not None:
+            extra |= self.queue.negatives(self.step)
         if self.recipe.loss.wire_dtype == "bf16":
             image, text = image.bfloat16(), text.bfloat16()
             if "hard_text" in extra:
                 extra["hard_text"] = extra["hard_text"].bfloat16()
         return Pairs(image, text, self.scalars.log_scale.detach(), _detached(self.scalars.bias), **extra)
-
-    def _split_gradients(self, micro: list[_MicroBatch], grads: LossGrads) -> list[tuple[Tensor, Tensor]]:
-        """The gradients of each micro-batch's features, in the order of its tokens."""
-        sizes = [len(m.images) for m in micro]
-        texts = grads.d_text.split(sizes)
-        if grads.d_hard_text is not None:
-            hard = grads.d_hard_text.split([len(m.hard_owner) for m in micro])
-            texts = [torch.cat(parts) for parts in zip(texts, hard, strict=True)]
-        return list(zip(grads.d_image.split(sizes), texts, strict=True))
 
     def _backward(self, features, grads, *, last: bool) -> None:
         # ZeRO averages over ranks, and each rank holds the gradient of the global loss: hence the world size.
@@ -203,48 +182,13 @@ class ContrastiveEngine:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(surrogate, scale_wrt_gas=False)
 
-    def _fill_queue(self, micro: list[_MicroBatch], pairs: Pairs) -> None:
+    def _fill_queue(self, micro: list[MicroBatch], pairs: Pairs) -> None:
         image, text = pairs.image, pairs.text
         if self._momentum is not None:
             features = [self._features(m, self._momentum) for m in micro]
             image = torch.cat([i for i, _ in features])
             text = torch.cat([t[: len(i)] for i, t in features])
-        self._queue.push(image, text, pairs.keys, self.group)
-
-    def _micro_batches(self, batch: dict) -> list[_MicroBatch]:
-        n = len(batch["images"])
-        expected = self.recipe.batch.global_batch_size // self.group.world_size
-        if n != expected or len(batch["tokens"]) != n:
-            raise UserError(
-                f"step {self.step}: rank {self.group.rank} was given {n} images and {len(batch['tokens'])} captions; "
-                f"batch.global_batch_size over {self.group.world_size} ranks is {expected} pairs a rank"
-            )
-        size = self.recipe.batch.samples_per_forward or n
-        return [self._micro_batch(batch, start, min(n, start + size)) for start in range(0, n, size)]
-
-    def _micro_batch(self, batch: dict, start: int, stop: int) -> _MicroBatch:
-        images, tokens = (self._put(batch[name][start:stop]) for name in ("images", "tokens"))
-        hard_owner = torch.zeros(0, dtype=torch.int64, device=self.device)
-        if self.recipe.loss.hard_negatives != "none":
-            owner = self._need(batch, "hard_owner")
-            chosen = (owner >= start) & (owner < stop)
-            hard_owner = self._put(owner[chosen])
-            tokens = torch.cat([tokens, self._put(batch["hard_tokens"][chosen])])
-        return _MicroBatch(images, tokens, hard_owner, self._kept(batch["sample_ids"][start:stop]))
-
-    def _need(self, batch: dict, name: str) -> Tensor:
-        if name not in batch:
-            raise UserError(f"step {self.step}: the loss section of the recipe needs batch[{name!r}], which is missing")
-        return batch[name]
-
-    def _put(self, x: Tensor) -> Tensor:
-        return x.to(self.device, non_blocking=True)
-
-    def _kept(self, sample_ids: Tensor) -> Tensor | None:
-        if not self.config.patch_dropout:
-            return None
-        seed, share = self.recipe.train.seed, self.config.patch_dropout
-        return kept_patches(self._put(sample_ids), self.config.patches, share, seed=seed, step=self.step)
+        self.queue.push(image, text, pairs.keys, self.group)
 
     def _metrics(self, grads: LossGrads, lr: float, applied: bool, batch: dict) -> StepMetrics:
         hard = torch.tensor(len(batch.get("hard_owner", ())), device=self.device)
@@ -264,19 +208,19 @@ class ContrastiveEngine:
             logit_bias=None if self.scalars.bias is None else self.scalars.bias.item(),
             masked_negatives=masked,
             hard_negatives=hard,
-            queue_length=0 if self._queue is None else self._queue.filled,
+            queue_length=0 if self.queue is None else self.queue.filled,
             features=self._observed,
         )
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit features [b, D] of images [b, 3, S, S]. Collective under ZeRO-3: every rank calls it equally often."""
-        return self.deepspeed(self._put(images), None)[0]
+        return self.deepspeed(self._cutter.put(images), None)[0]
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Unit features [b, D] of tokens [b, L]. Collective under ZeRO-3: every rank calls it equally often."""
-        return self.deepspeed(None, self._put(tokens))[1]
+        return self.deepspeed(None, self._cutter.put(tokens))[1]
 
     def save(self, folder: Path) -> dict:
         """Writes the sharded weights and optimizer below `folder`; returns the rest of the state, ready for JSON.
@@ -288,11 +232,11 @@ class ContrastiveEngine:
             # A script that DeepSpeed drops for users to run; `tools/convert_hf.py` does its work after verification.
             for script in folder.glob("zero_to_*.py"):
                 script.unlink()
-            if self._queue is not None:
-                self._queue.save(folder)
+            if self.queue is not None:
+                self.queue.save(folder)
         if self._momentum is not None:
             self._momentum.save(folder, self.group.rank)
-        queue = None if self._queue is None else self._queue.state()
+        queue = None if self.queue is None else self.queue.state()
         return {"step": self.step, "scalars": self.scalars.state(), "queue": queue}
 
     def load(self, folder: Path, state: dict) -> None:
@@ -302,8 +246,8 @@ class ContrastiveEngine:
             raise UserError(f"DeepSpeed found no checkpoint in {folder}")
         self.step = state["step"]
         self.scalars.load_state(state["scalars"])
-        if self._queue is not None:
-            self._queue.load(folder, state["queue"])
+        if self.queue is not None:
+            self.queue.load(folder, state["queue"])
         if self._momentum is not None:
             self._momentum.load(folder, self.group.rank)
 

@@ -41,6 +41,10 @@ class FeatureQueue:
             return {}
         return {f"queue_{name}": tensor[: self.filled] for name, tensor in self._tensors.items()}
 
+    def negatives_shape(self, kind: str) -> tuple[int, ...]:
+        """The shape of one queued sample's features, of `image` or `text`."""
+        return tuple(self._tensors[kind].shape[1:])
+
     def push(self, image: Tensor, text: Tensor, keys: Tensor | None, group: Collectives) -> None:
         """Adds the pairs of all ranks in place of the oldest ones. Collective. image, text: this rank's features."""
         if keys is None:

@@ -1,0 +1,86 @@
+"""A rank's share of the global batch, cut into the parts that go through the towers one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsclip.config.schema import Recipe
+from dsclip.errors import UserError
+from dsclip.losses import LossGrads
+from dsclip.model import ClipConfig
+from dsclip.model.patch_dropout import kept_patches
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward needs. The same object goes through the towers twice, with the same kept patches.
+
+    tokens: the captions of the images, then their hard negatives, whose images are the rows hard_owner of the batch.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    hard_owner: Tensor
+    kept: Tensor | None
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts batches by the recipe, and puts the parts on the device."""
+
+    recipe: Recipe
+    config: ClipConfig
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def cut(self, batch: dict, step: int) -> list[MicroBatch]:
+        """The outer micro-batches. Raises UserError when the batch isn't what the recipe says."""
+        n = len(batch["images"])
+        expected = self.recipe.batch.global_batch_size // self.world_size
+        if n != expected or len(batch["tokens"]) != n:
+            raise UserError(
+                f"step {step}: rank {self.rank} was given {n} images and {len(batch['tokens'])} captions; "
+                f"batch.global_batch_size over {self.world_size} ranks is {expected} pairs a rank"
+            )
+        size = self.recipe.batch.samples_per_forward or n
+        return [self._part(batch, step, start, min(n, start + size)) for start in range(0, n, size)]
+
+    def _part(self, batch: dict, step: int, start: int, stop: int) -> MicroBatch:
+        images, tokens = (self.put(batch[name][start:stop]) for name in ("images", "tokens"))
+        hard_owner = torch.zeros(0, dtype=torch.int64, device=self.device)
+        if self.recipe.loss.hard_negatives != "none":
+            owner = self.need(batch, "hard_owner", step)
+            chosen = (owner >= start) & (owner < stop)
+            hard_owner = self.put(owner[chosen])
+            tokens = torch.cat([tokens, self.put(self.need(batch, "hard_tokens", step)[chosen])])
+        return MicroBatch(images, tokens, hard_owner, self._kept(batch["sample_ids"][start:stop], step))
+
+    def need(self, batch: dict, name: str, step: int) -> Tensor:
+        """batch[name], which the recipe's loss can't do without. Raises UserError."""
+        if name not in batch:
+            raise UserError(f"step {step}: the loss section of the recipe needs batch[{name!r}], which is missing")
+        return batch[name]
+
+    def put(self, x: Tensor) -> Tensor:
+        """x on the device."""
+        return x.to(self.device, non_blocking=True)
+
+    def _kept(self, sample_ids: Tensor, step: int) -> Tensor | None:
+        if not self.config.patch_dropout:
+            return None
+        seed, share = self.recipe.train.seed, self.config.patch_dropout
+        return kept_patches(self.put(sample_ids), self.config.patches, share, seed=seed, step=step)
+
+
+def split_gradients(micro: list[MicroBatch], grads: LossGrads) -> list[tuple[Tensor, Tensor]]:
+    """The gradients of each micro-batch's features, in the order of its tokens."""
+    sizes = [len(m.images) for m in micro]
+    texts = grads.d_text.split(sizes)
+    if grads.d_hard_text is not None:
+        hard = grads.d_hard_text.split([len(m.hard_owner) for m in micro])
+        texts = [torch.cat(parts) for parts in zip(texts, hard, strict=True)]
+    return list(zip(grads.d_image.split(sizes), texts, strict=True))

@@ -1,0 +1,149 @@
+"""Run by torchrun: engine gradients of every loss with every negatives option against dense float64; one JSON file."""
+
+import itertools
+import json
+import sys
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from dsclip.config.schema import BatchSection, LossSection, Recipe, TrainSection
+from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
+from dsclip.engine.build import init_distributed
+from dsclip.losses import Negatives
+from dsclip.model import Clip
+from tests import loss_reference
+from tests.distributed.exactness_worker import (
+    CONFIG,
+    CONTEXT,
+    GLOBAL_BATCH,
+    OPTIM,
+    SEED,
+    ds_config,
+    full_weights,
+    global_batch,
+    local_part,
+    relative,
+)  # fmt: skip
+
+OPTIONS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "positive duplicates": {"duplicates": "positive"},
+    "masked duplicates": {"duplicates": "mask"},
+    "filter": {"filter_margin": -0.01},
+    "reweighting": {"beta": 0.5},
+    "global hard negatives": {"hard_negatives": "global"},
+    "own hard negatives": {"hard_negatives": "own"},
+    "queue": {"queue_size": 5, "queue_warmup_steps": 0},
+    "everything": {"label_smoothing": 0.1, "duplicates": "positive", "filter_margin": -0.01, "beta": 0.3,
+                   "hard_negatives": "global", "queue_size": 5, "queue_warmup_steps": 0},
+}  # fmt: skip
+
+
+def captions(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 49, (count, CONTEXT), generator=generator)
+    tokens[torch.arange(count), torch.randint(2, CONTEXT, (count,), generator=generator)] = 49
+    return tokens
+
+
+def whole_batch() -> dict:
+    counts = torch.tensor([1, 0, 2, 0, 0, 1, 1, 0, 3, 0, 0, 1])  # some ranks have few, one of four has none
+    owner = torch.repeat_interleave(torch.arange(GLOBAL_BATCH), counts)
+    return global_batch(0) | {
+        "keys": torch.tensor([1, 2, 1, 3, 4, 5, 2, 6, 7, 8, 9, 2]),
+        "hard_tokens": captions(len(owner), 5),
+        "hard_owner": owner,
+    }
+
+
+def part_of(batch: dict, group: Collectives) -> dict:
+    n = GLOBAL_BATCH // group.world_size
+    owner = batch["hard_owner"]
+    chosen = (owner >= group.rank * n) & (owner < (group.rank + 1) * n)
+    pairs = {k: v for k, v in batch.items() if not k.startswith("hard")}
+    own = {"hard_tokens": batch["hard_tokens"][chosen], "hard_owner": owner[chosen] - group.rank * n}
+    return local_part(pairs, group) | own
+
+
+def reference(weights: dict, name: str, options: dict, batch: dict, queue) -> dict:
+    model = Clip(CONFIG).double()
+    model.load_state_dict(weights)
+    log_scale = torch.nn.Parameter(
+        torch.tensor(-torch.log(torch.tensor(LossSection().init_temperature)).item()).double()
+    )
+    bias = torch.nn.Parameter(torch.tensor(LossSection().init_bias).double())
+    token_wise = name == "filip"
+    image, text = model(batch["images"], batch["tokens"], token_wise=token_wise)
+    hard = hard_owner = None
+    if options.get("hard_negatives", "none") != "none":
+        _, hard = model(None, batch["hard_tokens"], token_wise=token_wise)
+        hard_owner = batch["hard_owner"]
+    similar = loss_reference.cosine
+    if token_wise:
+        valid = {id(text): model.valid_tokens(batch["tokens"]), id(hard): model.valid_tokens(batch["hard_tokens"])}
+
+        def similar(x, y):
+            everything = (torch.ones(z.shape[:2], dtype=torch.bool) for z in (x, y))
+            return loss_reference.late_interaction(x, y, *(valid.get(id(z), e) for z, e in zip((x, y), everything)))
+
+    negatives = Negatives(
+        options.get("duplicates", "negative"), "own" if options.get("hard_negatives") == "own" else "global",
+        options.get("filter_margin"), options.get("beta", 0.0), options.get("label_smoothing", 0.0),
+    )  # fmt: skip
+    keys = batch["keys"] if negatives.duplicates != "negative" else None
+    if queue is not None:
+        queue = (queue["queue_image"].double(), queue["queue_text"].double(), queue["queue_keys"])
+    loss = loss_reference.loss(name, image, text, log_scale, bias, negatives, similar, keys, hard, hard_owner, queue)
+    loss.backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return {"loss": loss.item(), "log_scale": log_scale.grad, "bias": bias.grad, "grads": grads}
+
+
+def case(name: str, options: dict, outer: int, group: Collectives) -> dict:
+    local = GLOBAL_BATCH // group.world_size
+    recipe = Recipe(
+        batch=BatchSection(GLOBAL_BATCH, -(-local // outer), None if outer == 1 else 2),
+        optim=OPTIM, loss=LossSection(name=name, **options), train=TrainSection(seed=SEED, steps=10),
+    )  # fmt: skip
+    engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), CONFIG)
+    batch, queue = whole_batch(), None
+    if engine.queue is not None:
+        generator = torch.Generator().manual_seed(11)
+        shapes = [engine.queue.negatives_shape(kind) for kind in ("image", "text")]
+        old = [torch.nn.functional.normalize(torch.randn(6, *s, generator=generator), dim=-1) for s in shapes]
+        engine.queue.push(*old, torch.arange(6), Collectives.single())
+        queue = {k: v.clone() for k, v in engine.queue.negatives(0).items()}
+    weights = full_weights(engine)
+    ours = engine.accumulate(part_of(batch, group))
+    grads = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
+    expected = reference(weights, name, options, batch, queue)
+    result = {
+        "gradient": relative(grads, expected["grads"]),
+        "loss": abs(ours.loss.item() / expected["loss"] - 1),
+        "d_log_scale": abs(float(ours.d_log_scale.double() / expected["log_scale"]) - 1),
+    }
+    if name == "sigmoid":
+        result["d_bias"] = abs(float(ours.d_bias.double() / expected["bias"]) - 1)
+    engine.deepspeed.step()
+    engine.close()
+    return result
+
+
+def main(out: str) -> None:
+    init_distributed()
+    group = Collectives.current()
+    results = []
+    for name, option, outer in itertools.product(("softmax", "sigmoid", "filip"), OPTIONS, (1, 3)):
+        results.append(
+            {"loss_name": name, "option": option, "outer": outer, **case(name, OPTIONS[option], outer, group)}
+        )
+    if group.rank == 0:
+        with open(out, "w") as f:
+            json.dump(results, f)
+    shutdown_distributed()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
