@@ -8,9 +8,13 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint, read_checkpoint
+from dsclip.config.schema import LossSection
 from dsclip.engine import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
 from tests.distributed.exactness_worker import build, global_batch, local_part
+
+# Full after the second step, used from the third: the checkpoint falls in between its first uses.
+QUEUE = LossSection(queue_size=24, queue_momentum=0.9)
 
 
 class NoTokenizer:
@@ -22,9 +26,9 @@ def losses(engine, group, steps) -> list[str]:
     return [float.hex(engine.train_step(local_part(global_batch(s), group)).loss) for s in range(engine.step, steps)]
 
 
-def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives) -> dict:
+def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives, loss: LossSection) -> dict:
     """Six steps in one go against three, a checkpoint, and three more in a fresh engine."""
-    options = dict(outer=2, chunks=2, patch_dropout=0.5, bf16=bf16, group=group)
+    options = dict(outer=2, chunks=2, patch_dropout=0.5, bf16=bf16, group=group, loss=loss)
     whole = build(stage, **options)
     expected = losses(whole, group, 6)
     whole.close()
@@ -44,6 +48,7 @@ def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives) -> dic
         "kind": "resume",
         "stage": stage,
         "bf16": bf16,
+        "queue": loss.queue_size,
         "expected": expected,
         "seen": seen,
         "data": manifest["data"],
@@ -69,7 +74,9 @@ def main(out: str, folder: str) -> None:
     results = []
     for stage in (1, 2, 3):
         for bf16 in (False, True):
-            results.append(resume_case(stage, bf16, Path(folder) / f"{stage}-{bf16}", group))
+            results.append(resume_case(stage, bf16, Path(folder) / f"{stage}-{bf16}", group, LossSection()))
+    for stage in (1, 3):
+        results.append(resume_case(stage, True, Path(folder) / f"{stage}-queue", group, QUEUE))
     if group.rank == 0:
         Path(out).write_text(json.dumps(results))
     shutdown_distributed()

@@ -80,14 +80,14 @@ def ds_config(stage: int, bf16: bool, world_size: int) -> dict:
     }
 
 
-def build(stage, outer, chunks, patch_dropout, bf16, group) -> ContrastiveEngine:
+def build(stage, outer, chunks, patch_dropout, bf16, group, loss=None) -> ContrastiveEngine:
     local = GLOBAL_BATCH // group.world_size
     forward = local if outer == 1 else -(-local // outer)
     chunk = None if chunks == 1 else max(1, -(-forward // chunks))
     recipe = Recipe(
         batch=BatchSection(GLOBAL_BATCH, forward, chunk, "auto"),
         optim=OPTIM,
-        loss=LossSection(),
+        loss=loss or LossSection(),
         train=TrainSection(seed=SEED, steps=10),
     )
     return ContrastiveEngine(

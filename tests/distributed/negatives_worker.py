@@ -86,7 +86,9 @@ def reference(weights: dict, name: str, options: dict, batch: dict, queue) -> di
 
         def similar(x, y):
             everything = (torch.ones(z.shape[:2], dtype=torch.bool) for z in (x, y))
-            return loss_reference.late_interaction(x, y, *(valid.get(id(z), e) for z, e in zip((x, y), everything)))
+            return loss_reference.late_interaction(
+                x, y, *(valid.get(id(z), e) for z, e in zip((x, y), everything, strict=True))
+            )
 
     negatives = Negatives(
         options.get("duplicates", "negative"), "own" if options.get("hard_negatives") == "own" else "global",

@@ -31,10 +31,18 @@ def checkpoint(saved, tmp_path):
 
 
 def test_resumed_losses_are_bit_identical(results):
-    assert len(results) == 6
+    assert len(results) == 8
     for result in results:
         assert len(result["expected"]) == 6
         assert result["seen"] == result["expected"], f"ZeRO-{result['stage']}, bf16 {result['bf16']}"
+
+
+def test_the_queue_and_its_momentum_encoder_change_the_loss_once_they_are_used(results):
+    plain, queue = (
+        next(r["expected"] for r in results if r["stage"] == 3 and r["bf16"] and bool(r["queue"]) is used)
+        for used in (False, True)
+    )
+    assert plain[:2] == queue[:2] and all(p != q for p, q in zip(plain[2:], queue[2:], strict=True))
 
 
 def test_each_rank_gets_its_own_data_state_back(results):
