@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import pickle
 
@@ -18,11 +19,11 @@ def tokenizer(demo):
     return load_tokenizer("demo")
 
 
-def loader(shards, tokenizer, *, batch=8, rank=0, world_size=1, state=None, seed=0, **data):
+def loader(shards, tokenizer, *, batch=8, rank=0, world_size=1, state=None, seed=0, hard_negatives=False, **data):
     section = DataSection(train_shards=str(shards), shuffle_buffer=20, **{"workers": 0, **data})
     return build_loader(
         section, tokenizer=tokenizer, image_size=16, context_length=16, local_batch_size=batch, seed=seed,
-        rank=rank, world_size=world_size, state=state,
+        rank=rank, world_size=world_size, hard_negatives=hard_negatives, state=state,
     )  # fmt: skip
 
 
@@ -214,3 +215,55 @@ def test_addresses_never_reach_a_shell(spec, tokenizer):
 def test_a_brace_bomb_is_refused_before_it_is_expanded(tokenizer):
     with pytest.raises(UserError, match="100,000,000 shards"):
         loader("x{0..99999999}.tar", tokenizer)
+
+
+def with_negatives(folder, negatives):
+    """Twenty samples; negatives(i): the extra members of sample i."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tar(folder / "000.tar", {f"{i:05d}": sample(i) | negatives(i) for i in range(20)})
+    return folder
+
+
+def test_hard_negatives_come_from_text_members_and_json_with_their_owner(tmp_path, tokenizer):
+    def members(i):
+        if i % 3 == 0:
+            return {"neg.txt": f"a blue circle number {i}\n\na green circle number {i}\n".encode()}
+        if i % 3 == 1:
+            return {
+                "json": json.dumps({"caption": f"a red circle number {i}", "negatives": [f"no circle {i}"]}).encode()
+            }
+        return {}
+
+    batches = loader(with_negatives(tmp_path, members), tokenizer, batch=20, hard_negatives=True)
+    (batch,) = take(batches, 1)
+    expected = {0: 2, 1: 1, 2: 0}
+    counts = [expected[number % 3] for number in numbers([batch])]
+    assert batch["hard_owner"].tolist() == [row for row, count in enumerate(counts) for _ in range(count)]
+    first = next(row for row, number in enumerate(numbers([batch])) if number % 3 == 0)
+    sentence = f"a blue circle number {numbers([batch])[first]}"
+    own = batch["hard_tokens"][batch["hard_owner"] == first]
+    assert own[0].tolist() == tokenizer([sentence], 16)[0].tolist() and len(own) == 2
+
+
+def test_at_most_max_negatives_of_a_sample_are_used(tmp_path, tokenizer):
+    folder = with_negatives(tmp_path, lambda i: {"neg.txt": b"one\ntwo\nthree\nfour"})
+    (batch,) = take(loader(folder, tokenizer, hard_negatives=True, max_negatives=3), 1)
+    assert len(batch["hard_owner"]) == 3 * 8
+
+
+def test_hard_negatives_that_no_sample_has_are_refused(tmp_path, tokenizer):
+    folder = with_negatives(tmp_path, lambda i: {})
+    with pytest.raises(UserError, match="none of the first 20 samples"):
+        take(loader(folder, tokenizer, hard_negatives=True), 4)
+
+
+def test_keys_are_equal_for_equal_captions_or_equal_groups(tmp_path, tokenizer):
+    def members(i):
+        return {"json": json.dumps({"caption": f"a {'cat' if i < 10 else 'dog'} {i // 5}", "place": i % 4}).encode()}
+
+    folder = with_negatives(tmp_path, members)
+    (batch,) = take(loader(folder, tokenizer, batch=20), 1)
+    by_caption = {(caption, key) for caption, key in zip(batch["captions"], batch["keys"].tolist(), strict=True)}
+    assert len(by_caption) == len({key for _, key in by_caption}) == 4
+    (batch,) = take(loader(folder, tokenizer, batch=20, group_key="place"), 1)
+    assert len(set(batch["keys"].tolist())) == 4

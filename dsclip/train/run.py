@@ -14,6 +14,7 @@ from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.engine import Collectives
 from dsclip.engine.collectives import launched_ranks
 from dsclip.errors import UserError
+from dsclip.losses import find_loss
 from dsclip.model import ClipConfig, resolve_preset
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.loop import train
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """Reads and checks all input on every rank alike; raises UserError before anything is built or written."""
     recipe = load_recipe(arguments.config, arguments.overrides)
+    find_loss(recipe.loss.name, recipe.loss.plugin)
     world_size = launched_ranks()[1]
     ds_config = load_ds_config(arguments.ds_config, recipe, world_size)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
