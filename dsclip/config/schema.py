@@ -121,6 +121,7 @@ class EvalSection:
     classnames: str | list[str] | None = None  # None: those of the shards' manifest; or a file, one name a line
     templates: str | list[str] | None = None  # None: those of the manifest; `openai`, `cifar`, or sentences with {}
     retrieval_shards: str | list[str] | None = None
+    hard_negatives_shards: str | list[str] | None = None  # samples with hard-negative captions
     max_samples: int | None = None  # per task; None: all
 
 

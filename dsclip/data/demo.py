@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dsclip.data.scenes import HELD_OUT, captions, draw, random_scene
+from dsclip.data.scenes import HELD_OUT, captions, draw, random_scene, swapped_captions
 from dsclip.data.shards import ShardWriter
 from dsclip.data.train_tokenizer import train_tokenizer
 
-VERSION = 1  # part of the folder's name: raise it whenever a written byte changes
+VERSION = 2  # part of the folder's name: raise it whenever a written byte changes
 IMAGE_SIZE = 64
 TRAIN_SAMPLES, VAL_SAMPLES, SHARD_SIZE = 8000, 600, 1000
 SEED = 0
@@ -68,7 +68,9 @@ def _write_split(folder: Path, seed: int, samples: int, *, held_out: bool) -> li
             sentences = captions(scene, rng)
             picture = io.BytesIO()
             draw(scene, IMAGE_SIZE, rng).save(picture, "JPEG", quality=92)
-            members = {"jpg": picture.getvalue(), "json": json.dumps({"caption": sentences}).encode()}
+            negatives = swapped_captions(scene, np.random.default_rng([seed, index, 1]))
+            text = {"caption": sentences, "negatives": negatives}
+            members = {"jpg": picture.getvalue(), "json": json.dumps(text).encode()}
             if held_out and len(scene.objects) == 1:
                 members["cls"] = str(CLASSES.index(scene.objects[0].name)).encode()
             writer.write(f"{index:06d}", members)

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import torch
 
-from dsclip.data.reader import BadSample, RawSample, decode_image, read_captions, read_label, read_shard
+from dsclip.data.reader import (
+    BadSample,
+    RawSample,
+    decode_image,
+    read_captions,
+    read_label,
+    read_negatives,
+    read_shard,
+)  # fmt: skip
 from dsclip.data.shards import read_manifest, resolve_shards
 from dsclip.data.transforms import eval_image
 from dsclip.errors import UserError
@@ -18,6 +26,7 @@ from dsclip.errors import UserError
 class _Entry:
     raw: RawSample  # compressed bytes: an evaluation set of 50,000 images takes a few GB
     captions: list[str]
+    negatives: list[str]
     label: int | None
 
 
@@ -44,6 +53,11 @@ class EvalDataset:
         return [entry.captions for entry in self._entries]
 
     @property
+    def negatives(self) -> list[list[str]]:
+        """All hard-negative captions of all samples, without decoding an image."""
+        return [entry.negatives for entry in self._entries]
+
+    @property
     def labels(self) -> list[int | None]:
         """All class labels, without decoding an image."""
         return [entry.label for entry in self._entries]
@@ -59,6 +73,7 @@ def build_eval_dataset(
     image_size: int,
     max_samples: int | None = None,
     caption_key: str = "caption",
+    negative_key: str = "negatives",
     max_image_pixels: int = 64_000_000,
 ) -> EvalDataset:
     """Reads the shards once, in order. Samples that can't be decoded are left out and counted in `.bad`.
@@ -74,7 +89,7 @@ def build_eval_dataset(
                 label = read_label(raw)
                 captions = _captions_or_none(raw, caption_key, label)
                 decode_image(raw, max_image_pixels)  # a broken image must not be found in the middle of a collective
-                entries.append(_Entry(raw, captions, label))
+                entries.append(_Entry(raw, captions, read_negatives(raw, negative_key), label))
             except BadSample as reason:
                 bad[str(reason)] += 1
             if max_samples and len(entries) == max_samples:

@@ -111,8 +111,8 @@ def read_captions(raw: RawSample, caption_key: str) -> list[str]:
     return captions
 
 
-def read_negatives(raw: RawSample, negative_key: str, most: int) -> list[str]:
-    """The sample's hard-negative captions, at most `most`: from `.neg.txt` (one a line) or `.json`. Raises BadSample."""
+def read_negatives(raw: RawSample, negative_key: str, most: int | None = None) -> list[str]:
+    """The sample's hard-negative captions, the first `most` or all: from `.neg.txt` (one a line) or `.json`. Raises BadSample."""
     if "neg.txt" in raw.members:
         try:
             found = raw.members["neg.txt"].decode("utf-8").splitlines()

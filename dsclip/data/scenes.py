@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -76,8 +76,9 @@ def random_scene(rng: np.random.Generator, *, held_out: bool, two_objects: bool)
 def _random_object(rng: np.random.Generator, held_out: bool) -> Shape:
     while True:
         colour, shape = _pick(rng, COLOURS), _pick(rng, SHAPES)
-        if ((colour, shape) in HELD_OUT) == held_out:
-            return Shape(colour, shape, _pick(rng, SIZES))
+        thing = Shape(colour, shape, _pick(rng, SIZES))
+        if _is_held_out(thing) == held_out:
+            return thing
 
 
 def _pick(rng: np.random.Generator, options) -> str:
@@ -105,6 +106,28 @@ def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
         brief = [f"a {first.name} and a {second.name}", f"a {second.name} and a {first.name}"]
     chosen = rng.choice(len(full), size=2, replace=False)
     return [full[i] for i in chosen] + [_pick(rng, brief)]
+
+
+def swapped_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """Sentences that use the scene's own words and are wrong: the two objects exchange places, colours or sizes.
+
+    A swap never makes a combination of the other split: training captions, wrong ones too, hold no held-out pair.
+    """
+    if len(scene.objects) == 1:
+        return []
+    first, second = scene.objects
+    swaps = [
+        (second, first),
+        (replace(first, colour=second.colour), replace(second, colour=first.colour)),
+        (replace(first, size=second.size), replace(second, size=first.size)),
+    ]
+    split = _is_held_out(first)
+    wrong = dict.fromkeys(s for s in swaps if s != (first, second) and all(_is_held_out(o) == split for o in s))
+    return [captions(Scene(objects, scene.place), rng)[0] for objects in wrong]
+
+
+def _is_held_out(thing: Shape) -> bool:
+    return (thing.colour, thing.shape) in HELD_OUT
 
 
 def draw(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:

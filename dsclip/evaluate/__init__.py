@@ -1,6 +1,7 @@
-"""Evaluation: zero-shot classification and retrieval, the same on any number of ranks."""
+"""Evaluation: zero-shot classification, retrieval, hard negatives; the same on any number of ranks."""
 
+from dsclip.evaluate.hard_negatives import hard_negatives
 from dsclip.evaluate.retrieval import retrieval, retrieval_metrics
 from dsclip.evaluate.zeroshot import classification_metrics, zeroshot
 
-__all__ = ["classification_metrics", "retrieval", "retrieval_metrics", "zeroshot"]
+__all__ = ["classification_metrics", "hard_negatives", "retrieval", "retrieval_metrics", "zeroshot"]

@@ -16,11 +16,11 @@ from dsclip.command_line import parser, say
 from dsclip.data import build_eval_dataset, load_tokenizer
 from dsclip.engine.collectives import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
-from dsclip.evaluate.retrieval import retrieval
-from dsclip.evaluate.zeroshot import zeroshot
+from dsclip.evaluate import hard_negatives, retrieval, zeroshot
 from dsclip.model import Clip, ClipConfig
 
 EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
+TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "hard_negatives": hard_negatives}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     p = parser("Evaluates a dsclip checkpoint, a run's newest checkpoint, or a converted HuggingFace folder.", EXAMPLE)
     p.add_argument("--model", required=True, type=Path, help="checkpoint folder, run folder or HuggingFace CLIP folder")
-    p.add_argument("--task", required=True, choices=["zeroshot", "retrieval"])
+    p.add_argument("--task", required=True, choices=list(TASKS))
     p.add_argument("--data", required=True, help="shards: a folder, glob or brace expression, or demo:val")
     p.add_argument("--tokenizer", help="folder or hub name (default: the model's own)")
     p.add_argument("--classnames", help="file with one class name a line (default: those of the shards)")
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "--templates", help="openai, cifar, simple, or a file of sentences with {} (default: those of the shards)"
     )
     p.add_argument("--caption-key", default="caption", help="key of the captions in .json members (default: caption)")
+    p.add_argument("--negative-key", default="negatives", help="key of hard negatives in .json (default: negatives)")
     p.add_argument("--batch-size", type=int, default=64, help="samples a forward and rank (default: 64)")
     p.add_argument("--max-samples", type=int, help="evaluate on the first samples only")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
@@ -85,6 +86,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         image_size=config.image_size,
         max_samples=arguments.max_samples,
         caption_key=arguments.caption_key,
+        negative_key=arguments.negative_key,
     )
 
     def encode_image(images):
@@ -94,10 +96,10 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         return model(None, tokens.to(device))[1]
 
     shared = dict(context_length=config.context_length, batch_size=arguments.batch_size)
-    task, options = retrieval, {}
+    options = {}
     if arguments.task == "zeroshot":
-        task, options = zeroshot, dict(classnames=arguments.classnames, templates=arguments.templates)
-    metrics = task(encode_image, encode_text, dataset, tokenizer, group, **options, **shared)
+        options = dict(classnames=arguments.classnames, templates=arguments.templates)
+    metrics = TASKS[arguments.task](encode_image, encode_text, dataset, tokenizer, group, **options, **shared)
     return {
         "task": arguments.task, "metrics": metrics, "model": str(arguments.model), "data": arguments.data,
         "bad_samples": dict(dataset.bad),

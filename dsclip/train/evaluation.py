@@ -5,7 +5,7 @@ from __future__ import annotations
 from dsclip.config import Recipe
 from dsclip.data import build_eval_dataset
 from dsclip.engine import Collectives
-from dsclip.evaluate import retrieval, zeroshot
+from dsclip.evaluate import hard_negatives, retrieval, zeroshot
 from dsclip.model import ClipConfig
 from dsclip.train.pictures import retrieval_grid, similarity_matrix
 
@@ -17,10 +17,11 @@ class Evaluation:
 
     def __init__(self, recipe: Recipe, model: ClipConfig, tokenizer, group: Collectives):
         self._settings, self._model, self._tokenizer, self._group = recipe.eval, model, tokenizer, group
-        self._caption_key, self._max_pixels = recipe.data.caption_key, recipe.data.max_image_pixels
+        self._data = recipe.data
         # Opened here, so that missing evaluation shards stop the run before its first step.
         self._zeroshot = self._open(recipe.eval.zeroshot_shards)
         self._retrieval = self._open(recipe.eval.retrieval_shards)
+        self._hard_negatives = self._open(recipe.eval.hard_negatives_shards)
 
     def _open(self, shards):
         if shards is None:
@@ -29,8 +30,9 @@ class Evaluation:
             shards,
             image_size=self._model.image_size,
             max_samples=self._settings.max_samples,
-            caption_key=self._caption_key,
-            max_image_pixels=self._max_pixels,
+            caption_key=self._data.caption_key,
+            negative_key=self._data.negative_key,
+            max_image_pixels=self._data.max_image_pixels,
         )
 
     def due(self, step: int, last: bool) -> bool:
@@ -53,6 +55,11 @@ class Evaluation:
             watch.message("evaluating retrieval")
             results["retrieval"] = retrieval(*encoders, self._retrieval, self._tokenizer, self._group, **shared)
             self._show_pictures(engine, watch)
+        if self._hard_negatives is not None:
+            watch.message("evaluating hard negatives")
+            results["hard_negatives"] = hard_negatives(
+                *encoders, self._hard_negatives, self._tokenizer, self._group, **shared
+            )
         watch.evaluated(engine.step, results)
         return results
 

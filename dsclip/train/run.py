@@ -70,7 +70,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     world_size = launched_ranks()[1]
     ds_config = load_ds_config(arguments.ds_config, recipe, world_size)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    for shards in (recipe.data.train_shards, recipe.eval.zeroshot_shards, recipe.eval.retrieval_shards):
+    for shards in (recipe.data.train_shards, *evaluation_shards(recipe)):
         if shards is not None:
             resolve_shards(shards)
     run_dir = Path(recipe.train.output) / recipe.train.name
@@ -84,6 +84,11 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
         init = load_init(recipe.model.init, model)
     return Plan(recipe, ds_config, model, tokenizer, run_dir, resume, init)
+
+
+def evaluation_shards(recipe: Recipe) -> tuple:
+    """The shards of all evaluation tasks; None where a task is off."""
+    return recipe.eval.zeroshot_shards, recipe.eval.retrieval_shards, recipe.eval.hard_negatives_shards
 
 
 def find_resume(resume: str, run_dir: Path) -> Path | None:

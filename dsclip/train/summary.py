@@ -86,6 +86,9 @@ def console_summary(summary: dict, run_dir: Path) -> str:
         for way, key in (("image to text", "image_to_text"), ("text to image", "text_to_image")):
             recalls = " / ".join(f"{r[f'{key}_recall@{k}']:.1%}" for k in (1, 5, 10))
             lines.append(f"  {way} recall@1/5/10 {recalls}")
+    if "hard_negatives" in results:
+        h = results["hard_negatives"]
+        lines.append(f"  own caption above a hard negative {h['accuracy']:.1%} of {h['pairs']} times")
     lines += [
         f"  checkpoint  {summary['checkpoint']}",
         f"  HuggingFace {summary['hf_export']}",
