@@ -54,7 +54,15 @@ def gradients(model, **options):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("options", [dict(chunk_size=2), dict(chunk_size=3, recompute=True), dict(recompute=True)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(chunk_size=2),
+        dict(chunk_size=3, checkpointing="full"),
+        dict(checkpointing="selective"),
+        dict(chunk_size=2, checkpointing="offload"),
+    ],
+)
 def test_chunks_and_recomputation_leave_gradients_unchanged(options):
     model = create_model("demo", **SMALL).double()
     torch.testing.assert_close(gradients(model, **options), gradients(model), rtol=1e-11, atol=1e-13)
@@ -63,7 +71,7 @@ def test_chunks_and_recomputation_leave_gradients_unchanged(options):
 def test_frozen_parameters_get_no_gradient():
     model = create_model("demo", **SMALL).double()
     model.visual.requires_grad_(False)
-    image, text = model(*pairs(), chunk_size=3, recompute=True)
+    image, text = model(*pairs(), chunk_size=3, checkpointing="full")
     (image @ text.T).sin().sum().backward()
     assert all(p.grad is None for p in model.visual.parameters())
     assert all(p.grad is not None for p in model.text.parameters())

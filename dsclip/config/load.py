@@ -185,7 +185,7 @@ def check_values(recipe: Recipe, source: str) -> None:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{source}: `{name}` is {value}; it must be greater than 0")
     choices = {
-        "batch.checkpointing": (batch.checkpointing, ("auto", "none", "full")),
+        "batch.checkpointing": (batch.checkpointing, ("auto", "none", "selective", "full", "offload")),
         "optim.schedule": (optim.schedule, ("cosine", "constant")),
         "loss.temperature": (loss.temperature, ("learned", "fixed", "scheduled")),
         "loss.hard_negatives": (loss.hard_negatives, ("none", "global", "own")),

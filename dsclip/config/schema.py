@@ -58,7 +58,7 @@ class BatchSection:
     global_batch_size: int = 256
     samples_per_forward: int | None = None  # outer micro-batch a rank; None: the rank's whole share
     chunk_size: int | None = None  # samples that go through a block together; None: samples_per_forward
-    checkpointing: str = "auto"  # none | full | auto: full as soon as a forward has several chunks
+    checkpointing: str = "auto"  # none | selective | full | offload | auto: full once chunk_size is set
 
 
 @dataclass(frozen=True)

@@ -147,9 +147,9 @@ class ContrastiveEngine:
 
     def _features(self, micro: MicroBatch, encoder=None) -> tuple[Tensor, Tensor]:
         """Image features [b, D], and text features [b + m, D] of captions and hard negatives."""
-        chunk_size, recompute = chunking(self.recipe.batch)
+        chunk_size, checkpointing = chunking(self.recipe.batch)
         return (encoder or self.deepspeed)(
-            micro.images, micro.tokens, chunk_size=chunk_size, recompute=recompute, kept=micro.kept,
+            micro.images, micro.tokens, chunk_size=chunk_size, checkpointing=checkpointing, kept=micro.kept,
             token_wise=self._loss.token_wise,
         )  # fmt: skip
 
@@ -261,7 +261,8 @@ def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
-def chunking(batch: BatchSection) -> tuple[int | None, bool]:
-    """(chunk size, whether blocks keep only their inputs) that a recipe's batch section asks for."""
-    recompute = batch.checkpointing == "full" or (batch.checkpointing == "auto" and batch.chunk_size is not None)
-    return batch.chunk_size, recompute
+def chunking(batch: BatchSection) -> tuple[int | None, str]:
+    """(chunk size, what blocks keep for backward) that a recipe's batch section asks for."""
+    if batch.checkpointing != "auto":
+        return batch.chunk_size, batch.checkpointing
+    return batch.chunk_size, "none" if batch.chunk_size is None else "full"

@@ -26,11 +26,11 @@ class Tower(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = head
 
-    def forward(self, chunks: Chunks, recompute: bool, at_start: tuple = (), at_end: tuple = ()) -> Chunks:
-        chunks = self.embed(recompute, at_start, backward_anchor(chunks[0].device), *chunks)
+    def forward(self, chunks: Chunks, checkpointing: str, at_start: tuple = (), at_end: tuple = ()) -> Chunks:
+        chunks = self.embed(checkpointing, at_start, backward_anchor(chunks[0].device), *chunks)
         for block in self.blocks:
-            chunks = block(recompute, (), None, *chunks)
-        return self.head(recompute, at_end, None, *chunks)
+            chunks = block(checkpointing, (), None, *chunks)
+        return self.head(checkpointing, at_end, None, *chunks)
 
 
 class Clip(nn.Module):
@@ -38,8 +38,8 @@ class Clip(nn.Module):
 
     `forward(images, tokens)`: images [n, 3, S, S] (uint8, or float already normalised), tokens [n, L] int64;
     returns unit features ([n, D], [n, D]) in float32. Either input may be None, and so are its features then.
-    chunk_size: samples that go through a stage together (None: all of them). recompute: keep only the stages' inputs
-    for backward. kept [n, K]: the patches that patch dropout leaves. token_wise: features of all tokens instead,
+    chunk_size: samples that go through a stage together (None: all of them). checkpointing: what stages
+    keep for backward, see `Stage`. kept [n, K]: the patches that patch dropout leaves. token_wise: features of all tokens instead,
     [n, 1 + K, D] and [n, context, D].
     """
 
@@ -65,7 +65,7 @@ class Clip(nn.Module):
         tokens: Tensor | None = None,
         *,
         chunk_size: int | None = None,
-        recompute: bool = False,
+        checkpointing: str = "none",
         kept: Tensor | None = None,
         token_wise: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -74,10 +74,10 @@ class Clip(nn.Module):
         if images is not None:
             self._check_images(images)
             at_start = () if kept is None else (_split(kept, chunk_size),)
-            image_features = torch.cat(self.visual(_split(images, chunk_size), recompute, at_start))
+            image_features = torch.cat(self.visual(_split(images, chunk_size), checkpointing, at_start))
         if tokens is not None:
             chunks, ends = self._cut_text(tokens, chunk_size)
-            text_features = torch.cat(self.text(chunks, recompute, (), (ends,)))
+            text_features = torch.cat(self.text(chunks, checkpointing, (), (ends,)))
         return image_features, text_features
 
     def valid_tokens(self, tokens: Tensor) -> Tensor:

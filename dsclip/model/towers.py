@@ -98,7 +98,10 @@ class TextEmbed(Stage):
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.text_width).normal_(std=0.01))
 
     def compute(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.token_embedding) + self.position_embedding[: tokens.shape[1]]
+        # A dense gradient costs the whole table for every chunk; `_LayerMajor` adds sparse ones up. CUDA's addition of
+        # those isn't deterministic, and there the table is filled in no time.
+        embedded = F.embedding(tokens, self.token_embedding, sparse=tokens.device.type == "cpu")
+        return embedded + self.position_embedding[: tokens.shape[1]]
 
 
 class TextHead(Stage):

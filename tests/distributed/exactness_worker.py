@@ -69,7 +69,7 @@ def ds_config(stage: int, bf16: bool, world_size: int) -> dict:
         "train_batch_size": GLOBAL_BATCH,
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world_size,
         "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "immediate_grad_update": stage == 1},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
