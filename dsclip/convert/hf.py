@@ -38,7 +38,7 @@ def export_hf(
     weights = to_hf(checkpoint.state_dict, checkpoint.logit_scale)
     weights = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-    _write_json(temporary / "config.json", hf_config(checkpoint.config, checkpoint.tokenizer_dir, dtype))
+    _write_json(temporary / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
     _write_json(temporary / "preprocessor_config.json", hf_preprocessor(checkpoint.config))
     (temporary / "README.md").write_text(model_card(checkpoint, metrics or {}), encoding="utf-8")
     if out.exists():
@@ -50,7 +50,7 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def hf_config(c: ClipConfig, tokenizer_dir: Path, dtype: str) -> dict:
+def hf_config(c: ClipConfig, bos_token_id: int | None, dtype: str = "fp32") -> dict:
     """CLIPModel's config.json. A fixed set of fields: nothing of a user's input can name code to run."""
     hidden_act = c.activation
     shared = {"projection_dim": c.embed_dim, "hidden_act": hidden_act, "layer_norm_eps": c.layer_norm_eps}
@@ -60,7 +60,7 @@ def hf_config(c: ClipConfig, tokenizer_dir: Path, dtype: str) -> dict:
         "intermediate_size": c.text_mlp_width, "num_hidden_layers": c.text_layers,
         "num_attention_heads": c.text_heads, "max_position_embeddings": c.context_length,
         # transformers pools at the first eos_token_id, except for the value 2, which means the largest id (its legacy).
-        "eos_token_id": c.eot_token_id, "bos_token_id": _bos_token_id(tokenizer_dir), "pad_token_id": c.eot_token_id,
+        "eos_token_id": c.eot_token_id, "bos_token_id": bos_token_id, "pad_token_id": c.eot_token_id,
     }  # fmt: skip
     vision = {
         "model_type": "clip_vision_model", "hidden_size": c.vision_width, "intermediate_size": c.vision_mlp_width,

@@ -1,0 +1,1 @@
+"""Measurements: ours and a peer in one run, each in a process of its own."""

@@ -1,0 +1,96 @@
+"""The command lines of tools/bench_step.py and tools/bench_loss.py."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from dsclip.bench.measure import environment, in_process
+from dsclip.command_line import parser, run_tool, say
+from dsclip.model import resolve_preset
+from dsclip.model.flops import forward_flops
+
+STEP_EXAMPLE = "python tools/bench_step.py --preset ViT-B-32 --batch 64 --micro-batch 16"
+LOSS_EXAMPLE = "python tools/bench_loss.py --n 8192 --d 512"
+DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1_bf16.json"
+
+
+def step_main(argv: list[str] | None = None) -> None:
+    """tools/bench_step.py."""
+    p = parser(
+        "Whole optimizer steps: dsclip, transformers' CLIPModel and, where it is installed, OpenCLIP.", STEP_EXAMPLE
+    )
+    p.add_argument("--preset", default="ViT-B-32")
+    p.add_argument("--batch", type=int, default=64, help="global batch (default: 64)")
+    p.add_argument(
+        "--micro-batch", type=int, default=16, help="samples at a time of the accumulated step (default: 16)"
+    )
+    p.add_argument("--steps", type=int, default=3, help="steps measured after two to warm up (default: 3)")
+    p.add_argument("--repeats", type=int, default=2, help="rounds over all trainers, the best counts (default: 2)")
+    p.add_argument("--ds_config", default=str(DS_CONFIG), help="dsclip's DeepSpeed JSON (default: zero1_bf16)")
+    p.add_argument("--checkpointing", default="auto", help="of dsclip's accumulated step (default: auto)")
+    sys.exit(run_tool(bench_step, p.parse_args(argv)))
+
+
+def loss_main(argv: list[str] | None = None) -> None:
+    """tools/bench_loss.py."""
+    p = parser("One loss with its gradients: dsclip's tiled stage, and dense with autograd.", LOSS_EXAMPLE)
+    p.add_argument("--n", type=int, default=8192, help="global batch (default: 8192)")
+    p.add_argument("--d", type=int, default=512, help="embedding width (default: 512)")
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--skip-dense", action="store_true", help="for N that the dense loss has no memory for")
+    sys.exit(run_tool(bench_loss, p.parse_args(argv)))
+
+
+def bench_step(arguments: argparse.Namespace) -> tuple[dict, str]:
+    """{"plain", "accumulated", "peers": {name: {"plain", "accumulated"}}}, each {"samples_per_second", "peak_mb"}."""
+    a = arguments
+    trainers = ["dsclip", "transformers"] + (["open_clip"] if importlib.util.find_spec("open_clip") else [])
+    best: dict[tuple[str, str], dict] = {}
+    for _ in range(a.repeats):
+        for trainer in trainers:
+            for kind, micro_batch in (("plain", None), ("accumulated", a.micro_batch)):
+                settings = dict(trainer=trainer, preset=a.preset, batch=a.batch, micro_batch=micro_batch, steps=a.steps)
+                if trainer == "dsclip":
+                    settings |= {"ds_config": a.ds_config, "checkpointing": a.checkpointing if micro_batch else "none"}
+                found = in_process("dsclip.bench.step", settings)
+                say(f"{trainer} {kind}: {found['samples_per_second']:.1f} samples/s, {found['peak_mb']:.0f} MB")
+                old = best.get((trainer, kind), found)
+                best[trainer, kind] = max(old, found, key=lambda r: r["samples_per_second"])
+    flops = 3 * sum(forward_flops(resolve_preset(a.preset)))
+    peers = {t: {k: best[t, k] for k in ("plain", "accumulated")} for t in trainers[1:]}
+    settings = {"preset": a.preset, "batch": a.batch, "micro_batch": a.micro_batch, "gflops_per_sample": flops / 1e9}
+    ours = {k: best["dsclip", k] for k in ("plain", "accumulated")}
+    result = {**settings, **ours, "peers": peers, "environment": environment()}
+    return result, step_table(result)
+
+
+def bench_loss(arguments: argparse.Namespace) -> tuple[dict, str]:
+    """{"tiled", "dense"}: {"seconds", "extra_peak_mb"}."""
+    result = {"n": arguments.n, "d": arguments.d}
+    for variant in ("tiled",) if arguments.skip_dense else ("tiled", "dense"):
+        settings = dict(variant=variant, n=arguments.n, d=arguments.d, repeats=arguments.repeats)
+        result[variant] = in_process("dsclip.bench.loss", settings)
+    return result | {"environment": environment()}, loss_table(result)
+
+
+def step_table(result: dict) -> str:
+    """Rows of trainers, with the ratio of dsclip to each."""
+    lines = [f"{'':14} {'plain':>26} {'accumulated':>26}"]
+    for name, row in {"dsclip": result, **result["peers"]}.items():
+        cells = []
+        for kind in ("plain", "accumulated"):
+            rate = row[kind]["samples_per_second"]
+            cells.append(
+                f"{rate:7.1f}/s {row[kind]['peak_mb']:6.0f} MB {result[kind]['samples_per_second'] / rate:4.2f}x"
+            )
+        lines.append(f"{name:14} {cells[0]:>26} {cells[1]:>26}")
+    return "\n".join(lines)
+
+
+def loss_table(result: dict) -> str:
+    """Rows of variants."""
+    rows = [(k, result[k]) for k in ("tiled", "dense") if k in result]
+    return "\n".join(f"{k:6} {r['seconds']:8.3f} s {r['extra_peak_mb']:9.1f} MB extra" for k, r in rows)

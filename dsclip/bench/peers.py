@@ -1,0 +1,90 @@
+"""Other trainers of the same model: a plain step, and accumulation with cached features as OpenCLIP's --accum-freq.
+
+Both keep float32 weights under bf16 autocast with torch's AdamW, as their own training scripts do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsclip.model import ClipConfig
+
+Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # unit image and text features, scale
+
+
+def hugging_face(config: ClipConfig, micro_batch: int | None):
+    """transformers' CLIPModel."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from dsclip.convert.hf import hf_config
+
+    model = CLIPModel(CLIPConfig(**hf_config(config, bos_token_id=None)))
+
+    def features(images: Tensor, tokens: Tensor):
+        out = model(pixel_values=images, input_ids=tokens)
+        return out.image_embeds, out.text_embeds, model.logit_scale.exp()
+
+    return _trainer(model, features, config, micro_batch)
+
+
+def open_clip(config: ClipConfig, micro_batch: int | None):
+    """OpenCLIP's own model, where the package `open_clip_torch` is installed."""
+    import open_clip as package
+
+    names = {"embed_dim": config.embed_dim}
+    vision = {"image_size": config.image_size, "layers": config.vision_layers, "width": config.vision_width,
+              "head_width": config.vision_width // config.vision_heads, "patch_size": config.patch_size,
+              "mlp_ratio": config.vision_mlp_width / config.vision_width}  # fmt: skip
+    text = {"context_length": config.context_length, "vocab_size": config.vocab_size, "width": config.text_width,
+            "heads": config.text_heads, "layers": config.text_layers}  # fmt: skip
+    model = package.CLIP(**names, vision_cfg=vision, text_cfg=text)
+
+    def features(images: Tensor, tokens: Tensor):
+        return model(images, tokens)[:3]
+
+    return _trainer(model, features, config, micro_batch)
+
+
+PEERS = {"transformers": hugging_face, "open_clip": open_clip}
+
+
+def _trainer(model: torch.nn.Module, features: Features, config: ClipConfig, micro_batch: int | None):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
+    adamw = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (config.image_mean, config.image_std))
+
+    def encode(images: Tensor, tokens: Tensor):
+        with torch.autocast(device.type, torch.bfloat16):
+            return features((images.to(device).float() / 255 - mean) / std, tokens.to(device))
+
+    def step(batch: dict) -> None:
+        adamw.zero_grad()
+        size = micro_batch or len(batch["images"])
+        parts = list(zip(batch["images"].split(size), batch["tokens"].split(size), strict=True))
+        if len(parts) == 1:
+            _loss(*encode(*parts[0])).backward()
+        else:
+            _accumulate(encode, parts)
+        adamw.step()
+
+    return step
+
+
+def _accumulate(encode: Features, parts: list) -> None:
+    with torch.no_grad():
+        cached = [encode(*part)[:2] for part in parts]
+    for index, part in enumerate(parts):
+        image, text, scale = encode(*part)
+        own = [*cached[:index], (image, text), *cached[index + 1 :]]
+        _loss(torch.cat([i for i, _ in own]), torch.cat([t for _, t in own]), scale).backward()
+
+
+def _loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    logits = scale * image @ text.T
+    target = torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
