@@ -84,8 +84,9 @@ def build(stage, outer, chunks, patch_dropout, bf16, group, loss=None) -> Contra
     local = GLOBAL_BATCH // group.world_size
     forward = local if outer == 1 else -(-local // outer)
     chunk = None if chunks == 1 else max(1, -(-forward // chunks))
+    checkpointing = "auto" if outer == 1 else "selective"
     recipe = Recipe(
-        batch=BatchSection(GLOBAL_BATCH, forward, chunk, "auto"),
+        batch=BatchSection(GLOBAL_BATCH, forward, chunk, checkpointing),
         optim=OPTIM,
         loss=loss or LossSection(),
         train=TrainSection(seed=SEED, steps=10),
