@@ -45,6 +45,21 @@ def test_held_out_combinations_never_occur_in_training(demo):
     assert {n.split()[0] for n in shown} == set(COLOURS) and {n.split()[1] for n in shown} == set(SHAPES)
 
 
+def test_swapped_captions_are_wrong_use_the_scenes_own_words_and_keep_the_splits_apart(demo):
+    names = {f"{colour} {shape}" for colour in COLOURS for shape in SHAPES}
+    held_out = {f"{colour} {shape}" for colour, shape in HELD_OUT}
+    for split, allowed in (("train", names - held_out), ("val", held_out)):
+        dataset = build_eval_dataset(f"demo:{split}", image_size=64, max_samples=400)
+        with_negatives = 0
+        for captions, negatives in zip(dataset.captions, dataset.negatives, strict=True):
+            assert not set(captions) & set(negatives)
+            assert {name for sentence in negatives for name in names if name in sentence} <= allowed
+            words = {word for caption in captions for word in caption.split()} & {*COLOURS, *SHAPES, "small", "large"}
+            assert all({w for w in n.split() if w in {*COLOURS, *SHAPES, "small", "large"}} <= words for n in negatives)
+            with_negatives += bool(negatives)
+        assert with_negatives == 200  # the scenes with two objects
+
+
 def test_manifests_tell_size_and_hash_of_every_shard(demo):
     manifest = read_manifest(resolve_shards("demo:train"))
     assert (

@@ -113,3 +113,30 @@ def test_metrics_are_json(demo):
     tokenizer, dataset = load_tokenizer("demo"), build_eval_dataset("demo:val", image_size=64, max_samples=8)
     metrics = zeroshot(Constant(), Constant(), dataset, tokenizer, SingleRank(), context_length=32, batch_size=3)
     assert json.loads(json.dumps(metrics))["samples"] == 4
+
+
+class WrittenByHand:
+    """Three images; the second has no hard negative. Images and captions are their own features."""
+
+    captions = [["east", "east again"], ["north"], ["west"]]
+    negatives = [["north", "west"], [], ["south"]]
+    directions = {"east": (1, 0), "east again": (1, 0), "north": (0, 1), "west": (-1, 0), "south": (0, -1)}
+
+    def __getitem__(self, index):
+        return {"image": torch.tensor([(1.0, 0.0), (0.0, 1.0), (0.6, -0.8)][index])}
+
+    @classmethod
+    def tokenize(cls, texts, _):
+        return torch.tensor([cls.directions[t] for t in texts], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_hard_negatives_count_pairs_of_the_same_image(batch_size):
+    """The first image wins all four pairs; the third looks south-east, so that its own caption `west` loses."""
+    from dsclip.evaluate import hard_negatives
+
+    found = hard_negatives(
+        lambda x: x, lambda x: x, WrittenByHand(), WrittenByHand.tokenize, SingleRank(), context_length=4,
+        batch_size=batch_size,
+    )  # fmt: skip
+    assert found == {"accuracy": 4 / 5, "images": 2, "pairs": 5}

@@ -55,6 +55,7 @@ def load_ds_config(path: str | Path, recipe: Recipe, world_size: int) -> dict:
         if key in REFUSED:
             raise UserError(f"{path}: remove `{key}`: {REFUSED[key]}.")
     _check_precision_and_stage(config, path)
+    _check_reduction(config, path, recipe)
     return config | _sizes(config, path, recipe, world_size) | _defaults(config)
 
 
@@ -95,6 +96,14 @@ def _check_precision_and_stage(config: dict, path: Path) -> None:
     offload = zero.get("offload_param") or {}
     if offload.get("device", "none") != "none" and stage != 3:
         raise UserError(f"{path}: zero_optimization.offload_param needs stage 3, and the stage is {stage}.")
+
+
+def _check_reduction(config: dict, path: Path, recipe: Recipe) -> None:
+    stage = config["zero_optimization"]["stage"]
+    if recipe.batch.coalesce_reduction and stage == 1:
+        raise UserError(
+            f"{path}: batch.coalesce_reduction needs ZeRO stage 2 or 3, and the stage is 1, which reduces once a step anyway."
+        )
 
 
 def _sizes(config: dict, path: Path, recipe: Recipe, world_size: int) -> dict:

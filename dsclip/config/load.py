@@ -187,6 +187,7 @@ def check_values(recipe: Recipe, source: str) -> None:
     choices = {
         "batch.checkpointing": (batch.checkpointing, ("auto", "none", "selective", "full", "offload")),
         "optim.schedule": (optim.schedule, ("cosine", "constant")),
+        "train.compile": (train.compile, ("auto", "on", "off")),
         "loss.temperature": (loss.temperature, ("learned", "fixed", "scheduled")),
         "loss.hard_negatives": (loss.hard_negatives, ("none", "global", "own")),
         "loss.duplicates": (loss.duplicates, ("negative", "positive", "mask")),

@@ -59,6 +59,7 @@ class BatchSection:
     samples_per_forward: int | None = None  # outer micro-batch a rank; None: the rank's whole share
     chunk_size: int | None = None  # samples that go through a block together; None: samples_per_forward
     checkpointing: str = "auto"  # none | selective | full | offload | auto: full once chunk_size is set
+    coalesce_reduction: bool = False  # ZeRO-2/3: reduce gradients once a step, not once an outer micro-batch
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class TrainSection:
     log_every: int = 10  # steps between lines of metrics.jsonl and TensorBoard scalars
     save_every: int | None = None  # steps between checkpoints; the last step always saves
     keep_checkpoints: int = 3
+    compile: str = "auto"  # torch.compile of the blocks: on | off | auto (on a GPU)
     export_hf: bool = True  # convert the last checkpoint to a HuggingFace folder
 
 

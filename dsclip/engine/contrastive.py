@@ -5,6 +5,7 @@ Symbols: n samples of this rank, N of all ranks, D embedding width, k outer micr
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Negatives, Pairs, checked, find_loss
 from dsclip.losses.observe import FeatureStatistics, feature_statistics
 from dsclip.model import ClipConfig
+from dsclip.model.blocks import compile_blocks
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class ContrastiveEngine:
             settings.beta, settings.label_smoothing,
         )  # fmt: skip
         model = build_model(config, ds_config, recipe.train.seed, state_dict)
+        if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):
+            compile_blocks(model)
         self.deepspeed = initialize(model, ds_config, recipe.optim)
         self.scalars = LossScalars(
             settings, recipe.optim, recipe.train.steps, self.device, has_bias=self._loss.has_bias
@@ -137,10 +141,12 @@ class ContrastiveEngine:
             self._observed = feature_statistics(pairs.image, pairs.text)
 
         by_micro = split_gradients(micro, grads)
-        self._backward(kept_graph, by_micro[-1], last=len(micro) == 1)
-        del kept_graph, cached
-        for index, m in enumerate(micro[:-1]):
-            self._backward(self._features(m), by_micro[index], last=index == len(micro) - 2)
+        with self._reduction():
+            self._backward(kept_graph, by_micro[-1], last=len(micro) == 1)
+            del kept_graph, cached
+            for index, m in enumerate(micro[:-1]):
+                self._backward(self._features(m), by_micro[index], last=index == len(micro) - 2)
+        self.deepspeed.set_gradient_accumulation_boundary(True)
         if self.queue is not None:
             self._fill_queue(micro, pairs)
         return grads
@@ -175,6 +181,10 @@ class ContrastiveEngine:
             if "hard_text" in extra:
                 extra["hard_text"] = extra["hard_text"].bfloat16()
         return Pairs(image, text, self.scalars.log_scale.detach(), _detached(self.scalars.bias), **extra)
+
+    def _reduction(self):
+        """One gradient reduction a step instead of one a micro-batch, if the recipe asks for it."""
+        return self.deepspeed.coalesce_grad_reduction() if self.recipe.batch.coalesce_reduction else nullcontext()
 
     def _backward(self, features, grads, *, last: bool) -> None:
         # ZeRO averages over ranks, and each rank holds the gradient of the global loss: hence the world size.

@@ -97,6 +97,14 @@ class Mlp(nn.Module):
         return self.fc2(self.activation(hidden))
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile of the code inside the blocks. Across ZeRO-3's hooks it would not work; within a leaf it does."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            for name in ("_mix", "_expand", "_contract"):
+                setattr(module, name, torch.compile(getattr(module, name)))
+
+
 class Block(Stage):
     """A pre-norm residual block; `text_layers` is the text tower's depth, or None in the image tower."""
 

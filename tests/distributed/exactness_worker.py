@@ -80,16 +80,16 @@ def ds_config(stage: int, bf16: bool, world_size: int) -> dict:
     }
 
 
-def build(stage, outer, chunks, patch_dropout, bf16, group, loss=None) -> ContrastiveEngine:
+def build(stage, outer, chunks, patch_dropout, bf16, group, loss=None, special=None) -> ContrastiveEngine:
     local = GLOBAL_BATCH // group.world_size
     forward = local if outer == 1 else -(-local // outer)
     chunk = None if chunks == 1 else max(1, -(-forward // chunks))
     checkpointing = "auto" if outer == 1 else "selective"
     recipe = Recipe(
-        batch=BatchSection(GLOBAL_BATCH, forward, chunk, checkpointing),
+        batch=BatchSection(GLOBAL_BATCH, forward, chunk, checkpointing, coalesce_reduction=special == "coalesced"),
         optim=OPTIM,
         loss=loss or LossSection(),
-        train=TrainSection(seed=SEED, steps=10),
+        train=TrainSection(seed=SEED, steps=10, compile="on" if special == "compiled" else "off"),
     )
     return ContrastiveEngine(
         recipe, ds_config(stage, bf16, group.world_size), replace(CONFIG, patch_dropout=patch_dropout)
@@ -157,6 +157,11 @@ def main(out: str) -> None:
     results = []
     for stage, outer, chunks, dropout, bf16 in itertools.product((1, 2, 3), (1, 3), (1, 2), (0.0, 0.5), (False, True)):
         case = dict(stage=stage, outer=outer, chunks=chunks, patch_dropout=dropout, bf16=bf16)
+        results.append({"kind": "gradient", **case, **gradient_case(case, group)})
+    for stage, special in ((2, "coalesced"), (3, "coalesced"), (3, "compiled")):
+        if special == "compiled" and group.world_size > 1:
+            continue  # compiling takes a while, and no rank compiles anything else than a single one does
+        case = dict(stage=stage, outer=3, chunks=2, patch_dropout=0.5, bf16=False, special=special)
         results.append({"kind": "gradient", **case, **gradient_case(case, group)})
     for stage in (1, 2, 3):
         results.append({"kind": "adamw", "stage": stage, **adamw_case(stage, group)})

@@ -14,12 +14,19 @@ from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, 
 WIDE = replace(CONFIG, vision_width=128, vision_mlp_width=512, vision_layers=3)
 
 
-def bytes_per_step(chunk_size: int | None, group: Collectives) -> dict:
+def bytes_per_step(chunk_size: int | None, outer: int, persistent: bool, group: Collectives) -> dict:
     settings = ds_config(3, True, group.world_size)
+    if persistent:
+        keep = {"stage3_param_persistence_threshold": 10**12, "stage3_model_persistence_threshold": 10**13}
+        settings["zero_optimization"] |= keep
     settings["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True, "debug": False}
     settings["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     recipe = Recipe(
-        batch=BatchSection(GLOBAL_BATCH, None, chunk_size), optim=OptimSection(warmup_steps=0), train=TrainSection()
+        batch=BatchSection(
+            GLOBAL_BATCH, GLOBAL_BATCH // group.world_size // outer, chunk_size, coalesce_reduction=persistent
+        ),
+        optim=OptimSection(warmup_steps=0),
+        train=TrainSection(),
     )
     engine = ContrastiveEngine(recipe, settings, WIDE)
     parameters = engine.module.parameter_count()
@@ -31,7 +38,13 @@ def bytes_per_step(chunk_size: int | None, group: Collectives) -> dict:
     for name, sizes in dist.comms_logger.comms_dict.items():
         totals[name] = sum(size * record[0] for size, record in sizes.items())
     engine.close()
-    return {"chunk_size": chunk_size, "parameter_bytes": 2 * parameters, "bytes": totals}
+    return {
+        "chunk_size": chunk_size,
+        "outer": outer,
+        "persistent": persistent,
+        "parameter_bytes": 2 * parameters,
+        "bytes": totals,
+    }
 
 
 def share_held_while_building(group: Collectives) -> float:
@@ -44,7 +57,8 @@ def share_held_while_building(group: Collectives) -> float:
 def main(out: str) -> None:
     init_distributed()
     group = Collectives.current()
-    results = [bytes_per_step(size, group) for size in (None, 3, 1)]
+    results = [bytes_per_step(size, 1, False, group) for size in (None, 3, 1)]
+    results += [bytes_per_step(None, outer, persistent, group) for outer in (2, 3) for persistent in (False, True)]
     share = share_held_while_building(group)
     results = [result | {"share_held_while_building": share} for result in results]
     if group.rank == 0:

@@ -14,6 +14,11 @@ def results(request, tmp_path_factory):
     return json.loads(out.read_text())
 
 
+def test_coalesced_and_compiled_steps_are_among_them(results):
+    special = {(r["stage"], r["special"]) for r in results if r.get("special")}
+    assert special >= {(2, "coalesced"), (3, "coalesced")}
+
+
 def failures(results, wrong) -> list:
     assert results, "the worker reported no case"
     return [case for case in results if wrong(case)]

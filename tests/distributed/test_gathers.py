@@ -17,18 +17,40 @@ def results(tmp_path_factory):
 
 
 def test_bytes_do_not_grow_with_the_number_of_chunks(results):
+    results = [r for r in results if r["outer"] == 1]
     assert [r["chunk_size"] for r in results] == [None, 3, 1]
     whole, *chunked = [r["bytes"] for r in results]
     for bytes_ in chunked:
         assert bytes_ == whole
 
 
+def times(result) -> tuple[float, float]:
+    """(all-gathers, reduce-scatters) of the step, in units of all parameters and all gradients."""
+    gathered = result["bytes"]["all_gather_into_tensor"] * RANKS  # the logger counts the shard
+    reduced = result["bytes"]["reduce_scatter_tensor"]  # the logger counts the full buffer, here in fp32
+    return gathered / result["parameter_bytes"], reduced / (2 * result["parameter_bytes"])
+
+
 def test_parameters_are_gathered_at_most_twice_and_gradients_reduced_once(results):
     for result in results:
-        gathered = result["bytes"]["all_gather_into_tensor"] * RANKS  # the logger counts the shard
-        assert 0 < gathered <= 2 * result["parameter_bytes"]
-        reduced_fp32 = result["bytes"]["reduce_scatter_tensor"]  # the logger counts the full buffer
-        assert reduced_fp32 == 2 * result["parameter_bytes"]
+        if result["outer"] == 1:
+            gathers, reductions = times(result)
+            assert 0 < gathers <= 2 and reductions == 1
+
+
+def test_outer_micro_batches_cost_three_gathers_each_but_the_first(results):
+    sharded = [r for r in results if r["outer"] > 1 and not r["persistent"]]
+    assert len(sharded) == 2
+    for result in sharded:
+        gathers, reductions = times(result)
+        assert 0 < gathers <= 3 * result["outer"] - 1 and reductions == result["outer"]
+
+
+def test_persisted_parameters_and_coalesced_reduction_cost_one_of_each(results):
+    persistent = [r for r in results if r["persistent"]]
+    assert len(persistent) == 2
+    for result in persistent:
+        assert times(result) == (1, 1)
 
 
 def test_no_rank_holds_a_full_copy_while_the_model_is_built(results):
