@@ -256,7 +256,7 @@ def test_a_truncated_shard_is_counted_and_the_run_goes_on(demo, tmp_path):
     write_tar(tmp_path / "shards" / "002.tar", {"x": sample(1) | {"jpg": b"text"}})
     done = torchrun(
         *SMALL, f"train.output={tmp_path}", f"data.train_shards={tmp_path}/shards", "eval.zeroshot_shards=null",
-        "eval.retrieval_shards=null", "train.export_hf=false",
+        "eval.retrieval_shards=null", "eval.hard_negatives_shards=null", "train.export_hf=false",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     last = metrics(tmp_path / "demo")[-1]
