@@ -213,6 +213,22 @@ def test_correct_pairs_and_masked_entries_are_counted():
     assert ours.masked == 2 * 6  # three equal keys: six ordered pairs, in both directions
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_accuracy_is_that_of_the_dense_matrix(name, world_size):
+    case = Case(name, world_size, 64 // world_size, width=8, extras=False, dtype=torch.float32)
+    if name != "filip":
+        case.text = torch.nn.functional.normalize(case.image + 0.9 * case.text, dim=-1)
+    similarity = case.image @ case.text.T if name != "filip" else None
+    if name == "filip":
+        everything = torch.ones(64, 4, dtype=torch.bool)
+        similarity = reference.late_interaction(case.image, case.text, everything, case.text_valid)
+    results = case.ours(Negatives(), 70)
+    expected = (similarity.argmax(1) == torch.arange(64)).sum()
+    assert sum(r.correct_image for r in results) == expected
+    assert name == "filip" or 20 < expected < 64
+
+
 def test_features_in_half_precision_travel_so_and_are_computed_in_float32():
     case = Case("softmax", 2, 5, extras=False, dtype=torch.float32)
     rounded = Case("softmax", 2, 5, extras=False, dtype=torch.float32)

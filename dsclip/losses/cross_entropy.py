@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsclip.losses.accuracy import InBatchAccuracy
 from dsclip.losses.masks import Masks, own_pairs
 from dsclip.losses.pairs import Negatives
 from dsclip.losses.sides import Side
@@ -65,7 +66,7 @@ class Statistics:
         n = len(asker)
         self._own, self._options, self._scratch = asker.own, negatives, scratch
         self._lse = like.new_full((n,), -torch.inf)  # of positives and, without reweighting, of negatives
-        self._best = like.new_full((n,), -torch.inf)
+        self.accuracy = InBatchAccuracy(n, like)
         if not negatives.one_hot:
             self._negative_lse = like.new_full((n,), -torch.inf)  # of (1 + β)·S
             self._weight_lse = like.new_full((n,), -torch.inf)  # of β·S
@@ -77,7 +78,7 @@ class Statistics:
         dim = 0 if cols_ask else 1
         best = logits.amax(dim)
         if in_batch:
-            self._best[part] = torch.maximum(self._best[part], best)
+            self.accuracy.add(part, logits, masks, best, cols_ask=cols_ask)
         if self._options.one_hot:
             self._lse[part] = torch.logaddexp(self._lse[part], self._log_sum_exp(logits, masks.excluded, best, dim))
             return
@@ -127,7 +128,3 @@ class Statistics:
             smooth = options.label_smoothing
             target = (1 - smooth) * target + smooth * self._sum / self._candidates
         return stats, stats["lse"] - target
-
-    def correct(self) -> Tensor:
-        """How many rows have no candidate of the batch above their own."""
-        return (self._own >= self._best).sum()

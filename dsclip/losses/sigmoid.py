@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsclip.losses.accuracy import InBatchAccuracy
 from dsclip.losses.masks import Masks, own_pairs
 from dsclip.losses.pairs import Negatives
 from dsclip.losses.sides import Side
@@ -63,8 +64,8 @@ class Statistics:
     def __init__(self, asker: Side, negatives: Negatives, bias: Tensor, *, counts_batch: bool):
         self._counts_batch = counts_batch
         like, n = asker.features, len(asker)
-        self._own, self._options, self._bias = asker.own, negatives, bias
-        self._best = like.new_full((n,), -torch.inf)
+        self._options, self._bias = negatives, bias
+        self.accuracy = InBatchAccuracy(n, like)
         self._positive_loss, self._positive_d_bias = like.new_zeros(n), like.new_zeros(n)
         self._negative_loss, self._negative_d_bias = like.new_zeros(n), like.new_zeros(n)
         # With β: sums over negatives, divided by exp(_peak) so that they stay finite.
@@ -75,7 +76,7 @@ class Statistics:
         """One tile [r, c]; part: the askers in it."""
         dim = 0 if cols_ask else 1
         if in_batch:
-            self._best[part] = torch.maximum(self._best[part], logits.amax(dim))
+            self.accuracy.add(part, logits, masks, logits.amax(dim), cols_ask=cols_ask)
             if not self._counts_batch:
                 return
         positive = own_pairs(masks, logits)
@@ -110,7 +111,3 @@ class Statistics:
         self.d_bias = (self._positive_d_bias + factor * self._negative_d_bias).sum()
         shift = self._peak.nan_to_num(neginf=0.0) - factor.clamp_min(torch.finfo(factor.dtype).tiny).log()
         return {"shift": shift}, self._positive_loss + factor * self._negative_loss
-
-    def correct(self) -> Tensor:
-        """How many rows have no candidate of the batch above their own."""
-        return (self._own >= self._best).sum()

@@ -69,8 +69,8 @@ class _Stage:
             d_hard_text=d_hard,
             d_log_scale=sums[1],
             d_bias=sums[2] if self.criterion.has_bias else None,
-            correct_image=image_stats.correct(),
-            correct_text=text_stats.correct(),
+            correct_image=image_stats.accuracy.correct(),
+            correct_text=text_stats.accuracy.correct(),
             masked=self.masked,
         )
 
