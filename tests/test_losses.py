@@ -260,6 +260,21 @@ def test_a_users_dense_loss_by_name(world_size):
 DENSE = losses.from_dense(triplet)
 
 
+def test_a_plugin_file_registers_its_loss_once(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dsclip import losses\n"
+        "losses.register('half', losses.from_dense(lambda i, t, s, b: -(i * t).sum() / (2 * len(i))))\n"
+    )
+    loss = losses.find_loss("half", str(file))
+    assert losses.find_loss("half", str(file)) is loss
+    found = loss(Case("softmax", 1, 3, extras=False).pairs(0))
+    assert found.d_log_scale == 0  # it isn't used
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(UserError, match="broken.py could not be imported: ZeroDivisionError"):
+        losses.find_loss("half", str(tmp_path / "broken.py"))
+
+
 def test_unknown_names_and_taken_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="softmax"):
         losses.find_loss("softmaxx")

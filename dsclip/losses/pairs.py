@@ -91,3 +91,6 @@ class LossGrads:
     d_bias: Tensor | None = None
     d_hard_text: Tensor | None = None
     masked: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+
+PLAIN = Negatives()

@@ -4,59 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from dsclip.errors import UserError, did_you_mean
-from dsclip.losses.cross_entropy import CrossEntropy
-from dsclip.losses.group import Group, SingleRank
-from dsclip.losses.pairs import LossGrads, Negatives, Pairs
-from dsclip.losses.sides import widen
-from dsclip.losses.sigmoid import Sigmoid
-from dsclip.losses.similarity import Cosine, LateInteraction
-from dsclip.losses.stage import contrast
-
-Loss = Callable[..., LossGrads]
-PLAIN, ALONE = Negatives(), SingleRank()
-
-
-def softmax(
-    pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
-) -> LossGrads:
-    """InfoNCE, the CLIP loss −½·mean(log p_ii) − ½·mean(log q_ii) (Radford et al. 2021, figure 3).
-
-    With G = (p + q − 2·Id)/(2N): dI = s·G·T, dT = s·Gᵀ·I, d log s = Σ G∘S. Raises nothing; see `Pairs` for shapes.
-    """
-    return contrast(
-        pairs, similarity=Cosine, criterion=CrossEntropy, negatives=negatives, group=group, tile_entries=tile_entries
-    )
-
-
-def sigmoid(
-    pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
-) -> LossGrads:
-    """SigLIP (Zhai et al. 2023): −(1/N) Σ_ij log σ(z_ij(S_ij + b)), z = 1 for pairs and −1 otherwise. Needs a bias."""
-    return contrast(
-        pairs, similarity=Cosine, criterion=Sigmoid, negatives=negatives, group=group, tile_entries=tile_entries
-    )
-
-
-def filip(
-    pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
-) -> LossGrads:
-    """FILIP (Yao et al. 2022): InfoNCE over token-wise late interaction. Features are tokens [n, T, d]."""
-    return contrast(
-        pairs,
-        similarity=LateInteraction,
-        criterion=CrossEntropy,
-        negatives=negatives,
-        group=group,
-        tile_entries=tile_entries,
-    )
-
+from dsclip.losses.builtin import filip, sigmoid, softmax
+from dsclip.losses.dense import Loss
+from dsclip.losses.pairs import LossGrads, Pairs
 
 _LOSSES: dict[str, Loss] = {}
 
@@ -104,41 +59,18 @@ def _import(plugin: str) -> None:
     path = Path(plugin)
     if not path.is_file():
         raise UserError(f"loss.plugin: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"dsclip_plugin_{path.stem}", path)
+    name = f"dsclip_plugin_{path.resolve()}"
+    if name in sys.modules:  # its losses are registered
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
-def from_dense(loss: Callable) -> Loss:
-    """A loss from a plain differentiable function, for trying ideas: autograd over the gathered features.
-
-    loss(image [N, d], text [N, d], log_scale [], bias [] or None) -> scalar over the global batch. It holds whatever
-    the function holds, N×N matrices too, on every rank.
-    """
-
-    def run(pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries=None):
-        mine = slice(group.rank * len(pairs.image), (group.rank + 1) * len(pairs.image))
-        gathered = [widen(group.all_gather(x)) for x in (pairs.image, pairs.text)]
-        leaves = [x.detach().requires_grad_() for x in gathered]
-        scalars = [None if x is None else x.detach().requires_grad_() for x in (pairs.log_scale, pairs.bias)]
-        with torch.enable_grad():
-            value = loss(*leaves, *scalars)
-        inputs = [*leaves, *(x for x in scalars if x is not None)]
-        grads = torch.autograd.grad(value, inputs, materialize_grads=True)
-        similarity = leaves[0].detach()[mine] @ leaves[1].detach().T
-        own = similarity.diagonal(mine.start)
-        back = leaves[1].detach()[mine] @ leaves[0].detach().T
-        return LossGrads(
-            loss=value.detach(),
-            d_image=grads[0][mine],
-            d_text=grads[1][mine],
-            d_log_scale=grads[2],
-            d_bias=grads[3] if len(grads) > 3 else None,
-            correct_image=(own >= similarity.amax(1)).sum(),
-            correct_text=(own >= back.amax(1)).sum(),
-        )
-
-    return run
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"loss.plugin {path} could not be imported: {type(error).__name__}: {error}") from error
 
 
 def checked(loss: Loss, pairs: Pairs, **options) -> LossGrads:

@@ -10,6 +10,7 @@ from deepspeed.utils import safe_get_full_grad
 from dsclip.config.schema import BatchSection, LossSection, Recipe, TrainSection
 from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
 from dsclip.engine.build import init_distributed
+from dsclip.errors import UserError
 from dsclip.losses import Negatives
 from dsclip.model import Clip
 from tests import loss_reference
@@ -133,6 +134,22 @@ def case(name: str, options: dict, outer: int, group: Collectives) -> dict:
     return result
 
 
+def second_backward(group: Collectives) -> str:
+    """What the engine says when somebody differentiates twice after one forward."""
+    local = GLOBAL_BATCH // group.world_size
+    recipe = Recipe(batch=BatchSection(GLOBAL_BATCH), optim=OPTIM, train=TrainSection(steps=10))
+    engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), CONFIG)
+    batch = part_of(whole_batch(), group)
+    image, text = engine.deepspeed(batch["images"], batch["tokens"])
+    first, second = (image * text)[: local // 2].sum(), (image * text)[local // 2 :].sum()
+    engine.deepspeed.backward(first, retain_graph=True)
+    try:
+        engine.deepspeed.backward(second)
+    except UserError as error:
+        return str(error)
+    return "accepted"
+
+
 def main(out: str) -> None:
     init_distributed()
     group = Collectives.current()
@@ -141,6 +158,7 @@ def main(out: str) -> None:
         results.append(
             {"loss_name": name, "option": option, "outer": outer, **case(name, OPTIONS[option], outer, group)}
         )
+    results.append({"second_backward": second_backward(group)})
     if group.rank == 0:
         with open(out, "w") as f:
             json.dump(results, f)

@@ -12,7 +12,9 @@ from tests.distributed.negatives_worker import OPTIONS
 def results(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("negatives") / "results.json"
     run_ranks(WORKERS / "negatives_worker.py", request.param, out, timeout_s=600)
-    return json.loads(out.read_text())
+    *cases, misuse = json.loads(out.read_text())
+    assert "called twice after one forward" in misuse["second_backward"]
+    return cases
 
 
 def test_every_combination_is_covered(results):
