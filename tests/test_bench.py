@@ -1,0 +1,52 @@
+"""The benches: they measure what they say, and their counts of operations are the published ones."""
+
+import json
+
+import pytest
+
+from dsclip.bench import loss, step
+from dsclip.bench.peers import PEERS
+from dsclip.model import PRESETS, create_model, resolve_preset
+from dsclip.model.flops import forward_flops
+from tests.distributed.launch import run_command
+
+# (image, text) GFLOPs of one sample, from OpenCLIP's docs/model_profile.csv.
+PUBLISHED = {
+    "ViT-B-32": (8.82, 5.96), "ViT-B-16": (35.13, 5.96), "ViT-L-14": (162.03, 13.30), "ViT-L-14-336": (381.92, 13.30),
+    "ViT-H-14": (334.59, 47.09), "ViT-g-14": (534.06, 47.09), "ViT-bigG-14": (967.50, 97.86),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_forward_flops_are_the_published_ones(preset):
+    image, text = forward_flops(PRESETS[preset])
+    assert (image / 1e9, text / 1e9) == pytest.approx(PUBLISHED[preset], abs=0.006)
+
+
+def test_the_tiled_loss_takes_less_memory_than_the_dense_one():
+    found = {name: loss.measure(name, n=2048, d=64, repeats=1) for name in ("tiled", "dense")}
+    assert 0 < found["tiled"]["extra_peak_mb"] < found["dense"]["extra_peak_mb"] / 3
+    assert all(f["seconds"] > 0 for f in found.values())
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_a_peer_takes_steps_of_the_same_model(micro_batch):
+    config = resolve_preset("demo")
+    take = PEERS["transformers"](config, micro_batch)
+    for number in range(2):
+        take(step.make_batch(config, 8, number))
+
+
+def test_batches_have_captions_of_real_length():
+    config = resolve_preset("ViT-B-32")
+    tokens = step.make_batch(config, 50, 0)["tokens"]
+    ends = (tokens == config.eot_token_id).int().argmax(1)
+    assert (tokens == config.eot_token_id).sum(1).tolist() == [1] * 50
+    assert 8 <= ends.min() and ends.max() < 22
+    create_model("demo")(step.make_batch(resolve_preset("demo"), 2, 0)["images"], None)
+
+
+def test_bench_loss_prints_one_json_object():
+    done = run_command(["python", "tools/bench_loss.py", "--n", "512", "--d", "32", "--repeats", "1", "--json"])
+    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert {"seconds", "extra_peak_mb"} <= result["tiled"].keys() & result["dense"].keys()
