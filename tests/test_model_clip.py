@@ -133,3 +133,9 @@ def test_initialisation_is_clips():
     assert model.text.embed.position_embedding.std().item() == pytest.approx(0.01, rel=0.03)
     assert model.visual.embed.position_embedding.std().item() == pytest.approx(width**-0.5, rel=0.03)
     assert model.visual.head.projection.weight.std().item() == pytest.approx(width**-0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("field", ["vision_layers", "text_width", "embed_dim", "patch_size", "context_length"])
+def test_sizes_below_one_are_refused(field):
+    with pytest.raises(UserError, match=f"model.{field} is 0"):
+        resolve_preset("demo", **{field: 0})

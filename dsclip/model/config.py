@@ -35,6 +35,10 @@ class ClipConfig:
     image_std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and field.name != "eot_token_id" and value < 1:
+                raise UserError(f"model.{field.name} is {value}; it must be at least 1")
         if self.image_size % self.patch_size:
             raise UserError(f"model.image_size {self.image_size} is no multiple of model.patch_size {self.patch_size}")
         for tower in ("vision", "text"):
