@@ -7,13 +7,16 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from dsclip.bench.measure import environment, in_process
+import torch
+
+from dsclip.bench.measure import environment, in_process, product_tflops, utilisation
 from dsclip.command_line import parser, run_tool, say
 from dsclip.model import resolve_preset
 from dsclip.model.flops import forward_flops
 
 STEP_EXAMPLE = "python tools/bench_step.py --preset ViT-B-32 --batch 64 --micro-batch 16"
 LOSS_EXAMPLE = "python tools/bench_loss.py --n 8192 --d 512"
+KINDS = ("plain", "accumulated", "auto")  # auto: `batch.accumulation: auto`, which only dsclip has
 DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1_bf16.json"
 
 
@@ -45,25 +48,33 @@ def loss_main(argv: list[str] | None = None) -> None:
 
 
 def bench_step(arguments: argparse.Namespace) -> tuple[dict, str]:
-    """{"plain", "accumulated", "peers": {name: {"plain", "accumulated"}}}, each {"samples_per_second", "peak_mb"}."""
+    """{"plain", "accumulated", "auto", "peers": {name: {"plain", "accumulated"}}}, each {"samples_per_second", "peak_mb"}.
+
+    dsclip's have "planned_peak_mb" too. On a GPU "mfu" gives the plain step's share of the datasheet's peak, and of a
+    matrix product measured in the same run.
+    """
     a = arguments
     trainers = ["dsclip", "transformers"] + (["open_clip"] if importlib.util.find_spec("open_clip") else [])
     best: dict[tuple[str, str], dict] = {}
     for _ in range(a.repeats):
         for trainer in trainers:
-            for kind, micro_batch in (("plain", None), ("accumulated", a.micro_batch)):
+            for kind in KINDS if trainer == "dsclip" else KINDS[:2]:
+                micro_batch = a.micro_batch if kind == "accumulated" else None
                 settings = dict(trainer=trainer, preset=a.preset, batch=a.batch, micro_batch=micro_batch, steps=a.steps)
+                settings["kind"] = kind
                 if trainer == "dsclip":
-                    settings |= {"ds_config": a.ds_config, "checkpointing": a.checkpointing if micro_batch else "none"}
+                    settings |= {"ds_config": a.ds_config, "checkpointing": a.checkpointing}
                 found = in_process("dsclip.bench.step", settings)
                 say(f"{trainer} {kind}: {found['samples_per_second']:.1f} samples/s, {found['peak_mb']:.0f} MB")
                 old = best.get((trainer, kind), found)
                 best[trainer, kind] = max(old, found, key=lambda r: r["samples_per_second"])
     flops = 3 * sum(forward_flops(resolve_preset(a.preset)))
-    peers = {t: {k: best[t, k] for k in ("plain", "accumulated")} for t in trainers[1:]}
+    peers = {t: {k: best[t, k] for k in KINDS[:2]} for t in trainers[1:]}
     settings = {"preset": a.preset, "batch": a.batch, "micro_batch": a.micro_batch, "gflops_per_sample": flops / 1e9}
-    ours = {k: best["dsclip", k] for k in ("plain", "accumulated")}
+    ours = {k: best["dsclip", k] for k in KINDS}
     result = {**settings, **ours, "peers": peers, "environment": environment()}
+    if torch.cuda.is_available():
+        result["mfu"] = utilisation(flops * ours["plain"]["samples_per_second"], product_tflops("cuda"))
     return result, step_table(result)
 
 
@@ -87,6 +98,15 @@ def step_table(result: dict) -> str:
                 f"{rate:7.1f}/s {row[kind]['peak_mb']:6.0f} MB {result[kind]['samples_per_second'] / rate:4.2f}x"
             )
         lines.append(f"{name:14} {cells[0]:>26} {cells[1]:>26}")
+    ours = [(kind, result[kind]) for kind in KINDS]
+    lines.append(f"auto           {result['auto']['samples_per_second']:7.1f}/s: {result['auto']['schedule']}")
+    lines += [f"planned {k:12} {r['planned_peak_mb']:6.0f} MB, {r['peak_mb']:6.0f} MB measured" for k, r in ours]
+    if "mfu" in result:
+        m = result["mfu"]
+        sheet = "unknown" if m["datasheet"] is None else f"{m['datasheet']:.1%} of {m['datasheet_tflops']:.0f} TFLOP/s"
+        lines.append(
+            f"MFU plain      {sheet} (datasheet), {m['measured']:.1%} of {m['measured_tflops']:.0f} (a product)"
+        )
     return "\n".join(lines)
 
 

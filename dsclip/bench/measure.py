@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from dsclip.errors import UserError
+from dsclip.plan.machine import datasheet_tflops
 
 
 def in_process(module: str, settings: dict) -> dict:
@@ -48,6 +50,31 @@ def settle() -> None:
     """Waits for the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def product_tflops(device: str, n: int = 8192, repeats: int = 5) -> float:
+    """10¹² operations a second of a bf16 product of two n × n matrices: what this device reaches, not its data sheet."""
+    x, y = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 1):
+        settle()
+        start = time.perf_counter()
+        x @ y
+        settle()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds[1:]) / 1e12
+
+
+def utilisation(flops_per_second: float, measured_tflops: float) -> dict:
+    """Model FLOPs utilisation (PaLM, appendix B: no recomputation counted) against the data sheet and a measured product."""
+    sheet = datasheet_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    reached = flops_per_second / 1e12
+    return {
+        "datasheet_tflops": sheet,
+        "datasheet": None if sheet is None else reached / sheet,
+        "measured_tflops": measured_tflops,
+        "measured": reached / measured_tflops,
+    }
 
 
 def environment() -> dict:

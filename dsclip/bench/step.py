@@ -15,6 +15,10 @@ from dsclip.bench.measure import peak_mb, settle
 from dsclip.bench.peers import PEERS
 from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
 from dsclip.model import ClipConfig, resolve_preset
+from dsclip.model.clip import TEXT_LENGTH_MULTIPLE
+from dsclip.plan import Machine, estimate
+from dsclip.plan.advice import describe_choice
+from dsclip.plan.machine import this_machine
 
 CAPTION_TOKENS = (8, 22)  # COCO's and web captions, begin and end token included
 
@@ -33,24 +37,41 @@ def make_batch(config: ClipConfig, n: int, seed: int) -> dict:
     return {"images": images, "tokens": tokens, "sample_ids": torch.arange(n)}
 
 
-def ours(config: ClipConfig, batch: int, micro_batch: int | None, ds_config: str, checkpointing: str):
-    """A function that takes one step of dsclip's engine."""
+def ours(config: ClipConfig, batch: BatchSection, ds_config: str):
+    """dsclip's engine."""
     from dsclip.config import load_ds_config
     from dsclip.engine import ContrastiveEngine
 
-    recipe = Recipe(
-        batch=BatchSection(batch, chunk_size=micro_batch, checkpointing=checkpointing),
-        optim=OptimSection(warmup_steps=0),
-        train=TrainSection(steps=1000),
-    )
-    engine = ContrastiveEngine(recipe, load_ds_config(ds_config, recipe, 1), config)
-    return engine.train_step
+    recipe = Recipe(batch=batch, optim=OptimSection(warmup_steps=0), train=TrainSection(steps=1000))
+    return ContrastiveEngine(recipe, load_ds_config(ds_config, recipe, 1), config)
 
 
-def measure(trainer: str, preset: str, batch: int, micro_batch: int | None, steps: int, **options) -> dict:
-    """{"samples_per_second": of the fastest step after two to warm up, "peak_mb"}."""
-    config = resolve_preset(preset)
-    step = ours(config, batch, micro_batch, **options) if trainer == "dsclip" else PEERS[trainer](config, micro_batch)
+def planned(engine, machine: Machine) -> dict:
+    """What a plan made before the engine was there says of its step, for captions as long as these."""
+    tokens = -(-(CAPTION_TOKENS[1] + 1) // TEXT_LENGTH_MULTIPLE) * TEXT_LENGTH_MULTIPLE
+    found = estimate(engine.config, engine.recipe.batch, engine.ds_config, 1, machine, text_tokens=tokens)
+    return {"planned_peak_mb": found.peak_mb, "schedule": describe_choice(found)}
+
+
+def measure(
+    trainer: str, preset: str, batch: int, micro_batch: int | None, steps: int, kind: str, checkpointing: str = "auto",
+    ds_config: str | None = None,
+) -> dict:  # fmt: skip
+    """{"samples_per_second": of the fastest step after two to warm up, "peak_mb"}, and of dsclip what was planned.
+
+    kind: plain | accumulated | auto, the last of dsclip only.
+    """
+    config, extra = resolve_preset(preset), {}
+    if trainer == "dsclip":
+        sizes = BatchSection(batch)
+        if kind != "auto":
+            checkpointing = checkpointing if micro_batch else "none"
+            sizes = BatchSection(batch, None, micro_batch, checkpointing, accumulation="manual")
+        machine = this_machine()
+        engine = ours(config, sizes, ds_config)
+        step, extra = engine.train_step, planned(engine, machine)
+    else:
+        step = PEERS[trainer](config, micro_batch)
     seconds = []
     for number in range(steps + 2):
         data = make_batch(config, batch, number)
@@ -59,7 +80,7 @@ def measure(trainer: str, preset: str, batch: int, micro_batch: int | None, step
         step(data)
         settle()
         seconds.append(time.perf_counter() - start)
-    return {"samples_per_second": batch / min(seconds[2:]), "peak_mb": peak_mb()}
+    return {"samples_per_second": batch / min(seconds[2:]), "peak_mb": peak_mb(), **extra}
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def check_values(recipe: Recipe, source: str) -> None:
     batch, optim, train, loss = recipe.batch, recipe.optim, recipe.train, recipe.loss
     positive = {
         "batch.global_batch_size": batch.global_batch_size, "batch.samples_per_forward": batch.samples_per_forward,
-        "batch.chunk_size": batch.chunk_size, "train.steps": train.steps, "train.log_every": train.log_every,
+        "batch.chunk_size": batch.chunk_size, "batch.memory_gb": batch.memory_gb, "train.steps": train.steps, "train.log_every": train.log_every,
         "train.save_every": train.save_every, "train.keep_checkpoints": train.keep_checkpoints,
         "eval.every_steps": recipe.eval.every_steps, "eval.batch_size": recipe.eval.batch_size,
         "eval.max_samples": recipe.eval.max_samples, "data.shuffle_buffer": recipe.data.shuffle_buffer,
@@ -185,6 +185,7 @@ def check_values(recipe: Recipe, source: str) -> None:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{source}: `{name}` is {value}; it must be greater than 0")
     choices = {
+        "batch.accumulation": (batch.accumulation, ("auto", "manual")),
         "batch.checkpointing": (batch.checkpointing, ("auto", "none", "selective", "full", "offload")),
         "optim.schedule": (optim.schedule, ("cosine", "constant")),
         "train.compile": (train.compile, ("auto", "on", "off")),

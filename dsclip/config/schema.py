@@ -56,10 +56,12 @@ class BatchSection:
     """Sizes in samples. The gradient is that of the whole global batch, whatever the two smaller sizes are."""
 
     global_batch_size: int = 256
-    samples_per_forward: int | None = None  # outer micro-batch a rank; None: the rank's whole share
-    chunk_size: int | None = None  # samples that go through a block together; None: samples_per_forward
-    checkpointing: str = "auto"  # none | selective | full | offload | auto: full once chunk_size is set
+    samples_per_forward: int | None = None  # outer micro-batch a rank; None: planned, or the rank's whole share
+    chunk_size: int | None = None  # samples that go through a block together; None: planned, or samples_per_forward
+    checkpointing: str = "auto"  # none | selective | full | offload | auto: planned, or full once chunk_size is set
     coalesce_reduction: bool = False  # ZeRO-2/3: reduce gradients once a step, not once an outer micro-batch
+    accumulation: str = "auto"  # auto: the sizes left open are planned from memory | manual: they have no limit
+    memory_gb: float | None = None  # what a rank may use, for the plan; None: all of its device
 
 
 @dataclass(frozen=True)

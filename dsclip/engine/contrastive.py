@@ -6,13 +6,13 @@ Symbols: n samples of this rank, N of all ranks, D embedding width, k outer micr
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dsclip.config.schema import BatchSection, Recipe
+from dsclip.config.schema import Recipe
 from dsclip.engine.build import build_model, init_distributed, initialize
 from dsclip.engine.collectives import Collectives
 from dsclip.engine.consolidate import DEEPSPEED_TAG
@@ -26,6 +26,8 @@ from dsclip.losses import LossGrads, Negatives, Pairs, checked, find_loss
 from dsclip.losses.observe import FeatureStatistics, feature_statistics
 from dsclip.model import ClipConfig
 from dsclip.model.blocks import compile_blocks
+from dsclip.plan import plan_batch
+from dsclip.plan.machine import this_machine
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class ContrastiveEngine:
     batch["sample_ids"] [n] int64; by the recipe's loss also batch["keys"] [n] int64 (duplicates), and
     batch["hard_tokens"] [m, L] with batch["hard_owner"] [m] (hard negatives). Its gradient equals that of a single
     process with the N samples in one batch, for every number of ranks, ZeRO stage, outer micro-batch and chunk size.
+    `recipe` is the one given with its batch section planned (`batch.accumulation`), and `plan` what that will take.
     """
 
     def __init__(
@@ -71,7 +74,11 @@ class ContrastiveEngine:
     ):
         self.device = init_distributed()
         self.group = Collectives.current()
-        self.recipe, self.config, self.ds_config = recipe, config, ds_config
+        # Memory differs a little between ranks, and a plan must not.
+        machine = self.group.broadcast_object(this_machine())
+        batch, self.plan = plan_batch(config, recipe.batch, ds_config, self.group.world_size, machine, loss=recipe.loss)
+        self.recipe = recipe = replace(recipe, batch=batch)
+        self.config, self.ds_config = config, ds_config
         self.step = 0
         self._cutter = Cutter(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss
@@ -153,10 +160,9 @@ class ContrastiveEngine:
 
     def _features(self, micro: MicroBatch, encoder=None) -> tuple[Tensor, Tensor]:
         """Image features [b, D], and text features [b + m, D] of captions and hard negatives."""
-        chunk_size, checkpointing = chunking(self.recipe.batch)
         return (encoder or self.deepspeed)(
-            micro.images, micro.tokens, chunk_size=chunk_size, checkpointing=checkpointing, kept=micro.kept,
-            token_wise=self._loss.token_wise,
+            micro.images, micro.tokens, chunk_size=self.recipe.batch.chunk_size, checkpointing=self.plan.checkpointing,
+            kept=micro.kept, token_wise=self._loss.token_wise,
         )  # fmt: skip
 
     def _pairs(self, micro: list[MicroBatch], features: list[tuple[Tensor, Tensor]], batch: dict) -> Pairs:
@@ -269,10 +275,3 @@ class ContrastiveEngine:
 
 def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
-
-
-def chunking(batch: BatchSection) -> tuple[int | None, str]:
-    """(chunk size, what blocks keep for backward) that a recipe's batch section asks for."""
-    if batch.checkpointing != "auto":
-        return batch.chunk_size, batch.checkpointing
-    return batch.chunk_size, "none" if batch.chunk_size is None else "full"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dsclip.checkpoint import CheckpointStore, complete_checkpoints, find_checkpoint, load_checkpoint
@@ -16,6 +16,9 @@ from dsclip.engine.collectives import launched_ranks
 from dsclip.errors import UserError
 from dsclip.losses import find_loss
 from dsclip.model import ClipConfig, resolve_preset
+from dsclip.plan import Estimate, plan_batch
+from dsclip.plan.advice import describe_choice
+from dsclip.plan.machine import this_machine
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.loop import train
 from dsclip.train.summary import console_summary, write_summary
@@ -48,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     state_dict, init_scale = plan.init or (None, None)
     engine = ContrastiveEngine(plan.recipe, plan.ds_config, plan.model, state_dict=state_dict, init_scale=init_scale)
-    group = Collectives.current()
+    group, plan = engine.group, replace(plan, recipe=engine.recipe)
     store = CheckpointStore(plan.run_dir, plan.recipe.train.keep_checkpoints, plan.tokenizer)
     data_state = None
     if plan.resume:
@@ -58,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     evaluation = Evaluation(plan.recipe, plan.model, plan.tokenizer, group)
     claim_run_folder(plan, group)
     watch = Watch(plan, engine)
+    watch.message(describe_plan(engine.plan))
     started = time.monotonic()
     outcome = train(plan.recipe, engine, loader, evaluation, store, watch)
     finish(plan, engine, watch, outcome, seconds=time.monotonic() - started)
@@ -142,6 +146,12 @@ def make_loader(plan: Plan, group: Collectives, state: dict | None):
     )
 
 
+def describe_plan(found: Estimate) -> str:
+    """A line on how the batch goes through the towers and what it will take."""
+    text = f"{describe_choice(found)}; at most {found.peak_mb / 1e3:.1f} GB a rank by the plan"
+    return text if found.fits else f"{text}, more than there is: `python tools/plan.py` says what to change"
+
+
 def describe(plan: Plan) -> str:
     """What a dry run prints: the resolved recipe, the DeepSpeed configuration, sizes, and one real batch."""
     import torch
@@ -153,14 +163,16 @@ def describe(plan: Plan) -> str:
     world_size = launched_ranks()[1]
     batch = next(iter(make_loader(plan, Collectives(0, world_size), None)))
     local = plan.recipe.batch.global_batch_size // world_size
-    forward = plan.recipe.batch.samples_per_forward or local
+    _, found = plan_batch(
+        plan.model, plan.recipe.batch, plan.ds_config, world_size, this_machine(), loss=plan.recipe.loss
+    )
     return "\n".join([
         "# recipe", dump_recipe(plan.recipe), "# DeepSpeed", json.dumps(plan.ds_config, indent=2),
         "# plan",
         f"run folder          {plan.run_dir}" + (f", continued from {plan.resume}" if plan.resume else ""),
         f"model               {plan.recipe.model.preset}, {parameters / 1e6:.2f} M parameters, {plan.tokenizer.vocab_size} token vocabulary",
         f"global batch        {plan.recipe.batch.global_batch_size} = {world_size} ranks x {local} samples",
-        f"a rank's forward    {forward} samples, {-(-local // forward)} a step, chunks of {plan.recipe.batch.chunk_size or forward}",
+        f"a rank's step       {describe_plan(found)}",
         f"data                {plan.recipe.data.train_shards}: first caption {batch['captions'][0]!r}",
         "Everything fits together. Leave out --dry-run to train.",
     ])  # fmt: skip
@@ -188,6 +200,7 @@ def finish(plan: Plan, engine, watch: Watch, outcome, seconds: float) -> None:
             "eval_data": {task: getattr(plan.recipe.eval, f"{task}_shards") for task in outcome.evaluation},
             "checkpoint": str(outcome.checkpoint),
             "hf_export": None if hf_export is None else str(hf_export),
+            "planned_memory_gb": engine.plan.peak_mb / 1e3,
             **watch.totals(),
         }
         watch.close()

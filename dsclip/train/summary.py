@@ -13,7 +13,7 @@ def write_summary(run_dir: Path, summary: dict) -> None:
     """Writes both files.
 
     summary: steps, samples, seconds, loss, eval {task: {metric: value}}, eval_data {task: shards}, checkpoint, hf_export,
-    samples_per_second, skipped_steps, bad_samples {reason: count}, samples_read.
+    samples_per_second, skipped_steps, bad_samples {reason: count}, samples_read, memory_gb and planned_memory_gb.
     """
     run_dir = Path(run_dir)
     _write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -63,6 +63,7 @@ def markdown(summary: dict, run_dir: Path) -> str:
         ("time", format_seconds(summary["seconds"])),
         ("samples a second", "-" if rate is None else f"{rate:.0f}"),
         ("last loss", "-" if summary["loss"] is None else f"{summary['loss']:.4f}"),
+        ("memory a rank", _memory(summary)),
         ("skipped steps", summary.get("skipped_steps", 0)),
         ("bad samples", ", ".join(f"{n} {r}" for r, n in summary.get("bad_samples", {}).items()) or "none"),
         *result_rows(summary),
@@ -72,6 +73,11 @@ def markdown(summary: dict, run_dir: Path) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     commands = "\n".join(f"# {what}\n{command}" for what, command in next_commands(summary, run_dir))
     return f"# {Path(run_dir).name}\n\n| | |\n|---|---|\n{table}\n\n## What next\n\n```bash\n{commands}\n```\n"
+
+
+def _memory(summary: dict) -> str:
+    used, planned = summary.get("memory_gb"), summary.get("planned_memory_gb")
+    return "-" if used is None or planned is None else f"{used:.1f} GB, planned {planned:.1f} GB"
 
 
 def console_summary(summary: dict, run_dir: Path) -> str:

@@ -25,6 +25,7 @@ class Watch:
         self._window = Counter()  # seconds, seconds waited and steps since the last logged step
         self._read, self._bad = 0, Counter()
         self._skipped_steps = 0
+        self._memory_gb = None  # before evaluation and conversion add theirs
         self._seconds = 0.0
         self._steps = 0
         if shown:
@@ -37,6 +38,7 @@ class Watch:
         self._seconds += seconds
         self._steps += 1
         self._skipped_steps += metrics.skipped
+        self._memory_gb = peak_memory_gb()
         self._read += batch["read"]
         self._bad.update(batch["bad"])
         step, window = metrics.step, self._window
@@ -68,7 +70,7 @@ class Watch:
             "accuracy_text_to_image": metrics.accuracy_text_to_image,
             "samples_read": read,
             "bad_samples": sum(bad.values()),
-            "memory_gb": peak_memory_gb(),
+            "memory_gb": self._memory_gb,
             **loss_scalars(metrics),
         }
         if metrics.features is not None:
@@ -99,6 +101,7 @@ class Watch:
             "skipped_steps": self._skipped_steps,
             "bad_samples": dict(self._bad),
             "samples_read": self._read,
+            "memory_gb": self._memory_gb,
         }
 
     def close(self) -> None:
@@ -118,7 +121,7 @@ def loss_scalars(metrics) -> dict[str, float]:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory of this process so far: of the GPU where there is one, otherwise resident memory."""
+    """Peak memory of this process so far, in 10⁹ bytes: of the GPU where there is one, otherwise resident memory."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -9,27 +9,33 @@ import deepspeed.comm as dist
 from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
 from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
 from dsclip.engine.build import build_model, init_distributed
+from dsclip.plan.estimate import passes
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, global_batch, local_part
 
 WIDE = replace(CONFIG, vision_width=128, vision_mlp_width=512, vision_layers=3)
 
 
-def bytes_per_step(chunk_size: int | None, outer: int, persistent: bool, group: Collectives) -> dict:
+KEEP = {
+    "nothing": {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
+    "until backward": {"stage3_max_reuse_distance": 10**9, "stage3_max_live_parameters": 10**9},
+    "always": {"stage3_param_persistence_threshold": 10**12, "stage3_model_persistence_threshold": 10**13},
+}
+
+
+def bytes_per_step(chunk_size: int | None, outer: int, keep: str, group: Collectives) -> dict:
     settings = ds_config(3, True, group.world_size)
-    if persistent:
-        keep = {"stage3_param_persistence_threshold": 10**12, "stage3_model_persistence_threshold": 10**13}
-        settings["zero_optimization"] |= keep
     settings["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True, "debug": False}
-    settings["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    settings["zero_optimization"] |= KEEP[keep]
     recipe = Recipe(
         batch=BatchSection(
-            GLOBAL_BATCH, GLOBAL_BATCH // group.world_size // outer, chunk_size, coalesce_reduction=persistent
+            GLOBAL_BATCH, GLOBAL_BATCH // group.world_size // outer, chunk_size, coalesce_reduction=keep == "always"
         ),
         optim=OptimSection(warmup_steps=0),
         train=TrainSection(),
     )
     engine = ContrastiveEngine(recipe, settings, WIDE)
     parameters = engine.module.parameter_count()
+    gathers, reductions = passes(parameters, recipe.batch, settings, group.world_size, outer)
     for step in range(2):  # the first steps record ZeRO's trace
         engine.train_step(local_part(global_batch(step), group))
     dist.comms_logger.comms_dict.clear()
@@ -41,7 +47,8 @@ def bytes_per_step(chunk_size: int | None, outer: int, persistent: bool, group: 
     return {
         "chunk_size": chunk_size,
         "outer": outer,
-        "persistent": persistent,
+        "keep": keep,
+        "planned": [gathers, reductions],
         "parameter_bytes": 2 * parameters,
         "bytes": totals,
     }
@@ -57,8 +64,9 @@ def share_held_while_building(group: Collectives) -> float:
 def main(out: str) -> None:
     init_distributed()
     group = Collectives.current()
-    results = [bytes_per_step(size, 1, False, group) for size in (None, 3, 1)]
-    results += [bytes_per_step(None, outer, persistent, group) for outer in (2, 3) for persistent in (False, True)]
+    results = [bytes_per_step(size, 1, "nothing", group) for size in (None, 3, 1)]
+    results += [bytes_per_step(None, outer, keep, group) for outer in (2, 3) for keep in KEEP]
+    results.append(bytes_per_step(None, 1, "until backward", group))
     share = share_held_while_building(group)
     results = [result | {"share_held_while_building": share} for result in results]
     if group.rank == 0:

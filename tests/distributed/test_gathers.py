@@ -17,7 +17,7 @@ def results(tmp_path_factory):
 
 
 def test_bytes_do_not_grow_with_the_number_of_chunks(results):
-    results = [r for r in results if r["outer"] == 1]
+    results = [r for r in results if r["outer"] == 1 and r["keep"] == "nothing"]
     assert [r["chunk_size"] for r in results] == [None, 3, 1]
     whole, *chunked = [r["bytes"] for r in results]
     for bytes_ in chunked:
@@ -39,7 +39,7 @@ def test_parameters_are_gathered_at_most_twice_and_gradients_reduced_once(result
 
 
 def test_outer_micro_batches_cost_three_gathers_each_but_the_first(results):
-    sharded = [r for r in results if r["outer"] > 1 and not r["persistent"]]
+    sharded = [r for r in results if r["outer"] > 1 and r["keep"] == "nothing"]
     assert len(sharded) == 2
     for result in sharded:
         gathers, reductions = times(result)
@@ -47,10 +47,16 @@ def test_outer_micro_batches_cost_three_gathers_each_but_the_first(results):
 
 
 def test_persisted_parameters_and_coalesced_reduction_cost_one_of_each(results):
-    persistent = [r for r in results if r["persistent"]]
+    persistent = [r for r in results if r["keep"] == "always"]
     assert len(persistent) == 2
     for result in persistent:
         assert times(result) == (1, 1)
+
+
+def test_the_plan_knows_the_passes(results):
+    assert {r["keep"] for r in results} == {"nothing", "until backward", "always"}
+    for result in results:
+        assert times(result) == tuple(result["planned"])
 
 
 def test_no_rank_holds_a_full_copy_while_the_model_is_built(results):

@@ -1,0 +1,56 @@
+"""What to change when a batch doesn't fit, each suggestion tried on the estimate first."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+from dsclip.config.schema import BatchSection, LossSection
+from dsclip.model import ClipConfig
+from dsclip.plan.choose import plan_batch
+from dsclip.plan.estimate import Estimate
+from dsclip.plan.machine import Machine
+
+
+def advice(
+    config: ClipConfig, batch: BatchSection, ds_config: dict, world_size: int, machine: Machine, *,
+    loss: LossSection | None = None, text_tokens: int | None = None,
+) -> list[str]:  # fmt: skip
+    """Changes after which the batch fits, with the peak each leads to; the least first. Empty if none is known."""
+
+    def peak(new_batch=batch, new_ds_config=ds_config, ranks=world_size) -> Estimate:
+        return plan_batch(config, new_batch, new_ds_config, ranks, machine, loss=loss, text_tokens=text_tokens)[1]
+
+    free = replace(batch, samples_per_forward=None, chunk_size=None, checkpointing="auto", accumulation="auto")
+    stage_3 = _with(ds_config, stage=3)
+    offloaded = _with(stage_3, offload_optimizer={"device": "cpu"})
+    tries = {
+        "leave samples_per_forward, chunk_size and checkpointing to accumulation: auto": lambda: peak(free),
+        "shard the parameters: ds_configs/zero3_bf16.json": lambda: peak(free, stage_3),
+        "keep the optimizer in host memory: ds_configs/zero3_offload_bf16.json": lambda: peak(free, offloaded),
+    }
+    for factor in (2, 4, 8, 16, 32):
+        ranks = world_size * factor
+        if batch.global_batch_size % ranks == 0:
+            tries[f"{ranks} GPUs with ZeRO-3"] = lambda ranks=ranks: peak(free, stage_3, ranks)
+    found = []
+    for change, attempt in tries.items():
+        result = attempt()
+        if result.fits:
+            found.append(f"{change} ({result.peak_mb / 1e3:.1f} GB: {describe_choice(result)})")
+        if len(found) == 3:
+            break
+    return found
+
+
+def describe_choice(found: Estimate) -> str:
+    """How a batch goes through the towers, in a few words."""
+    outer = f"{found.outer} × {found.forward}" if found.outer > 1 else f"{found.forward} samples at once"
+    chunk = f", chunks of {found.chunk}" if found.chunk < found.forward else ""
+    return f"{outer}{chunk}, checkpointing {found.checkpointing}"
+
+
+def _with(ds_config: dict, **zero) -> dict:
+    changed = copy.deepcopy(ds_config)
+    changed["zero_optimization"] |= zero
+    return changed

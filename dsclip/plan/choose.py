@@ -1,0 +1,78 @@
+"""`batch.accumulation: auto`: the fastest way through a batch that fits into memory, by the estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from dsclip.config.schema import BatchSection, LossSection
+from dsclip.model import ClipConfig
+from dsclip.plan.estimate import Estimate, estimate
+from dsclip.plan.machine import Machine
+
+SMALL_CHUNK = 4  # a chunk of c samples runs at c/(c + 4) of the speed of a large one: kernels too small for the device
+
+
+def plan_batch(
+    config: ClipConfig, batch: BatchSection, ds_config: dict, world_size: int, machine: Machine, *,
+    loss: LossSection | None = None, text_tokens: int | None = None,
+) -> tuple[BatchSection, Estimate]:  # fmt: skip
+    """The batch section with samples_per_forward, chunk_size and checkpointing filled in, and its estimate.
+
+    What the section sets stays. Where everything fits, the forward is plain and nothing is recomputed. Where nothing
+    fits, the smallest is returned, and its estimate says so.
+    """
+
+    if batch.memory_gb is not None:
+        machine = replace(machine, memory_gb=batch.memory_gb)
+
+    def look(candidate: BatchSection) -> Estimate:
+        return estimate(config, candidate, ds_config, world_size, machine, loss=loss, text_tokens=text_tokens)
+
+    if batch.accumulation == "manual":
+        return batch, look(batch)
+    looks = [(candidate, look(candidate)) for candidate in _candidates(batch, world_size, machine.device)]
+    fitting = [pair for pair in looks if pair[1].fits]
+    if not fitting:
+        return min(looks, key=lambda pair: pair[1].peak_mb)
+    return max(fitting, key=lambda pair: (_speed(pair[1]), -pair[1].outer))
+
+
+def _speed(found: Estimate) -> float:
+    return found.samples_per_second * found.chunk / (found.chunk + SMALL_CHUNK)
+
+
+def _candidates(batch: BatchSection, world_size: int, device: str) -> Iterator[BatchSection]:
+    local = batch.global_batch_size // world_size
+    forwards = [batch.samples_per_forward] if batch.samples_per_forward else list(_halves(local))
+    for forward in forwards:
+        for checkpointing in _checkpointings(batch, device):
+            if batch.chunk_size:
+                chunks = [batch.chunk_size]
+            elif checkpointing == "none":
+                chunks = [None]  # cutting saves nothing where everything is kept
+            else:
+                chunks = list(_halves(forward))
+            for chunk in chunks:
+                yield replace(
+                    batch,
+                    samples_per_forward=None if forward >= local else forward,
+                    chunk_size=None if chunk is None or chunk >= forward else chunk,
+                    checkpointing=checkpointing,
+                )
+
+
+def _checkpointings(batch: BatchSection, device: str) -> list[str]:
+    if batch.checkpointing != "auto":
+        return [batch.checkpointing]
+    if batch.chunk_size:
+        return ["full"]
+    return ["none", "selective", "full"] + (["offload"] if device == "cuda" else [])
+
+
+def _halves(n: int) -> Iterator[int]:
+    """n, n/2, n/4, … 1, rounded up."""
+    while n > 1:
+        yield n
+        n = -(-n // 2)
+    yield 1

@@ -1,0 +1,117 @@
+"""The command line of tools/plan.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from dsclip.command_line import parser, run_tool
+from dsclip.config import load_ds_config, load_recipe
+from dsclip.errors import UserError
+from dsclip.model import resolve_preset
+from dsclip.plan.advice import advice, describe_choice
+from dsclip.plan.choose import plan_batch
+from dsclip.plan.estimate import Estimate, parameter_counts
+from dsclip.plan.machine import USABLE, Machine, cpu, datasheet_tflops, gpu, this_machine
+
+EXAMPLE = (
+    "python tools/plan.py --preset ViT-H-14 --ds_config ds_configs/zero3_bf16.json --gpus 64 --batch 32768 --gpu H100 "
+    "--memory-gb 80"
+)
+DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_bf16.json"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """tools/plan.py."""
+    p = parser("What an optimizer step takes: memory by part, communication, operations; and what to change.", EXAMPLE)
+    p.add_argument("--preset", default="ViT-B-32", help="model, or the recipe's with --config (default: ViT-B-32)")
+    p.add_argument("--config", help="a recipe whose model, batch and loss sections count")
+    p.add_argument("--ds_config", default=str(DS_CONFIG), help="DeepSpeed JSON (default: zero3_bf16)")
+    p.add_argument("--gpus", type=int, default=1, help="ranks of the whole job (default: 1)")
+    p.add_argument("--batch", type=int, help="global batch (default: 256, or the recipe's)")
+    p.add_argument("--samples-per-forward", type=int, help="of a rank; default: planned")
+    p.add_argument("--chunk-size", "--micro-batch", type=int, help="samples in a block at a time; default: planned")
+    p.add_argument("--checkpointing", choices=("auto", "none", "selective", "full", "offload"))
+    p.add_argument("--gpu", help="plan for a GPU by name, such as H100, and not for this machine")
+    p.add_argument("--memory-gb", type=float, help="memory of a rank, 10⁹ bytes (default: this machine's, or 80)")
+    p.add_argument("--peak-tflops", type=float, help="bf16 peak of a rank (default: by the device's name)")
+    p.add_argument("--efficiency", type=float, help="share of the peak that training reaches (default: 0.4 on GPUs)")
+    p.add_argument("--bandwidth", type=float, help="GB/s of a rank's collectives (default: 50 on GPUs)")
+    p.add_argument("--text-tokens", type=int, help="of the longest caption in a chunk (default: the context length)")
+    p.add_argument("overrides", nargs="*", metavar="section.key=value", help="as of launchers/train.py")
+    sys.exit(run_tool(plan, p.parse_args(argv)))
+
+
+def plan(arguments: argparse.Namespace) -> tuple[dict, str]:
+    """{"fits", "peak_mb", "parts", "gathers_per_step", "gflops_per_sample", …}: see `Estimate`."""
+    a = arguments
+    if a.gpus < 1:
+        raise UserError(f"--gpus is {a.gpus}; it must be at least 1")
+    sizes = {
+        "global_batch_size": a.batch, "samples_per_forward": a.samples_per_forward, "chunk_size": a.chunk_size,
+        "checkpointing": a.checkpointing, "memory_gb": a.memory_gb,
+    }  # fmt: skip
+    overrides = [f"batch.{key}={value}" for key, value in sizes.items() if value is not None]
+    if a.config is None:
+        overrides += [f"model.preset={a.preset}", "data.tokenizer=none"]
+    recipe = load_recipe(a.config or "demo", a.overrides + overrides)
+    own = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
+    config = resolve_preset(recipe.model.preset, **own)
+    ds_config = load_ds_config(a.ds_config, recipe, a.gpus)
+    machine = _machine(a)
+    batch, found = plan_batch(
+        config, recipe.batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens
+    )
+    changes = []
+    if not found.fits:
+        machine = machine if batch.memory_gb is None else replace(machine, memory_gb=batch.memory_gb)
+        changes = advice(config, batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens)
+    result = {
+        "fits": found.fits, "peak_mb": found.peak_mb, "parts": found.parts, "device": machine.device,
+        "memory_mb": 1e3 * (batch.memory_gb or machine.memory_gb), "parameters": parameter_counts(config)[0],
+        "samples_per_forward": found.forward, "chunk_size": found.chunk, "checkpointing": found.checkpointing,
+        "outer_micro_batches": found.outer, "gathers_per_step": found.gathers_per_step,
+        "reductions_per_step": found.reductions_per_step, "gathered_mb_per_step": found.gathered_mb_per_step,
+        "reduced_mb_per_step": found.reduced_mb_per_step, "gflops_per_sample": found.gflops_per_sample,
+        "recomputed_gflops_per_sample": found.recomputed_gflops_per_sample,
+        "samples_per_second": found.samples_per_second, "changes": changes,
+    }  # fmt: skip
+    return result, table(result, found, machine, a.gpus, a.text_tokens or config.context_length)
+
+
+def _machine(a: argparse.Namespace) -> Machine:
+    if a.gpu is not None:
+        if datasheet_tflops(a.gpu) is None and a.peak_tflops is None:
+            raise UserError(f"the peak of a `{a.gpu}` is not known here; give --peak-tflops")
+        machine = gpu(a.memory_gb or 80, datasheet_tflops(a.gpu))
+    elif a.memory_gb is not None and this_machine().device == "cpu":
+        machine = cpu(a.memory_gb)
+    else:
+        machine = this_machine()
+    given = {"tflops": a.peak_tflops, "efficiency": a.efficiency, "gigabytes_per_second": a.bandwidth}
+    return replace(machine, **{k: v for k, v in given.items() if v is not None})
+
+
+def table(result: dict, found: Estimate, machine: Machine, ranks: int, tokens: int) -> str:
+    """The plan for people."""
+    device = "a GPU" if machine.device == "cuda" else "this machine's CPU"
+    lines = [f"{result['parameters'] / 1e6:.0f} M parameters on {ranks} x {device}: {describe_choice(found)}", ""]
+    lines += [f"  {name.replace('_', ' '):18} {size:12,.0f} MB" for name, size in found.parts.items() if size >= 0.5]
+    limit = f"of {result['memory_mb']:,.0f} MB, {USABLE:.0%} of which a plan may use"
+    lines += [f"  {'peak':18} {found.peak_mb:12,.0f} MB  {limit}", ""]
+    passes = f"{found.gathers_per_step} all-gathers of the parameters ({found.gathered_mb_per_step:,.0f} MB)"
+    lines.append(
+        f"a step   {passes}, {found.reductions_per_step} reductions of the gradients ({found.reduced_mb_per_step:,.0f} MB)"
+    )
+    again = f"{found.recomputed_gflops_per_sample:,.1f} computed again"
+    lines.append(f"a sample {found.gflops_per_sample:,.1f} GFLOPs, and {again}; captions of up to {tokens} tokens")
+    rate = f"{machine.efficiency:.0%} of {machine.tflops:,.1f} TFLOP/s a rank, {machine.gigabytes_per_second:g} GB/s"
+    lines.append(f"expected {found.samples_per_second:,.0f} samples/s at {rate}")
+    if not found.fits:
+        lines += ["", "It does not fit. What would:"]
+        lines += [f"  - {c}" for c in result["changes"]] or [
+            "  - nothing known here: use more GPUs, or a smaller model"
+        ]
+    return "\n".join(lines)

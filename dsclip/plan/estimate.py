@@ -1,0 +1,105 @@
+"""One estimate: peak memory by part, gathers and bytes, operations, samples a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from dsclip.config.schema import BatchSection, LossSection
+from dsclip.model import Clip, ClipConfig
+from dsclip.model.flops import forward_flops
+from dsclip.plan.machine import USABLE, Machine
+from dsclip.plan.memory import BF16, FP32, activation_bytes, image_bytes, loss_bytes, resolved, state_bytes
+
+# Forward passes a step computes: one forward, two for the gradients, and what is computed again for them.
+# selective: the attention's half of a block's products but for its output (`Block.compute_keeping`).
+RECOMPUTED = {"none": 0.0, "selective": 1 / 3, "full": 0.67, "offload": 0.67}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step takes on one rank. Sizes in MB of 10⁶ bytes; gathers in passes over all parameters."""
+
+    parts: dict[str, float]
+    fits: bool
+    forward: int
+    chunk: int
+    checkpointing: str
+    outer: int
+    gathers_per_step: int
+    reductions_per_step: int
+    gathered_mb_per_step: float
+    reduced_mb_per_step: float
+    gflops_per_sample: float
+    recomputed_gflops_per_sample: float
+    samples_per_second: float
+
+    @property
+    def peak_mb(self) -> float:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+
+def estimate(
+    config: ClipConfig, batch: BatchSection, ds_config: dict, world_size: int, machine: Machine, *,
+    loss: LossSection | None = None, text_tokens: int | None = None,
+) -> Estimate:  # fmt: skip
+    """The estimate for one rank. text_tokens: of a chunk's longest caption; None: the context length."""
+    loss = loss or LossSection()
+    parameters, block = parameter_counts(config)
+    forward, chunk, checkpointing = resolved(batch, world_size)
+    local = batch.global_batch_size // world_size
+    outer = -(-local // forward)
+    texts = 1 if loss.hard_negatives == "none" else 2
+    kept, working = activation_bytes(config, forward, chunk, checkpointing, machine.device, text_tokens, texts)
+    state = state_bytes(parameters, block, ds_config, world_size, machine.device)
+    losses = loss_bytes(config, batch.global_batch_size, world_size, loss, machine.device)
+    if loss.queue_momentum is not None:
+        sharded = ds_config["zero_optimization"]["stage"] == 3
+        state["momentum_encoder"] = parameters * (FP32 + BF16) / (world_size if sharded else 1)
+    reduction = state.pop("reduction")
+    # The graph's peak is where backward begins, or the loss before it; the reduction's is where it ends.
+    at_work = max(working, losses.pop("loss_tiles"))
+    activations = {"activations": kept, "working_set": at_work, "reduction": max(0, reduction - kept - at_work)}
+    sizes = {"process": machine.base_gb * 1e9, **state, "images": image_bytes(config, local), **losses, **activations}
+    parts = {name: size / 1e6 for name, size in sizes.items()}
+
+    gathers, reductions = passes(parameters, batch, ds_config, world_size, outer)
+    gathered, reduced = gathers * BF16 * parameters, reductions * FP32 * parameters
+    one = sum(forward_flops(config, text_tokens))
+    again = one * (RECOMPUTED[checkpointing] + (outer - 1) / outer)
+    seconds = local * (3 * one + again) / (machine.tflops * 1e12 * machine.efficiency)
+    seconds += (gathered + reduced) / (machine.gigabytes_per_second * 1e9) if world_size > 1 else 0
+    return Estimate(
+        parts, sum(parts.values()) <= USABLE * machine.memory_gb * 1e3, forward, chunk, checkpointing, outer, gathers,
+        reductions, gathered / 1e6, reduced / 1e6, 3 * one / 1e9, again / 1e9, batch.global_batch_size / seconds,
+    )  # fmt: skip
+
+
+def passes(parameters: int, batch: BatchSection, ds_config: dict, world_size: int, outer: int) -> tuple[int, int]:
+    """(all-gathers, gradient reductions) of a step, in passes over all parameters.
+
+    ZeRO-3 gathers a block for each forward and each backward: 3k − 1; 1 where a single forward's weights are kept until
+    its backward, and with persisted parameters. ZeRO-1 and 2 gather once, after the optimizer's step.
+    """
+    if world_size == 1:
+        return 0, 0
+    zero = ds_config["zero_optimization"]
+    reductions = 1 if zero["stage"] == 1 or batch.coalesce_reduction else outer
+    if zero["stage"] < 3:
+        return 1, reductions
+    if zero.get("stage3_param_persistence_threshold", 1e5) >= parameters:
+        return 1, reductions
+    keeps = min(zero.get("stage3_max_live_parameters", 1e9), zero.get("stage3_max_reuse_distance", 1e9)) >= parameters
+    return (1 if keeps and outer == 1 else 3 * outer - 1), reductions
+
+
+@cache
+def parameter_counts(config: ClipConfig) -> tuple[int, int]:
+    """(of both towers, of the largest block)."""
+    with torch.device("meta"):
+        model = Clip(config)
+    blocks = [sum(p.numel() for p in block.parameters()) for t in (model.visual, model.text) for block in t.blocks]
+    return model.parameter_count(), max(blocks)

@@ -1,0 +1,145 @@
+"""Bytes of one rank at the peak of an optimizer step.
+
+What tensors take is counted; what the C library's heap adds on a CPU, and what DeepSpeed's reductions take for a
+moment, was measured (tests/test_plan.py compares the sum with a real step). Symbols: P parameters, W ranks, n samples
+of a forward, c samples of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsclip.config.schema import BatchSection, LossSection
+from dsclip.losses.tile_size import CPU_ENTRIES, CUDA_ENTRIES
+from dsclip.model import ClipConfig
+from dsclip.model.blocks import CPU_PLAIN_TOKENS
+
+BF16, FP32 = 2, 4
+# Freed and taken again, a CPU process's heap holds more than its tensors: measured with glibc 2.36, chunks of 16.
+HEAP = {"none": 1.4, "selective": 1.4, "full": 2.0, "offload": 2.0}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What counts of a tower's blocks, for one sample."""
+
+    layers: int
+    tokens: int
+    width: int
+    heads: int
+    mlp_width: int
+    first: int  # numbers that the first stage keeps
+
+    def block(self, checkpointing: str, device: str) -> int:
+        """Numbers that one block keeps for backward. none: 8·W + 2·M a token, see `Block`; plain attention its scores."""
+        if checkpointing == "none":
+            plain = device == "cpu" and self.tokens <= CPU_PLAIN_TOKENS
+            scores = self.heads * (self.tokens if plain else 2)
+            return self.tokens * (8 * self.width + 2 * self.mlp_width + scores)
+        if checkpointing == "selective":
+            return self.tokens * (3 * self.width + self.mlp_width)
+        return 0 if checkpointing == "offload" and device == "cuda" else self.tokens * self.width
+
+    def kept(self, checkpointing: str, device: str) -> int:
+        """Numbers that the tower keeps between forward and backward."""
+        first = self.first if checkpointing == "none" else 0
+        return self.layers * self.block(checkpointing, device) + first
+
+    def working(self, checkpointing: str, device: str) -> int:
+        """Numbers that backward of one block needs beside what was kept: gradients, and what is computed again."""
+        again = 0 if checkpointing == "none" else self.block("none", device)
+        return again + self.tokens * (4 * self.width + 2 * self.mlp_width)
+
+
+def towers(config: ClipConfig, text_tokens: int | None) -> tuple[Tower, Tower]:
+    """The image and the text tower. text_tokens: of the longest caption of a chunk; None: the context length."""
+    c = config
+    kept = max(1, int(c.patches * (1 - c.patch_dropout)))
+    text = min(text_tokens or c.context_length, c.context_length)
+    return (
+        Tower(c.vision_layers, 1 + kept, c.vision_width, c.vision_heads, c.vision_mlp_width, kept * 3 * c.patch_size**2),
+        Tower(c.text_layers, text, c.text_width, c.text_heads, c.text_mlp_width, 0),
+    )  # fmt: skip
+
+
+def activation_bytes(
+    config: ClipConfig, forward: int, chunk: int, checkpointing: str, device: str, text_tokens: int | None, texts: float
+) -> tuple[float, float]:
+    """(kept between forward and backward, working set of one block). texts: captions a sample, hard negatives included."""
+    image, text = towers(config, text_tokens)
+    kept = forward * BF16 * (image.kept(checkpointing, device) + texts * text.kept(checkpointing, device))
+    normalised = 3 * config.image_size**2 * (2 * FP32 + BF16)
+    blocks = BF16 * max(image.working(checkpointing, device), texts * text.working(checkpointing, device))
+    heap = HEAP[checkpointing] if device == "cpu" else 1
+    return kept * heap, chunk * max(blocks, normalised) * heap
+
+
+def state_bytes(parameters: int, block_parameters: int, ds_config: dict, world_size: int, device: str) -> dict:
+    """Weights, optimizer, gradients and buckets; "reduction": what the gradients' reduction takes for a moment."""
+    zero = ds_config["zero_optimization"]
+    stage, p, w = zero["stage"], parameters, world_size
+    on_host = (zero.get("offload_optimizer") or {}).get("device", "none") != "none" and device == "cuda"
+    weights_on_host = (zero.get("offload_param") or {}).get("device", "none") != "none" and device == "cuda"
+    grad = FP32 if ds_config.get("data_types", {}).get("grad_accum_dtype", "fp32") == "fp32" else BF16
+    wire = FP32 if ds_config.get("communication_data_type", "fp32") == "fp32" else BF16
+    bucket = int(zero.get("reduce_bucket_size", 5e8))
+    # Buckets are allocated whole; a CPU process pays for what it touches.
+    filled = min(p, bucket)
+    allocated = filled if device == "cpu" else bucket
+    reducers = 2 if zero.get("overlap_comm") else 1
+    host_copies = 1 if device == "cpu" else 0  # gloo has no reduce-scatter of its own
+    optimizer = 0 if on_host else 12 * p / w
+    if stage == 3:
+        live = min(p, int(zero.get("stage3_max_live_parameters", 1e9)))
+        live = max(live, block_parameters)
+        return {
+            "weights": 0 if weights_on_host else BF16 * p / w,
+            "gathered_weights": BF16 * live,
+            "optimizer": optimizer,
+            "gradients": (0 if on_host else grad * p / w) + BF16 * min(p, live),
+            "buckets": wire * allocated,
+            "reduction": wire * filled * (1 + host_copies),
+        }
+    if stage == 2:
+        return {
+            "weights": BF16 * p,
+            "gathered_weights": 0,
+            "optimizer": optimizer,
+            "gradients": 0 if on_host else grad * p / w,
+            "buckets": 0 if device == "cpu" else wire * allocated * reducers,
+            "reduction": (2 * wire * filled if device == "cpu" else wire * filled) + grad * p / w,
+        }
+    return {
+        "weights": BF16 * p,
+        "gathered_weights": 0,
+        "optimizer": optimizer,
+        "gradients": (grad + BF16) * p,
+        "buckets": 0,
+        "reduction": wire * filled if w > 1 else 0,
+    }
+
+
+def loss_bytes(config: ClipConfig, batch: int, world_size: int, loss: LossSection, device: str) -> dict:
+    """Features of the global batch with their gradients, the queue, and the loss stage's tiles."""
+    numbers = config.embed_dim * (config.context_length if loss.name == "filip" else 1)
+    local, hard = batch // world_size, 0 if loss.hard_negatives == "none" else 1
+    gathered = (2 + hard) * batch if world_size > 1 else 0
+    features = FP32 * numbers * (gathered + (2 + hard) * 3 * local)
+    tile = min((CUDA_ENTRIES if device == "cuda" else CPU_ENTRIES)[1], local * batch)
+    return {"features": features, "queue": 2 * FP32 * numbers * loss.queue_size, "loss_tiles": 4 * FP32 * tile}
+
+
+def image_bytes(config: ClipConfig, local_batch: int) -> int:
+    """uint8 images of this rank's share: the batch in use, and the next one."""
+    return 2 * local_batch * 3 * config.image_size**2
+
+
+def resolved(batch: BatchSection, world_size: int) -> tuple[int, int, str]:
+    """(samples of a forward, samples of a chunk, checkpointing) of a batch section, as the engine takes them."""
+    local = batch.global_batch_size // world_size
+    forward = min(batch.samples_per_forward or local, local)
+    chunk = min(batch.chunk_size or forward, forward)
+    checkpointing = batch.checkpointing
+    if checkpointing == "auto":
+        checkpointing = "none" if batch.chunk_size is None else "full"
+    return forward, chunk, checkpointing

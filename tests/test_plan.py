@@ -1,0 +1,138 @@
+"""The plan: its peak against measured steps, its choices, and that they leave the gradient alone."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsclip.bench.measure import in_process, product_tflops, utilisation
+from dsclip.bench.step import make_batch
+from dsclip.config import load_ds_config, load_recipe
+from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
+from dsclip.engine import ContrastiveEngine
+from dsclip.errors import UserError
+from dsclip.model import resolve_preset
+from dsclip.plan import estimate, plan_batch
+from dsclip.plan.advice import advice
+from dsclip.plan.machine import datasheet_tflops, gpu
+from tests.distributed.launch import run_command
+
+GPU = gpu(80, datasheet_tflops("NVIDIA H100 80GB HBM3"))
+
+
+def ds_config(batch: BatchSection, world_size: int, name: str = "zero3") -> dict:
+    return load_ds_config(f"ds_configs/{name}_bf16.json", Recipe(batch=batch), world_size)
+
+
+def plan(preset, batch, world_size=1, machine=GPU, **options):
+    return plan_batch(resolve_preset(preset), batch, ds_config(batch, world_size), world_size, machine, **options)
+
+
+@pytest.mark.parametrize(
+    ("preset", "batch", "micro_batch", "stage"),
+    [("demo", 64, None, 1), ("ViT-S-32", 32, None, 1), ("ViT-S-32", 64, 16, 1), ("ViT-S-32", 8, None, 3)],
+)
+def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(preset, batch, micro_batch, stage):
+    settings = dict(
+        trainer="dsclip", preset=preset, batch=batch, micro_batch=micro_batch, steps=1, ds_config=f"ds_configs/zero{stage}_bf16.json",
+        kind="accumulated" if micro_batch else "plain",
+    )  # fmt: skip
+    found = in_process("dsclip.bench.step", settings)
+    assert found["planned_peak_mb"] == pytest.approx(found["peak_mb"], rel=0.1)
+
+
+def test_where_everything_fits_nothing_is_cut_or_computed_again():
+    batch, found = plan("ViT-B-32", BatchSection(256))
+    assert (batch.samples_per_forward, batch.chunk_size, batch.checkpointing) == (None, None, "none")
+    assert found.fits and found.outer == 1 and found.recomputed_gflops_per_sample == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    preset=st.sampled_from(["ViT-B-32", "ViT-L-14", "ViT-bigG-14"]),
+    ranks=st.sampled_from([1, 8, 64]),
+    local=st.integers(1, 3000),
+    memory=st.floats(8, 200),
+)
+def test_a_plan_fits_or_is_the_smallest_there_is(preset, ranks, local, memory):
+    machine = replace(GPU, memory_gb=memory)
+    batch, found = plan(preset, BatchSection(local * ranks), ranks, machine)
+    again = estimate(resolve_preset(preset), batch, ds_config(batch, ranks), ranks, machine)
+    assert again == found, "the batch section says all that the plan decided"
+    assert found.fits == (found.peak_mb <= 0.9e3 * memory) and found.peak_mb == pytest.approx(sum(found.parts.values()))
+    if not found.fits:
+        one = replace(batch, samples_per_forward=1, chunk_size=1, checkpointing="full")
+        assert found.peak_mb <= estimate(resolve_preset(preset), one, ds_config(one, ranks), ranks, machine).peak_mb
+
+
+def test_less_memory_costs_time_never_saves_it():
+    rates = [plan("ViT-H-14", BatchSection(8192), 8, replace(GPU, memory_gb=m))[1] for m in (640, 80, 60, 40, 30)]
+    assert all(r.fits for r in rates)
+    speeds = [r.samples_per_second for r in rates]
+    assert speeds == sorted(speeds, reverse=True) and speeds[-1] < speeds[0]
+
+
+def test_what_the_user_sets_stays():
+    machine = replace(GPU, memory_gb=24)
+    batch, found = plan("ViT-L-14", BatchSection(4096, samples_per_forward=1024), 4, machine)
+    assert found.forward == 1024 and batch.samples_per_forward in (1024, None)
+    batch, found = plan("ViT-L-14", BatchSection(4096, chunk_size=32), 4, machine)
+    assert found.chunk == 32 and found.checkpointing == "full"
+    batch, found = plan("ViT-L-14", BatchSection(4096, checkpointing="selective"), 4, machine)
+    assert found.checkpointing == "selective"
+    manual = BatchSection(65536, accumulation="manual")
+    assert plan("ViT-L-14", manual, 4, machine)[0] == manual
+
+
+def test_advice_leads_to_a_plan_that_fits():
+    batch, machine = BatchSection(8192, checkpointing="none", accumulation="manual"), replace(GPU, memory_gb=30)
+    config = ds_config(batch, 1, "zero1")
+    assert not estimate(resolve_preset("ViT-L-14"), batch, config, 1, machine).fits
+    changes = advice(resolve_preset("ViT-L-14"), batch, config, 1, machine)
+    assert changes and "accumulation: auto" in changes[0]
+
+
+def test_the_engine_plans_within_the_memory_it_is_given_and_takes_the_same_step():
+    norms = {}
+    for memory_gb in (None, 0.001):
+        batch = BatchSection(16, memory_gb=memory_gb)
+        recipe = Recipe(batch=batch, optim=OptimSection(warmup_steps=0), train=TrainSection(steps=5))
+        config = load_ds_config("ds_configs/zero1_bf16.json", recipe, 1)
+        config["bf16"] = {"enabled": False}
+        engine = ContrastiveEngine(recipe, config, resolve_preset("demo"))
+        metrics = engine.train_step(make_batch(engine.config, 16, 0))
+        norms[engine.plan.outer, engine.plan.checkpointing] = (metrics.grad_norm, metrics.loss)
+        engine.close()
+    assert len(norms) == 2 and (1, "none") in norms, "the small plan accumulates"
+    plain, small = norms.pop((1, "none")), norms.popitem()[1]
+    assert small == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_tool_prints_the_keys_others_rely_on():
+    command = "python tools/plan.py --preset ViT-B-32 --gpu H100 --gpus 8 --batch 32768 --json"
+    result = json.loads(run_command(command.split()).stdout)
+    assert {"fits", "peak_mb", "parts", "gathers_per_step", "gflops_per_sample"} <= result.keys()
+    assert result["fits"] and sum(result["parts"].values()) == pytest.approx(result["peak_mb"])
+    assert result["gflops_per_sample"] == pytest.approx(3 * (8.82 + 5.96), rel=1e-3)
+
+
+def test_an_unknown_gpu_is_named():
+    done = run_command("python tools/plan.py --gpu B9000 --json".split())
+    assert done.returncode == 2 and "--peak-tflops" in done.stdout
+
+
+def test_utilisation_compares_with_a_product_of_this_run():
+    measured = product_tflops("cpu", n=512, repeats=2)
+    assert measured > 0
+    found = utilisation(measured * 1e12 / 2, measured)
+    assert found["measured"] == pytest.approx(0.5)
+    assert datasheet_tflops("NVIDIA A100-SXM4-80GB") == 312 and datasheet_tflops("TPU") is None
+    assert torch.cuda.is_available() or found["datasheet"] is None
+
+
+def test_a_wrong_accumulation_is_refused():
+    with pytest.raises(UserError, match="batch.accumulation"):
+        load_recipe("demo", ["batch.accumulation=automatic"])
