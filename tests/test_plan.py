@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dsclip.bench.measure import in_process, product_tflops, utilisation
 from dsclip.bench.step import make_batch
 from dsclip.config import load_ds_config, load_recipe
+from dsclip.config.deepspeed import resolve_persistence
 from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
 from dsclip.engine import ContrastiveEngine
 from dsclip.errors import UserError
@@ -73,6 +74,18 @@ def test_less_memory_costs_time_never_saves_it():
     assert all(r.fits for r in rates)
     speeds = [r.samples_per_second for r in rates]
     assert speeds == sorted(speeds, reverse=True) and speeds[-1] < speeds[0]
+
+
+def test_outer_micro_batches_gather_and_reduce_once_where_memory_allows():
+    batch, found = plan("ViT-B-32", BatchSection(2**16, samples_per_forward=1024, checkpointing="full"), 8)
+    assert found.outer == 8 and batch.coalesce_reduction
+    assert (found.gathers_per_step, found.reductions_per_step) == (1, 1)
+    zero = resolve_persistence(ds_config(batch, 8), batch)["zero_optimization"]
+    assert zero["stage3_param_persistence_threshold"] >= 10**12
+    batch, found = plan("ViT-B-32", BatchSection(2**16, samples_per_forward=1024, coalesce_reduction=False), 8)
+    assert (found.gathers_per_step, found.reductions_per_step) == (23, 8)
+    zero = resolve_persistence(ds_config(batch, 8), batch)["zero_optimization"]
+    assert zero["stage3_param_persistence_threshold"] == 100_000
 
 
 def test_what_the_user_sets_stays():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dsclip.config.schema import Recipe
+from dsclip.config.schema import BatchSection, Recipe
 from dsclip.errors import UserError, did_you_mean
 
 # Every top-level key that DeepSpeed 0.19.8 reads (runtime/config.py and the modules it calls).
@@ -24,6 +24,8 @@ timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_b
 vocabulary_size wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
 zero_force_ds_cpu_optimizer zero_optimization
 """.split()
+
+SMALL_PARAMETER = 100_000  # elements
 
 # Keys DeepSpeed knows and dsclip can't obey, with what to use instead.
 REFUSED = {
@@ -57,6 +59,19 @@ def load_ds_config(path: str | Path, recipe: Recipe, world_size: int) -> dict:
     _check_precision_and_stage(config, path)
     _check_reduction(config, path, recipe)
     return config | _sizes(config, path, recipe, world_size) | _defaults(config)
+
+
+def resolve_persistence(config: dict, batch: BatchSection) -> dict:
+    """The configuration with an "auto" stage3_param_persistence_threshold resolved: gradients that are reduced once a step go
+    with parameters that are gathered once a step; otherwise only small ones (norms, biases) stay on every rank.
+    """
+    zero = config["zero_optimization"]
+    if zero.get("stage3_param_persistence_threshold") != "auto":
+        return config
+    keep = {"stage3_param_persistence_threshold": SMALL_PARAMETER}
+    if batch.coalesce_reduction:
+        keep = {"stage3_param_persistence_threshold": 10**12, "stage3_model_persistence_threshold": 10**13}
+    return config | {"zero_optimization": zero | keep}
 
 
 def _read_json(path: Path) -> dict:

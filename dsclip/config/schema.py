@@ -59,7 +59,7 @@ class BatchSection:
     samples_per_forward: int | None = None  # outer micro-batch a rank; None: planned, or the rank's whole share
     chunk_size: int | None = None  # samples that go through a block together; None: planned, or samples_per_forward
     checkpointing: str = "auto"  # none | selective | full | offload | auto: planned, or full once chunk_size is set
-    coalesce_reduction: bool = False  # ZeRO-2/3: reduce gradients once a step, not once an outer micro-batch
+    coalesce_reduction: bool | None = None  # ZeRO-2/3: reduce once a step, not an outer micro-batch; None: planned
     accumulation: str = "auto"  # auto: the sizes left open are planned from memory | manual: they have no limit
     memory_gb: float | None = None  # what a rank may use, for the plan; None: all of its device
 

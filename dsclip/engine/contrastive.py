@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsclip.config.deepspeed import resolve_persistence
 from dsclip.config.schema import Recipe
 from dsclip.engine.build import build_model, init_distributed, initialize
 from dsclip.engine.collectives import Collectives
@@ -78,7 +79,7 @@ class ContrastiveEngine:
         machine = self.group.broadcast_object(this_machine())
         batch, self.plan = plan_batch(config, recipe.batch, ds_config, self.group.world_size, machine, loss=recipe.loss)
         self.recipe = recipe = replace(recipe, batch=batch)
-        self.config, self.ds_config = config, ds_config
+        self.config, self.ds_config = config, (ds_config := resolve_persistence(ds_config, batch))
         self.step = 0
         self._cutter = Cutter(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from dsclip.config.schema import BatchSection, LossSection
 from dsclip.model import ClipConfig
@@ -17,7 +18,7 @@ def plan_batch(
     config: ClipConfig, batch: BatchSection, ds_config: dict, world_size: int, machine: Machine, *,
     loss: LossSection | None = None, text_tokens: int | None = None,
 ) -> tuple[BatchSection, Estimate]:  # fmt: skip
-    """The batch section with samples_per_forward, chunk_size and checkpointing filled in, and its estimate.
+    """The batch section with samples_per_forward, chunk_size, checkpointing and coalesce_reduction filled in, and its estimate.
 
     What the section sets stays. Where everything fits, the forward is plain and nothing is recomputed. Where nothing
     fits, the smallest is returned, and its estimate says so.
@@ -31,7 +32,10 @@ def plan_batch(
 
     if batch.accumulation == "manual":
         return batch, look(batch)
-    looks = [(candidate, look(candidate)) for candidate in _candidates(batch, world_size, machine.device)]
+    zero = ds_config["zero_optimization"]
+    offloads = any((zero.get(f"offload_{x}") or {}).get("device", "none") != "none" for x in ("param", "optimizer"))
+    reduces_early = world_size > 1 and zero["stage"] >= 2 and not offloads
+    looks = [(c, look(c)) for c in _candidates(batch, world_size, machine.device, reduces_early)]
     fitting = [pair for pair in looks if pair[1].fits]
     if not fitting:
         return min(looks, key=lambda pair: pair[1].peak_mb)
@@ -42,7 +46,7 @@ def _speed(found: Estimate) -> float:
     return found.samples_per_second * found.chunk / (found.chunk + SMALL_CHUNK)
 
 
-def _candidates(batch: BatchSection, world_size: int, device: str) -> Iterator[BatchSection]:
+def _candidates(batch: BatchSection, world_size: int, device: str, reduces_early: bool) -> Iterator[BatchSection]:
     local = batch.global_batch_size // world_size
     forwards = [batch.samples_per_forward] if batch.samples_per_forward else list(_halves(local))
     for forward in forwards:
@@ -53,12 +57,16 @@ def _candidates(batch: BatchSection, world_size: int, device: str) -> Iterator[B
                 chunks = [None]  # cutting saves nothing where everything is kept
             else:
                 chunks = list(_halves(forward))
-            for chunk in chunks:
+            coalesced = [batch.coalesce_reduction]
+            if batch.coalesce_reduction is None:
+                coalesced = [False, True] if reduces_early and forward < local else [False]
+            for chunk, coalesce in product(chunks, coalesced):
                 yield replace(
                     batch,
                     samples_per_forward=None if forward >= local else forward,
                     chunk_size=None if chunk is None or chunk >= forward else chunk,
                     checkpointing=checkpointing,
+                    coalesce_reduction=coalesce,
                 )
 
 

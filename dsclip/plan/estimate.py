@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from dsclip.config.deepspeed import resolve_persistence
 from dsclip.config.schema import BatchSection, LossSection
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.flops import forward_flops
@@ -15,6 +16,7 @@ from dsclip.plan.memory import BF16, FP32, activation_bytes, image_bytes, loss_b
 
 # Forward passes a step computes: one forward, two for the gradients, and what is computed again for them.
 # selective: the attention's half of a block's products but for its output (`Block.compute_keeping`).
+HOST_BYTES_PER_SECOND = 25e9  # between GPU and pinned memory over PCIe 4, to and fro at a time
 RECOMPUTED = {"none": 0.0, "selective": 1 / 3, "full": 0.67, "offload": 0.67}
 
 
@@ -54,7 +56,10 @@ def estimate(
     outer = -(-local // forward)
     texts = 1 if loss.hard_negatives == "none" else 2
     kept, working = activation_bytes(config, forward, chunk, checkpointing, machine.device, text_tokens, texts)
+    ds_config = resolve_persistence(ds_config, batch)
     state = state_bytes(parameters, block, ds_config, world_size, machine.device)
+    if batch.coalesce_reduction:
+        state["gradients"] += BF16 * parameters
     losses = loss_bytes(config, batch.global_batch_size, world_size, loss, machine.device)
     if loss.queue_momentum is not None:
         sharded = ds_config["zero_optimization"]["stage"] == 3
@@ -72,6 +77,9 @@ def estimate(
     again = one * (RECOMPUTED[checkpointing] + (outer - 1) / outer)
     seconds = local * (3 * one + again) / (machine.tflops * 1e12 * machine.efficiency)
     seconds += (gathered + reduced) / (machine.gigabytes_per_second * 1e9) if world_size > 1 else 0
+    if checkpointing == "offload" and machine.device == "cuda":
+        inputs, _ = activation_bytes(config, local, chunk, "full", "cuda", text_tokens, texts)
+        seconds += 2 * inputs / HOST_BYTES_PER_SECOND
     return Estimate(
         parts, sum(parts.values()) <= USABLE * machine.memory_gb * 1e3, forward, chunk, checkpointing, outer, gathers,
         reductions, gathered / 1e6, reduced / 1e6, 3 * one / 1e9, again / 1e9, batch.global_batch_size / seconds,

@@ -91,6 +91,8 @@ def state_bytes(parameters: int, block_parameters: int, ds_config: dict, world_s
     optimizer = 0 if on_host else 12 * p / w
     if stage == 3:
         live = min(p, int(zero.get("stage3_max_live_parameters", 1e9)))
+        if zero.get("stage3_param_persistence_threshold", 0) >= p:
+            live = p
         live = max(live, block_parameters)
         return {
             "weights": 0 if weights_on_host else BF16 * p / w,

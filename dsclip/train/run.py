@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     state_dict, init_scale = plan.init or (None, None)
     engine = ContrastiveEngine(plan.recipe, plan.ds_config, plan.model, state_dict=state_dict, init_scale=init_scale)
-    group, plan = engine.group, replace(plan, recipe=engine.recipe)
+    group, plan = engine.group, replace(plan, recipe=engine.recipe, ds_config=engine.ds_config)
     store = CheckpointStore(plan.run_dir, plan.recipe.train.keep_checkpoints, plan.tokenizer)
     data_state = None
     if plan.resume:
