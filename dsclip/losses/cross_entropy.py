@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsclip.losses.accuracy import InBatchAccuracy
+from dsclip.losses.fused import log_sum_exp, pair_weights, use_fused
 from dsclip.losses.masks import Masks, own_pairs
 from dsclip.losses.pairs import Negatives
 from dsclip.losses.sides import Side
@@ -28,6 +29,16 @@ class CrossEntropy:
     def statistics(self, asker: Side, *, are_images: bool) -> Statistics:
         """An empty accumulator for the askers' rows."""
         return Statistics(asker, self.negatives, self._scratch)
+
+    def pair_weights(self, logits: Tensor, row_masks: Masks, col_masks: Masks, rows: Side, cols: Side) -> Tensor | None:
+        """The weights [r, c] of both directions in one pass over the tile; None where there is no fused way."""
+        if not self.negatives.one_hot or not use_fused(logits):
+            return None
+        row_lse, col_lse = rows.stats["lse"], cols.stats["lse"]
+        weights = pair_weights(logits, row_lse, col_lse, row_masks.excluded, col_masks.excluded)
+        if row_masks.diagonal is not None:
+            weights.diagonal(row_masks.diagonal).sub_(2)
+        return weights
 
     def weights(self, logits: Tensor, masks: Masks, asker: Side, *, cols_ask: bool, reuse: bool) -> Tensor:
         """The gradient [r, c] of Σ_i loss_i for the logits. With `reuse` it takes the logits' memory."""
@@ -76,9 +87,13 @@ class Statistics:
     def add(self, part: slice, logits: Tensor, masks: Masks, *, cols_ask: bool, in_batch: bool) -> None:
         """One tile [r, c]; part: the askers in it."""
         dim = 0 if cols_ask else 1
-        best = logits.amax(dim)
+        fused = self._options.one_hot and use_fused(logits)
+        best, lse = log_sum_exp(logits, masks.excluded, dim) if fused else (logits.amax(dim), None)
         if in_batch:
             self.accuracy.add(part, logits, masks, best, cols_ask=cols_ask)
+        if fused:
+            self._lse[part] = torch.logaddexp(self._lse[part], lse)
+            return
         if self._options.one_hot:
             self._lse[part] = torch.logaddexp(self._lse[part], self._log_sum_exp(logits, masks.excluded, best, dim))
             return

@@ -30,6 +30,9 @@ class Sigmoid:
         """An empty accumulator for the askers' rows. Texts leave the entries of the batch to the images."""
         return Statistics(asker, self.negatives, self._bias, counts_batch=are_images)
 
+    def pair_weights(self, logits: Tensor, row_masks: Masks, col_masks: Masks, rows: Side, cols: Side) -> None:
+        """Only one direction asks about an entry: nothing to put together."""
+
     def weights(self, logits: Tensor, masks: Masks, asker: Side, *, cols_ask: bool, reuse: bool) -> Tensor:
         """The gradient [r, c] of Σ_i loss_i for the logits."""
         shift = None

@@ -142,16 +142,28 @@ class _Stage:
     def _pull(self, rows: Side, cols: Side, d_rows: Tensor, d_cols: Tensor | None, *, rows_ask, cols_ask) -> None:
         for row_slice, col_slice, r, c in self._tiles(rows, cols):
             tile = self.similarity.tile(r, c, self.scale)
-            row_weights = col_weights = None
-            if rows_ask:
-                seen = masks(tile.row_logits, r, c, self.negatives, self.scale, cols_ask=False)
-                row_weights = self.criterion.weights(tile.row_logits, seen, r, cols_ask=False, reuse=not cols_ask)
-            if cols_ask:
-                seen = masks(tile.col_logits, r, c, self.negatives, self.scale, cols_ask=True)
-                col_weights = self.criterion.weights(tile.col_logits, seen, c, cols_ask=True, reuse=True)
+            row_weights, col_weights = self._weights(tile, r, c, rows_ask, cols_ask)
             d_tile_cols = None if d_cols is None else d_cols[col_slice]
             self.similarity.pull(tile, row_weights, col_weights, r, c, d_rows[row_slice], d_tile_cols)
-            del tile, seen, row_weights, col_weights
+            del tile, row_weights, col_weights
+
+    def _weights(self, tile, r: Side, c: Side, rows_ask: bool, cols_ask: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of a tile's logits by direction; that of both comes first where they are the same logits."""
+        row_weights = col_weights = None
+        by_row = by_col = None
+        if rows_ask:
+            by_row = masks(tile.row_logits, r, c, self.negatives, self.scale, cols_ask=False)
+        if cols_ask:
+            by_col = masks(tile.col_logits, r, c, self.negatives, self.scale, cols_ask=True)
+        if rows_ask and cols_ask and tile.row_logits is tile.col_logits:
+            both = self.criterion.pair_weights(tile.row_logits, by_row, by_col, r, c)
+            if both is not None:
+                return both, None
+        if rows_ask:
+            row_weights = self.criterion.weights(tile.row_logits, by_row, r, cols_ask=False, reuse=not cols_ask)
+        if cols_ask:
+            col_weights = self.criterion.weights(tile.col_logits, by_col, c, cols_ask=True, reuse=True)
+        return row_weights, col_weights
 
     def _tiles(self, rows: Side, cols: Side) -> Iterator[tuple[slice, slice, Side, Side]]:
         height, width = tile_shape(

@@ -1,0 +1,68 @@
+"""The arithmetic of InfoNCE's tiles as fused kernels: each tile is read once and written once.
+
+Plain operations pass over a tile eleven times, which a CPU's caches hide and a GPU's memory does not. The functions are
+the reference written in one expression, compiled by torch; the plain path in `cross_entropy` is what they are tested
+against. They are used on CUDA, and no more in a process in which they could not be compiled.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_state = {"usable": True}
+
+
+def use_fused(like: Tensor) -> bool:
+    """Whether tiles on this tensor's device go through the fused functions."""
+    return like.is_cuda and _state["usable"]
+
+
+def log_sum_exp(logits: Tensor, excluded: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+    """(the largest logit, the log-sum-exp without the excluded entries) along dim of a tile [r, c]."""
+    return _run(_log_sum_exp, logits, excluded, dim)
+
+
+def pair_weights(logits: Tensor, row_lse: Tensor, col_lse: Tensor, rows_out, cols_out) -> Tensor:
+    """exp(S − row_lse) + exp(S − col_lse), [r, c], without the entries that rows_out and cols_out [r, c] exclude."""
+    return _run(_pair_weights, logits, row_lse, col_lse, rows_out, cols_out)
+
+
+def _log_sum_exp(logits, excluded, dim):
+    best = logits.amax(dim)
+    seen, top = logits, best
+    if excluded is not None:
+        seen = logits.masked_fill(excluded, -torch.inf)
+        top = seen.amax(dim).clamp_min(torch.finfo(logits.dtype).min)  # nothing may be left of a row in this tile
+    return best, (seen - top.unsqueeze(dim)).exp().sum(dim).log() + top
+
+
+def _pair_weights(logits, row_lse, col_lse, rows_out, cols_out):
+    row = (logits - row_lse[:, None]).exp()
+    col = (logits - col_lse[None, :]).exp()
+    if rows_out is not None:
+        row = row.masked_fill(rows_out, 0)
+    if cols_out is not None:
+        col = col.masked_fill(cols_out, 0)
+    return row + col
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
+
+
+def _run(function: Callable, *arguments):
+    if _state["usable"]:
+        try:
+            return _compiled(function)(*arguments)
+        except Exception as error:  # no compiler on this machine: the same numbers, more slowly
+            _state["usable"] = False
+            warnings.warn(
+                f"the loss runs unfused: torch.compile failed ({type(error).__name__}: {error})", stacklevel=2
+            )
+    return function(*arguments)
