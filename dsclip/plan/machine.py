@@ -13,7 +13,9 @@ USABLE = 0.9  # of the memory: the rest is for the CUDA context, fragments and t
 # Dense bf16 in 10¹² operations a second, from the vendors' data sheets; the first name that occurs in the device's.
 DATASHEET_TFLOPS = {"H200": 989, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
 CPU_TFLOPS_A_THREAD = 0.35  # measured with AMX; cores without it reach a tenth, but the order of plans is the same
-LIBRARIES_GB = 0.17  # a CPU process after its first step, beside tensors: threads, packed weights, compiled ops
+# A CPU process after its first step, beside tensors (threads, packed weights, compiled ops, more of the libraries'
+# pages): measured with torch's CPU and CUDA builds, in GB and as a share of what the imports took.
+LIBRARIES_GB, LIBRARIES_SHARE = 0.13, 0.25
 CUDA_WORKSPACE_GB = 0.2
 
 
@@ -46,7 +48,8 @@ def gpu(memory_gb: float, tflops: float | None) -> Machine:
 def cpu(memory_gb: float) -> Machine:
     """The CPU cores of this process."""
     importlib.import_module("dsclip.engine")  # its libraries are a good part of a small run's memory
-    return Machine("cpu", memory_gb, _resident_gb() + LIBRARIES_GB, CPU_TFLOPS_A_THREAD * torch.get_num_threads(), 1, 2)
+    base = LIBRARIES_GB + (1 + LIBRARIES_SHARE) * _resident_gb()
+    return Machine("cpu", memory_gb, base, CPU_TFLOPS_A_THREAD * torch.get_num_threads(), 1, 2)
 
 
 def datasheet_tflops(name: str) -> float | None:
