@@ -128,7 +128,7 @@ def test_random_crops_stay_inside_and_keep_the_asked_area():
 
 def test_training_crops_depend_on_the_generator_only():
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8))
-    first, same, other = (train_image(image, 32, [0.3, 1.0], True, np.random.default_rng(s)) for s in (5, 5, 6))
+    first, same, other = (train_image(image, 32, [0.3, 1.0], np.random.default_rng(s)) for s in (5, 5, 6))
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 

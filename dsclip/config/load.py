@@ -176,7 +176,9 @@ def check_values(recipe: Recipe, source: str) -> None:
         "batch.chunk_size": batch.chunk_size, "batch.memory_gb": batch.memory_gb, "train.steps": train.steps, "train.log_every": train.log_every,
         "train.save_every": train.save_every, "train.keep_checkpoints": train.keep_checkpoints,
         "eval.every_steps": recipe.eval.every_steps, "eval.batch_size": recipe.eval.batch_size,
-        "eval.max_samples": recipe.eval.max_samples, "data.shuffle_buffer": recipe.data.shuffle_buffer,
+        "eval.max_samples": recipe.eval.max_samples, "data.shuffle_window": recipe.data.shuffle_window,
+        "data.shuffle_unit": recipe.data.shuffle_unit, "data.streams": recipe.data.streams,
+        "data.max_sample_bytes": recipe.data.max_sample_bytes,
         "data.max_image_pixels": recipe.data.max_image_pixels, "optim.lr": optim.lr, "optim.eps": optim.eps,
         "loss.init_temperature": loss.init_temperature, "loss.max_logit_scale": loss.max_logit_scale,
         "loss.final_temperature": loss.final_temperature,
@@ -185,6 +187,8 @@ def check_values(recipe: Recipe, source: str) -> None:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{source}: `{name}` is {value}; it must be greater than 0")
     choices = {
+        "data.decoder": (recipe.data.decoder, ("fast", "exact")),
+        "data.on_unreadable": (recipe.data.on_unreadable, ("stop", "skip")),
         "batch.accumulation": (batch.accumulation, ("auto", "manual")),
         "batch.checkpointing": (batch.checkpointing, ("auto", "none", "selective", "full", "offload")),
         "optim.schedule": (optim.schedule, ("cosine", "constant")),
@@ -238,6 +242,20 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
             f"`loss.queue_momentum` is {loss.queue_momentum}; it needs `loss.queue_size` and must be in [0, 1)",
         ),
         (data.max_negatives > 0, f"`data.max_negatives` is {data.max_negatives}; it must be greater than 0"),
+        (data.retries >= 0, f"`data.retries` is {data.retries}; it must not be negative"),
+        (
+            data.weights is None or (data.weights and min(data.weights) >= 0 and sum(data.weights) > 0),
+            f"`data.weights` is {data.weights}; give numbers that are not negative, not all 0",
+        ),
+        (
+            data.color_jitter is None
+            or (len(data.color_jitter) == 4 and min(data.color_jitter) >= 0 and data.color_jitter[3] <= 0.5),
+            f"`data.color_jitter` is {data.color_jitter}; give [brightness, contrast, saturation, hue], hue at most 0.5",
+        ),
+        (
+            0 <= data.color_jitter_probability <= 1 and 0 <= data.grayscale <= 1,
+            "`data.color_jitter_probability` and `data.grayscale` are shares of 1",
+        ),
         (data.workers >= 0, f"`data.workers` is {data.workers}; it must not be negative"),
         (0 <= data.max_bad_fraction <= 1, f"`data.max_bad_fraction` is {data.max_bad_fraction}; it is a share of 1"),
         (

@@ -38,17 +38,29 @@ class DataSection:
     """Where samples come from. `demo` stands for the embedded data set and its tokenizer."""
 
     train_shards: str | list[str] = "demo"
+    weights: list[float] | None = None  # of each entry of train_shards, which are then mixed by draws; None: one set
     tokenizer: str = "demo"  # `demo`, a local folder, or a hub name
     workers: int = 2  # loader processes a rank; 0 decodes in the training process
-    shuffle_buffer: int = 2000  # samples held back a worker
+    streams: int | None = None  # ranks · workers must divide them; None: the largest divisor of the batch up to 1024
+    shuffle_window: int = 512  # samples of a stream that are shuffled among themselves
+    shuffle_unit: int | None = None  # neighbours that stay together in an epoch; None: 1, or shards beyond 2 M samples
+    resampled: bool = False  # windows drawn with replacement, as OpenCLIP's --dataset-resampled; no epochs
+    decoder: str = "fast"  # fast (JPEG scaled while decoding, resized in uint8) | exact (PIL, as CLIP's preprocessing)
     crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])  # share of the area kept (CLIP, OpenCLIP)
     flip: bool = False  # horizontal flips; wrong for captions that say left or right
+    color_jitter: list[float] | None = None  # brightness, contrast, saturation, hue, such as [0.32, 0.32, 0.32, 0.08]
+    color_jitter_probability: float = 0.8
+    grayscale: float = 0.0  # share of the images that lose their colour
     caption_key: str = "caption"  # key of the caption (string or list of strings) in `.json` members
     negative_key: str = "negatives"  # key of hard-negative captions in `.json`; or a `.neg.txt` member, one a line
     max_negatives: int = 4  # hard-negative captions used of one sample
     group_key: str | None = None  # key in `.json` whose equal values mark duplicates; None: equal captions do
     max_bad_fraction: float = 0.1  # the run stops when more of the samples read can't be used
     max_image_pixels: int = 64_000_000  # checked on the header, before decoding
+    max_sample_bytes: int = 1 << 26  # of a sample in its shard; larger ones are not read
+    retries: int = 5  # further attempts at a remote read, after pauses that double
+    on_unreadable: str = "stop"  # stop | skip (its samples count as bad, data_journal.jsonl names it)
+    trusted_hosts: list[str] = field(default_factory=list)  # host or host:port that may be private or plain http
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,9 @@ from dsclip.data.reader import (
     read_negatives,
     read_shard,
 )  # fmt: skip
-from dsclip.data.shards import read_manifest, resolve_shards
+from dsclip.data.shard_cache import local_copy
+from dsclip.data.shards import LOCAL, read_manifest, resolve_shards
+from dsclip.data.sources import is_remote
 from dsclip.data.transforms import eval_image
 from dsclip.errors import UserError
 
@@ -80,7 +81,7 @@ def build_eval_dataset(
 
     Raises UserError when shards are missing or nothing in them is usable.
     """
-    paths = resolve_shards(shards)
+    paths = [local_copy(p, LOCAL, -1) if is_remote(p) else p for p in resolve_shards(shards)]
     bad: Counter = Counter()
     entries: list[_Entry] = []
     for path in paths:
@@ -109,5 +110,5 @@ def _captions_or_none(raw: RawSample, caption_key: str, label: int | None) -> li
         return []  # a labelled image needs no caption
 
 
-def _names(paths: list[Path]) -> str:
-    return ", ".join(map(str, paths[:3])) + (" ..." if len(paths) > 3 else "")
+def _names(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (" ..." if len(paths) > 3 else "")

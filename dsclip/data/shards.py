@@ -9,56 +9,98 @@ import json
 import os
 import re
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import braceexpand
+import numpy as np
 
+from dsclip.data.sources import Reader, SourceError, is_remote
+from dsclip.data.tar_index import SUFFIX, scan, scan_file, to_bytes
 from dsclip.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = "dsclip-shards-1"
+MAX_MANIFEST_BYTES = 1 << 30
+LOCAL = Reader()
 MAX_SHARDS = 2_000_000  # a brace expression can name more files than memory holds
 
 
-def resolve_shards(spec: str | list[str]) -> list[Path]:
-    """The shard files that `spec` names, sorted within each part.
+@dataclass(frozen=True)
+class ShardSet:
+    """Shards with what their manifests say. samples, shard_bytes int64 [S]; shard_bytes is −1 where no manifest tells.
 
-    spec: a folder, a glob, a brace expression (`data/{00000..00099}.tar`), several joined by `::`, a list of these, or
-    `demo` and `demo:val` for the embedded data set. Raises UserError that names what can't be found.
+    name: of shard i in messages and sample ids, its folder and file name alone: data sets may move.
+    """
+
+    locations: list[str]
+    samples: np.ndarray
+    shard_bytes: np.ndarray
+    problems: dict[str, int]  # of shards without a manifest, found while their samples were counted
+    indexes: list[str]  # the folder of each shard's manifest, where its index lies too, or its own
+
+    def name(self, shard: int) -> str:
+        return short_name(self.locations[shard])
+
+
+def short_name(location: str) -> str:
+    """The last folder and the file name."""
+    return "/".join(location.split("/")[-2:])
+
+
+def resolve_shards(spec: str | list[str], reader: Reader = LOCAL) -> list[str]:
+    """The locations of the shards that `spec` names, sorted within each part.
+
+    spec: a folder, a glob, a brace expression (`data/{00000..00099}.tar`), a manifest, the https://, s3:// or gs:// address
+    of one of these but a glob, several joined by `::`, a list of these, or `demo` and `demo:val` for the embedded data
+    set. Raises UserError that names what can't be found.
     """
     parts = [p for s in ([spec] if isinstance(spec, str) else spec) for p in s.split("::")]
-    shards = [path for part in parts for path in _resolve_part(part.strip())]
+    shards = [location for part in parts for location in _resolve_part(part.strip(), reader)]
     if not shards:
         raise UserError("no shards are named; set data.train_shards to a folder, a glob or a brace expression")
     return shards
 
 
-def _resolve_part(part: str) -> list[Path]:
+def _resolve_part(part: str, reader: Reader) -> list[str]:
     if part in ("demo", "demo:train", "demo:val"):
         from dsclip.data.demo import demo_folder
 
-        return _resolve_part(str(demo_folder() / ("val" if part == "demo:val" else "train")))
-    if re.match(r"[a-z0-9+]+:", part, re.IGNORECASE):
-        raise UserError(f"{part}: only local shards can be read; pipes and remote addresses are not opened")
+        return _resolve_part(str(demo_folder() / ("val" if part == "demo:val" else "train")), reader)
+    remote = is_remote(part)
     if "{" in part:
-        return [_existing(p) for p in _expand(part)]
+        return [p if remote else _existing(p) for p in _expand(part)]
+    if part.endswith(".json"):
+        return _listed(part, reader)
+    if remote:
+        return [part] if part.endswith(".tar") else _listed(part.rstrip("/") + "/" + MANIFEST, reader)
     if os.path.isdir(part):
-        found = sorted(Path(part).glob("*.tar"))
+        found = sorted(glob.glob(os.path.join(glob.escape(part), "*.tar")))
         if not found:
+            listed = os.path.join(part, MANIFEST)  # an index of shards that lie elsewhere
+            if os.path.isfile(listed) and _load_manifest(listed, reader).get("base"):
+                return _listed(listed, reader)
             raise UserError(f"{part} holds no .tar shards; write some with tools/make_shards.py")
         return found
     if any(c in part for c in "*?["):
-        found = sorted(Path(p) for p in glob.glob(part))
+        found = sorted(glob.glob(part))
         if not found:
             raise UserError(f"no file matches {part}")
         return found
     return [_existing(part)]
 
 
-def _existing(path: str) -> Path:
+def _listed(manifest: str, reader: Reader) -> list[str]:
+    """The shards that a manifest lists."""
+    content = _load_manifest(manifest, reader)
+    base = content.get("base") or manifest.rpartition("/")[0] or "."
+    return [f"{base}/{entry['name']}" for entry in content["shards"]]
+
+
+def _existing(path: str) -> str:
     if not os.path.isfile(path):
         raise UserError(f"shard {path} does not exist")
-    return Path(path)
+    return path
 
 
 def _expand(part: str) -> list[str]:
@@ -73,18 +115,91 @@ def _expand(part: str) -> list[str]:
         raise UserError(f"{part} is no valid brace expression ({error})") from error
 
 
-def read_manifest(shards: list[Path]) -> dict | None:
-    """The manifest beside the first shard, or None."""
-    path = shards[0].parent / MANIFEST
-    if not path.is_file():
-        return None
+def open_shards(spec: str | list[str], reader: Reader = LOCAL) -> ShardSet:
+    """The shards with their numbers of samples: from the manifests beside them, else counted by walking local shards.
+
+    Raises UserError when remote shards have no manifest, or when there is no sample at all.
+    """
+    locations = resolve_shards(spec, reader)
+    known: dict[str, dict] = {}
+    # A manifest that is named, or lies in a named folder, may list shards that lie elsewhere; others list their neighbours.
+    named = [p.strip() for s in ([spec] if isinstance(spec, str) else spec) for p in s.split("::")]
+    for path in [p if p.endswith(".json") else f"{p}/{MANIFEST}" for p in named if _is_index(p)]:
+        known |= _entries(path, reader)
+    for folder in {_folder(x) for x in locations if x not in known}:
+        known |= _entries(f"{folder}/{MANIFEST}", reader)
+    samples, sizes, problems, indexes = [], [], {}, []
+    for location in locations:
+        entry = known.get(location)
+        if entry is None:
+            if is_remote(location):
+                raise UserError(
+                    f"{location} has no manifest beside it that lists it; make one with "
+                    f"tools/index_shards.py {_folder(location)} OUT and train on OUT"
+                )
+            index = scan_file(location)
+            entry = {"samples": len(index), "bytes": -1}
+            for reason, count in index.problems.items():
+                problems[reason] = problems.get(reason, 0) + count
+        samples.append(entry["samples"])
+        sizes.append(entry["bytes"])
+        indexes.append(entry.get("folder") or _folder(location))
+    return ShardSet(locations, np.array(samples, dtype=np.int64), np.array(sizes, dtype=np.int64), problems, indexes)
+
+
+def _is_index(part: str) -> bool:
+    return part.endswith(".json") or os.path.isdir(part)
+
+
+def _entries(path: str, reader: Reader) -> dict[str, dict]:
+    """What a manifest says of each shard, by location; nothing where there is no manifest."""
+    if not is_remote(path) and not os.path.isfile(path):
+        return {}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = _load_manifest(path, reader)
+    except FileNotFoundError:
+        return {}
+    base = content.get("base") or _folder(path)
+    return {f"{base}/{entry['name']}": entry | {"folder": _folder(path)} for entry in content["shards"]}
+
+
+def _folder(location: str) -> str:
+    return location.rpartition("/")[0] or "."
+
+
+def read_manifest(shards: list[str]) -> dict | None:
+    """The manifest beside the first shard, or None."""
+    path = f"{_folder(str(shards[0]))}/{MANIFEST}"
+    return _load_manifest(path, LOCAL) if os.path.isfile(path) else None
+
+
+def _load_manifest(path: str, reader: Reader) -> dict:
+    """Raises UserError when it is damaged, FileNotFoundError when a remote one isn't there."""
+    try:
+        content = reader.read_all(path, MAX_MANIFEST_BYTES)
+    except SourceError as error:
+        if is_remote(path) and ("404" in str(error) or "NotFound" in str(error)):
+            raise FileNotFoundError(path) from error
+        raise UserError(f"the manifest can't be read: {error}") from error
+    try:
+        manifest = json.loads(content)
         if manifest["format"] != FORMAT:
             raise UserError(f"{path} has format {manifest['format']!r}; this version of dsclip reads {FORMAT!r}")
+        for entry in manifest["shards"]:
+            name, samples, size = entry["name"], entry["samples"], entry["bytes"]
+            if not (isinstance(name, str) and samples >= 0 and size >= 0) or ".." in name.split("/"):
+                raise ValueError(f"shard {name!r}")
         return manifest
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); write the shards again") from error
+
+
+def write_manifest(folder: Path, entries: list[dict], **more) -> None:
+    """Writes the manifest aside, then renames it: it is whole, or absent."""
+    manifest = {"format": FORMAT, "samples": sum(e["samples"] for e in entries), "shards": entries, **more}
+    temporary = folder / (MANIFEST + ".tmp")
+    temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)
 
 
 class ShardWriter:
@@ -128,6 +243,8 @@ class ShardWriter:
         temporary, final = self.folder / (entry["name"] + ".tmp"), self.folder / entry["name"]
         content = temporary.read_bytes()
         entry |= {"samples": self._in_shard, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        index = scan(io.BytesIO(content), len(content))
+        final.with_name(final.name + SUFFIX).write_bytes(to_bytes(index))
         os.replace(temporary, final)
         self._tar, self._in_shard = None, 0
 
@@ -137,13 +254,4 @@ class ShardWriter:
                 self._tar.close()
             return
         self._finish_shard()
-        manifest = {
-            "format": FORMAT,
-            "samples": sum(e["samples"] for e in self._entries),
-            "shards": self._entries,
-            "classes": self._classes,
-            "templates": self._templates,
-        }
-        temporary = self.folder / (MANIFEST + ".tmp")
-        temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / MANIFEST)
+        write_manifest(self.folder, self._entries, classes=self._classes, templates=self._templates)

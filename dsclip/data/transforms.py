@@ -26,16 +26,13 @@ def eval_image(image: Image.Image, size: int) -> Tensor:
     return to_uint8(image.crop((left, top, left + size, top + size)))
 
 
-def train_image(image: Image.Image, size: int, crop_scale: list[float], flip: bool, rng: np.random.Generator) -> Tensor:
-    """A random crop of `crop_scale` of the area, resized to `size` (bicubic). Returns uint8 [3, size, size].
+def train_image(image: Image.Image, size: int, crop_scale: list[float], rng: np.random.Generator) -> Tensor:
+    """A random crop of `crop_scale` of the area, resized to `size` (bicubic, antialiased). Returns uint8 [3, size, size].
 
     All randomness comes from `rng`, which the caller seeds with (seed, epoch, sample id).
     """
     box = random_crop(image.width, image.height, crop_scale, rng)
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    if flip and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return to_uint8(image)
+    return to_uint8(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def random_crop(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsclip.config import Recipe
+from dsclip.train.prefetch import on_device
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ def train(recipe: Recipe, engine, loader, evaluation, store, watch) -> Outcome:
     """Steps until `train.steps`; every rank runs this in step with the others."""
     settings, results, loss = recipe.train, {}, None
     checkpoint = None
-    batches = iter(loader)
+    batches = on_device(iter(loader), engine.device)
     while engine.step < settings.steps:
         started = time.monotonic()
         batch = next(batches)

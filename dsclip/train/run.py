@@ -10,7 +10,10 @@ from pathlib import Path
 
 from dsclip.checkpoint import CheckpointStore, complete_checkpoints, find_checkpoint, load_checkpoint
 from dsclip.config import Recipe, dump_recipe, load_ds_config, load_recipe
-from dsclip.data import build_loader, load_tokenizer, resolve_shards
+from dsclip.data import build_loader, load_tokenizer, merge_states, resolve_shards
+from dsclip.data.loader import data_sets
+from dsclip.data.order import check_split, default_streams
+from dsclip.data.sources import Reader
 from dsclip.engine import Collectives
 from dsclip.engine.collectives import launched_ranks
 from dsclip.errors import UserError
@@ -56,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     data_state = None
     if plan.resume:
         manifest = load_checkpoint(engine, plan.resume, world_size=group.world_size)
-        data_state = manifest["data"][group.rank]
+        data_state = merge_states(manifest["data"])
     loader = make_loader(plan, group, data_state)
     evaluation = Evaluation(plan.recipe, plan.model, plan.tokenizer, group)
     claim_run_folder(plan, group)
@@ -74,9 +77,11 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     world_size = launched_ranks()[1]
     ds_config = load_ds_config(arguments.ds_config, recipe, world_size)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    for shards in (recipe.data.train_shards, *evaluation_shards(recipe)):
-        if shards is not None:
-            resolve_shards(shards)
+    batch = recipe.batch.global_batch_size
+    check_split(recipe.data.streams or default_streams(batch), batch, world_size, recipe.data.workers)
+    reader = Reader(tuple(recipe.data.trusted_hosts), recipe.data.retries)
+    for shards in (*data_sets(recipe.data), *filter(None, evaluation_shards(recipe))):
+        resolve_shards(shards, reader)
     run_dir = Path(recipe.train.output) / recipe.train.name
     resume = find_resume(arguments.resume, run_dir)
     overrides = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
@@ -137,7 +142,7 @@ def make_loader(plan: Plan, group: Collectives, state: dict | None):
         tokenizer=plan.tokenizer,
         image_size=plan.model.image_size,
         context_length=plan.model.context_length,
-        local_batch_size=recipe.batch.global_batch_size // group.world_size,
+        global_batch_size=recipe.batch.global_batch_size,
         seed=recipe.train.seed,
         rank=group.rank,
         world_size=group.world_size,

@@ -24,6 +24,8 @@ class Watch:
         self._progress = Progress(self._settings.steps, engine.step, shown)
         self._window = Counter()  # seconds, seconds waited and steps since the last logged step
         self._read, self._bad = 0, Counter()
+        self._journal: list[dict] = []
+        self._journal_path = plan.run_dir / "data_journal.jsonl"
         self._skipped_steps = 0
         self._memory_gb = None  # before evaluation and conversion add theirs
         self._seconds = 0.0
@@ -40,6 +42,8 @@ class Watch:
         self._skipped_steps += metrics.skipped
         self._memory_gb = peak_memory_gb()
         self._read += batch["read"]
+        self._window.update(decoded=batch["read"], decoding=batch["seconds"])
+        self._journal += batch["journal"]
         self._bad.update(batch["bad"])
         step, window = metrics.step, self._window
         shown = {
@@ -52,6 +56,8 @@ class Watch:
             "data_wait": window["waited"] / window["seconds"],
             "skipped_steps": self._skipped_steps,
             "bad_samples": sum(self._bad.values()),
+            "data_queue_depth": batch["queue_depth"],
+            "decoded_per_worker_second": window["decoded"] / window["decoding"] if window["decoding"] else None,
         }
         self._progress.update(step, shown)
         if step % self._settings.log_every == 0 or step == self._settings.steps:
@@ -60,16 +66,19 @@ class Watch:
 
     def _write(self, step: int, metrics, shown: dict) -> None:
         bad, read = Counter(), 0
-        for rank_bad, rank_read in self._group.all_gather_object((dict(self._bad), self._read)):
+        for rank_bad, rank_read, journal in self._group.all_gather_object((dict(self._bad), self._read, self._journal)):
             bad.update(rank_bad)
             read += rank_read
+            self._write_journal(step, journal)
+        self._journal = []
         scalars = {
             "samples": step * self._global_batch,
-            **{k: v for k, v in shown.items() if k not in ("accuracy", "bad_samples")},
+            **{k: v for k, v in shown.items() if k not in ("accuracy", "bad_samples") and v is not None},
             "accuracy_image_to_text": metrics.accuracy_image_to_text,
             "accuracy_text_to_image": metrics.accuracy_text_to_image,
             "samples_read": read,
             "bad_samples": sum(bad.values()),
+            "bad_sample_rate": sum(bad.values()) / max(1, read),
             "memory_gb": self._memory_gb,
             **loss_scalars(metrics),
         }
@@ -77,6 +86,15 @@ class Watch:
             self._log.histogram("similarity/positive", metrics.features.positive, step)
             self._log.histogram("similarity/negative", metrics.features.negative, step)
         self._log.log(step, scalars | {f"bad_samples/{reason}": n for reason, n in bad.items()})
+
+    def _write_journal(self, step: int, journal: list[dict]) -> None:
+        """Shards that failed, once each and worker: what was left out of the run."""
+        if self._group.rank or not journal:
+            return
+        with self._journal_path.open("a", encoding="utf-8") as file:
+            for entry in journal:
+                file.write(json.dumps({"step": step, **entry}) + "\n")
+                self.message(f"shard {entry['shard']}: {entry['what']} ({entry['detail']})")
 
     def evaluated(self, step: int, results: dict[str, dict[str, float]]) -> None:
         """Evaluation results, to the log and above the progress line."""

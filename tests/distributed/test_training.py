@@ -215,7 +215,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(demo, tmp_path):
         ("contradictory sizes", "`train_batch_size` is 64, but the recipe gives 32"),
         ("missing shards", "no file matches"),
         ("missing tokenizer", "give a folder with tokenizer.json"),
-        ("empty shard", "gave no usable sample"),
+        ("empty shard", "there is no sample in"),
         ("text files named jpg", "undecodable image"),
         ("no checkpoint", "is no dsclip checkpoint"),
     ],

@@ -1,0 +1,125 @@
+"""The command line of tools/bench_data.py."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dsclip.bench.measure import environment, in_process, peak_mb, reset_peak
+from dsclip.command_line import parser, run_tool, say
+from dsclip.data import ShardWriter, resolve_shards
+from dsclip.data.reader import IMAGE_EXTENSIONS, decode_image, read_shard
+from dsclip.errors import UserError
+
+EXAMPLE = "python tools/bench_data.py --shards 'data/photos/*.tar' --image-size 224"
+WORKERS = {"dsclip_1_worker": 1, "dsclip_2_workers": 2}
+LAION_SHARDS, LAION_SHARD_SIZE = 200_000, 10_000
+
+
+def main(argv: list[str] | None = None) -> None:
+    """tools/bench_data.py."""
+    p = parser(
+        "Samples a second and core of the whole input: dsclip, plain webdataset with PIL, and OpenCLIP where installed.",
+        EXAMPLE,
+    )
+    p.add_argument("--shards", default="demo", help="folder, glob or brace expression (default: demo)")
+    p.add_argument("--tokenizer", default="demo", help="folder or hub name (default: demo)")
+    p.add_argument("--image-size", type=int, default=224)
+    p.add_argument("--resize", metavar="WxH", help="first write the images anew at this size, such as 1024x768")
+    p.add_argument("--samples", type=int, default=1500, help="of one of three stretches (default: 1500)")
+    p.add_argument("--repeats", type=int, default=2, help="rounds over all pipelines, the best counts (default: 2)")
+    p.add_argument(
+        "--plan", action="store_true", help="instead: a manifest, an epoch and a position at LAION-2B's scale"
+    )
+    sys.exit(run_tool(lambda a: plan_at_scale() if a.plan else bench(a), p.parse_args(argv)))
+
+
+def bench(arguments: argparse.Namespace) -> tuple[dict, str]:
+    """{"dsclip", "plain", "open_clip"}: {"samples_per_second_per_core"}; "dsclip_1_worker", "dsclip_2_workers": in processes of their own.
+
+    OpenCLIP's tokenizer and transform, on its reader's successor, are measured where it and torchvision are installed.
+    """
+    a = arguments
+    if a.resize:
+        with tempfile.TemporaryDirectory() as folder:
+            write_resized(a.shards, Path(folder), a.resize)
+            return bench(argparse.Namespace(**vars(a) | {"shards": folder, "resize": None}))
+    variants = ["dsclip", "plain"]
+    if importlib.util.find_spec("open_clip") and importlib.util.find_spec("torchvision"):
+        variants.append("open_clip")
+    best: dict[str, dict] = {}
+    for _ in range(a.repeats):
+        for name in [*variants, *WORKERS]:
+            settings = dict(
+                variant=name if name in variants else "dsclip", shards=a.shards, image_size=a.image_size,
+                tokenizer=a.tokenizer, workers=WORKERS.get(name, 0), samples=a.samples,
+            )  # fmt: skip
+            found = in_process("dsclip.bench.data", settings)
+            say(f"{name}: {found['samples_per_second']:.0f} samples/s")
+            best[name] = max(best.get(name, found), found, key=lambda r: r["samples_per_second"])
+    result = {**best, "image_size": a.image_size, "shards": a.shards, "environment": environment()}
+    ours = best["dsclip"]["samples_per_second"]
+    lines = [
+        f"{name:18} {row['samples_per_second']:8.0f} samples/s  dsclip on one core is {ours / row['samples_per_second']:5.2f}x"
+        for name, row in best.items()
+    ]
+    return result, "\n".join(lines)
+
+
+def write_resized(shards: str, folder: Path, size: str) -> None:
+    """The same samples with JPEGs of quality 90 and WxH pixels."""
+    wide, cross, high = size.partition("x")
+    if not (cross and wide.isdigit() and high.isdigit() and int(wide) and int(high)):
+        raise UserError(f"--resize {size}: write it as 1024x768")
+    with ShardWriter(folder, 1000) as writer:
+        for shard in resolve_shards(shards):
+            for raw in read_shard(shard, {}):
+                image = decode_image(raw, 10**9).resize((int(wide), int(high)), Image.Resampling.LANCZOS)
+                content = io.BytesIO()
+                image.save(content, "JPEG", quality=90)
+                members = {k: v for k, v in raw.members.items() if k not in IMAGE_EXTENSIONS}
+                writer.write(raw.key, members | {"jpg": content.getvalue()})
+
+
+def plan_at_scale() -> tuple[dict, str]:
+    """{"load_s", "epoch_s", "resume_s", "extra_peak_mb"} for 200,000 shards of 10,000 samples, from a real manifest."""
+    from dsclip.data.order import SetOrder
+    from dsclip.data.shards import open_shards, write_manifest
+
+    with tempfile.TemporaryDirectory() as name:
+        entries = [
+            {"name": f"{i:06d}.tar", "samples": LAION_SHARD_SIZE, "bytes": 327_000_000, "sha256": f"{i:064x}"}
+            for i in range(LAION_SHARDS)
+        ]
+        write_manifest(Path(name), entries, base="https://shards.example.org/laion")
+        del entries
+        reset_peak()
+        before, started = peak_mb(), time.perf_counter()
+        shards = open_shards(f"{name}/manifest.json")
+        loaded = time.perf_counter()
+        order = SetOrder(shards.samples, global_batch=32768, streams=1024, seed=0, window=512)
+        first = [order.draw(stream, 0) for stream in range(1024)]
+        planned = time.perf_counter()
+        drawn = np.random.default_rng(0).integers(3 * 10**6, 4 * 10**6, 1024)
+        position = json.loads(json.dumps(drawn.tolist()))
+        resumed = [order.draw(stream, place) for stream, place in enumerate(position)]
+        done = time.perf_counter()
+    result = {
+        "samples": int(shards.samples.sum()), "load_s": loaded - started, "epoch_s": planned - loaded,
+        "resume_s": done - planned, "total_s": done - started, "extra_peak_mb": peak_mb() - before,
+        "different_places": len({*first, *resumed}), "state_bytes": len(json.dumps(position)),
+    }  # fmt: skip
+    text = (
+        f"{result['samples']:,} samples: manifest {result['load_s']:.2f} s, epoch {result['epoch_s']:.2f} s, position "
+        f"{result['resume_s']:.2f} s, {result['extra_peak_mb']:.0f} MB more, state of {result['state_bytes']:,} bytes"
+    )
+    return result, text

@@ -1,0 +1,159 @@
+"""Looks at every sample of a data set as training would, and reports what it finds."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from hashlib import blake2b, sha256
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dsclip.data.reader import BadSample, RawSample, SampleReader, decode_image, image_bytes, read_captions
+from dsclip.data.shards import ShardSet, open_shards, read_manifest
+from dsclip.data.sources import Reader, SourceError, is_remote
+from dsclip.errors import UserError
+
+SHEET_PAIRS, SHEET_COLUMNS, CELL, TEXT_ROWS = 32, 8, 160, 3
+PERCENTILES = (0, 5, 50, 95, 100)
+
+
+@dataclass
+class Report:
+    """samples: in the shards; bad {reason: count}; by_shard {shard: {reason: count}}; the rest are distributions."""
+
+    samples: int = 0
+    usable: int = 0
+    bad: Counter = field(default_factory=Counter)
+    by_shard: dict[str, Counter] = field(default_factory=dict)
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    image_bytes: list[int] = field(default_factory=list)
+    caption_words: list[int] = field(default_factory=list)
+    captions: int = 0
+    duplicate_images: int = 0
+    duplicate_captions: int = 0
+
+    def problem(self, shard: str, reason: str, count: int = 1) -> None:
+        """Counts what is wrong with a shard or one of its samples."""
+        self.bad[reason] += count
+        self.by_shard.setdefault(shard, Counter())[reason] += count
+
+    def as_dict(self) -> dict:
+        """For JSON; distributions as their percentiles."""
+        spread = {
+            name: _percentiles(getattr(self, name)) for name in ("widths", "heights", "image_bytes", "caption_words")
+        }
+        worst = sorted(self.by_shard.items(), key=lambda item: -item[1].total())[:20]
+        return {
+            "samples": self.samples, "usable": self.usable, "bad": dict(self.bad), "captions": self.captions,
+            "duplicate_images": self.duplicate_images, "duplicate_captions": self.duplicate_captions, **spread,
+            "worst_shards": {name: dict(reasons) for name, reasons in worst},
+        }  # fmt: skip
+
+
+def check_data(
+    spec: str, reader: Reader, *, caption_key: str = "caption", max_image_pixels: int = 64_000_000, most: int | None = None,
+    sheet: Path | None = None,
+) -> Report:  # fmt: skip
+    """Reads every sample (or the first `most`), and writes a contact sheet of 32 pairs spread over them."""
+    shards = open_shards(spec, reader)
+    total = int(shards.samples.sum())
+    if not total:
+        raise UserError(f"there is no sample in {spec}")
+    report = Report(samples=total)
+    _check_files(shards, reader, report)
+    samples = SampleReader(shards, reader)
+    seen_images, seen_captions, pictures = set(), set(), []
+    places = ((s, p) for s, count in enumerate(shards.samples.tolist()) for p in range(count))
+    looked = min(total, most or total)
+    wanted = set(np.linspace(0, looked - 1, min(looked, SHEET_PAIRS)).astype(int).tolist())
+    for number, (shard, position) in enumerate(itertools.islice(places, looked)):
+        try:
+            raw = samples.read(shard, position)
+            image, captions = decode_image(raw, max_image_pixels), read_captions(raw, caption_key)
+        except (BadSample, SourceError) as error:
+            report.problem(shards.name(shard), str(error) if isinstance(error, BadSample) else "unreadable shard")
+            continue
+        _count(report, raw, image, captions, seen_images, seen_captions)
+        if number in wanted:
+            image.thumbnail((CELL, CELL))
+            pictures.append((image, captions[0]))
+    if sheet is not None:
+        contact_sheet(pictures).save(sheet)
+    return report
+
+
+def _check_files(shards: ShardSet, reader: Reader, report: Report) -> None:
+    """Sizes and hashes against the manifest; damage of shards without one."""
+    for reason, count in shards.problems.items():
+        report.problem("shards without a manifest", reason, count)
+    hashes = {}
+    if not is_remote(shards.locations[0]):
+        manifest = read_manifest(shards.locations) or {"shards": []}
+        hashes = {entry["name"]: entry.get("sha256") for entry in manifest["shards"]}
+    for number, location in enumerate(shards.locations):
+        recorded = int(shards.shard_bytes[number])
+        if recorded < 0:
+            continue
+        try:
+            size = reader.size(location)
+        except SourceError:
+            report.problem(shards.name(number), "unreadable shard")
+            continue
+        expected = hashes.get(location.rpartition("/")[2])
+        if size != recorded:
+            report.problem(shards.name(number), "size is not the manifest's")
+        elif expected and _sha256(location) != expected:
+            report.problem(shards.name(number), "content is not the manifest's")
+
+
+def _sha256(path: str) -> str:
+    digest = sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _count(
+    report: Report, raw: RawSample, image: Image.Image, captions: list[str], images: set, sentences: set
+) -> None:
+    report.usable += 1
+    report.widths.append(image.width)
+    report.heights.append(image.height)
+    content = image_bytes(raw)
+    report.image_bytes.append(len(content))
+    digest = blake2b(content, digest_size=8).digest()
+    report.duplicate_images += digest in images
+    images.add(digest)
+    for caption in captions:
+        report.captions += 1
+        report.caption_words.append(len(caption.split()))
+        digest = blake2b(caption.strip().lower().encode(), digest_size=8).digest()
+        report.duplicate_captions += digest in sentences
+        sentences.add(digest)
+
+
+def _percentiles(values: list[int]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"p{p}": float(v) for p, v in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
+
+
+def contact_sheet(pairs: list[tuple[Image.Image, str]]) -> Image.Image:
+    """Pictures with the beginning of their captions, 8 a row."""
+    rows = -(-len(pairs) // SHEET_COLUMNS) or 1
+    height = CELL + 12 * TEXT_ROWS + 8
+    sheet = Image.new("RGB", (SHEET_COLUMNS * (CELL + 8), rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (image, caption) in enumerate(pairs):
+        left, top = number % SHEET_COLUMNS * (CELL + 8) + 4, number // SHEET_COLUMNS * height + 4
+        sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
+        # The built-in font has Latin letters only.
+        text = caption.encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
+        for row in range(TEXT_ROWS):
+            draw.text((left, top + CELL + 12 * row), text[26 * row : 26 * (row + 1)], fill="black")
+    return sheet

@@ -1,0 +1,262 @@
+"""One loader worker: draws samples for its streams in order, and makes its part of every global batch."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dsclip.config.schema import DataSection
+from dsclip.data.augment import draw_augmentation
+from dsclip.data.order import Draw, Order
+from dsclip.data.reader import (
+    BadSample,
+    RawSample,
+    SampleReader,
+    decode_image,
+    read_captions,
+    read_group,
+    read_negatives,
+)
+from dsclip.data.sources import SourceError, is_remote, redact
+from dsclip.data.tokenizer import Tokenizer
+from dsclip.data.transforms import train_image
+from dsclip.errors import UserError
+
+PREFETCH = 2  # parts that torch's loader asks of a worker ahead of time
+SLOTS = PREFETCH + 2  # and one that is written, and one that is read
+FEWEST_TO_JUDGE = 200  # samples read before the share of bad ones can stop a run
+FEWEST_WITHOUT_NEGATIVES = 1000  # samples read without any hard negative before declaring them is an error
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all workers of a rank share. streams: [first, stop) of this rank."""
+
+    data: DataSection
+    order: Order
+    readers: list[SampleReader]  # one a data set
+    tokenizer: Tokenizer
+    image_size: int
+    context_length: int
+    global_batch: int
+    seed: int
+    rank: int
+    streams: tuple[int, int]
+    hard_negatives: bool = False
+
+    @property
+    def workers(self) -> int:
+        return max(1, self.data.workers)
+
+    @property
+    def quota(self) -> int:
+        """Samples that a stream gives to each global batch."""
+        return self.global_batch // self.order.streams
+
+
+def image_slots(settings: Settings) -> torch.Tensor | None:
+    """Shared memory [workers, SLOTS, n, 3, S, S] for images on their way to the training process; None without workers.
+
+    Used again and again: fresh shared memory would cost two page faults, one on either side, for every 4 KB.
+    """
+    if not settings.data.workers:
+        return None
+    share = (
+        settings.global_batch
+        * (settings.streams[1] - settings.streams[0])
+        // settings.order.streams
+        // settings.workers
+    )
+    size = settings.image_size
+    return torch.empty(settings.workers, SLOTS, share, 3, size, size, dtype=torch.uint8).share_memory_()
+
+
+class Parts(IterableDataset):
+    """Worker w of k yields its part of every batch: that of the w-th k-th of the rank's streams."""
+
+    def __init__(self, settings: Settings, drawn: list[list[int]], slots: torch.Tensor | None):
+        self._settings, self._drawn, self._slots = settings, drawn, slots
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        number = worker.id if worker else 0
+        first, stop = self._settings.streams
+        share = (stop - first) // self._settings.workers
+        mine = range(first + number * share, first + (number + 1) * share)
+        drawn = {v: list(self._drawn[v - first]) for v in mine}
+        try:
+            yield from Worker(self._settings, drawn, None if self._slots is None else self._slots[number]).parts()
+        except UserError as error:
+            yield {"error": str(error)}
+
+
+class Worker:
+    """Draws, decodes, counts. drawn: {stream: samples drawn of each data set}. slots: see `image_slots`."""
+
+    def __init__(self, settings: Settings, drawn: dict[int, list[int]], slots: torch.Tensor | None = None):
+        self._s, self._drawn, self._slots = settings, drawn, slots
+        self._ahead: dict[tuple, RawSample | Exception] = {}  # of remote shards, read a window at a time
+        self._bad_by_shard: Counter = Counter()
+        self._journaled: set[tuple] = set()
+        self._journal: list[dict] = []
+        self._read = self._negatives = self._bad_in_a_row = 0
+        self._fast = None
+        if settings.data.decoder == "fast":
+            from dsclip.data.fast_image import FastImages  # its libraries are wheels that the exact way can do without
+
+            self._fast = FastImages(settings.image_size, settings.data.crop_scale, settings.data.max_image_pixels)
+        self._total = sum(s.total for s in settings.order.sets)
+
+    def parts(self) -> Iterator[dict]:
+        """Endless parts of quota · streams samples each. Their images are a tensor, or the number of a slot."""
+        for number in itertools.count():
+            started = time.monotonic()
+            samples, skipped, read = [], Counter(), self._read
+            size, slot = self._s.image_size, number % SLOTS
+            if self._slots is None:
+                images = torch.empty(len(self._drawn) * self._s.quota, 3, size, size, dtype=torch.uint8)
+            else:
+                images = self._slots[slot]
+            for stream in self._drawn:
+                for _ in range(self._s.quota):
+                    samples.append(self._next_good(stream, images[len(samples)], skipped))
+            given = images if self._slots is None else slot
+            yield self._part(given, samples, self._read - read, skipped, time.monotonic() - started)
+
+    def _next_good(self, stream: int, image: torch.Tensor, skipped: Counter) -> tuple:
+        """The stream's next usable sample, its picture written to `image`; the others are counted."""
+        while True:
+            draw = self._s.order.next(stream, self._drawn[stream])
+            self._read += 1
+            try:
+                sample = self._prepare(self._fetch(stream, draw), draw, image)
+            except BadSample as reason:
+                shard = self._s.readers[draw.data_set].shards.name(draw.shard)
+                skipped[str(reason)] += 1
+                self._bad_by_shard[shard] += 1
+                self._bad_in_a_row += 1
+                if str(reason) in ("missing sample", "damaged sample"):
+                    self._note(shard, "fewer samples than its manifest says", str(reason))
+                self._judge(skipped)
+                continue
+            self._bad_in_a_row = 0
+            self._judge_negatives()
+            return sample
+
+    def _fetch(self, stream: int, draw: Draw) -> RawSample:
+        samples = self._s.readers[draw.data_set]
+        if not is_remote(samples.shards.locations[draw.shard]):
+            found = self._reading(lambda: samples.read(draw.shard, draw.position))
+        else:
+            drawn = self._drawn[stream][draw.data_set] - 1
+            key = (stream, draw.data_set, drawn)
+            if key not in self._ahead:
+                window = self._s.order.sets[draw.data_set].rest_of_window(stream, drawn)
+                content = samples.read_many([(shard, position) for shard, position, _ in window])
+                self._ahead |= {(stream, draw.data_set, drawn + i): raw for i, raw in enumerate(content)}
+            found = self._ahead.pop(key)
+        if isinstance(found, SourceError):
+            self._unreadable(samples.shards.name(draw.shard), found)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    @staticmethod
+    def _reading(read):
+        try:
+            return read()
+        except SourceError as error:
+            return error
+
+    def _unreadable(self, shard: str, error: SourceError) -> None:
+        """A shard that can't be read after all attempts: the end of the run, or a gap that the journal tells of."""
+        if self._s.data.on_unreadable == "stop":
+            raise UserError(
+                f"rank {self._s.rank}: shard {shard} can't be read ({error}). Continue later with --resume auto, or set "
+                "data.on_unreadable=skip to leave out its samples."
+            )
+        self._note(shard, "unreadable, left out", str(error))
+        raise BadSample("unreadable shard")
+
+    def _note(self, shard: str, what: str, detail: str) -> None:
+        if (shard, what) not in self._journaled:
+            self._journaled.add((shard, what))
+            self._journal.append({"shard": shard, "what": what, "detail": redact(detail)})
+
+    def _prepare(self, raw: RawSample, draw: Draw, image: torch.Tensor) -> tuple:
+        data = self._s.data
+        captions = read_captions(raw, data.caption_key)
+        sample_id = raw.sample_id
+        rng = np.random.Generator(np.random.PCG64([self._s.seed, draw.round, sample_id % 2**63]))
+        caption = captions[int(rng.integers(len(captions)))]
+        negatives = read_negatives(raw, data.negative_key, data.max_negatives) if self._s.hard_negatives else []
+        self._negatives += len(negatives)
+        key = read_group(raw, data.group_key, caption)
+        if self._fast is not None:
+            self._fast(raw, rng, image)
+        else:
+            picture = decode_image(raw, data.max_image_pixels)
+            image.copy_(train_image(picture, self._s.image_size, data.crop_scale, rng))
+        return caption, sample_id, key, negatives, draw_augmentation(data, rng)
+
+    def _part(self, images, samples: list[tuple], read: int, bad: Counter, seconds: float) -> dict:
+        captions, sample_ids, keys, negatives, augmentation = zip(*samples, strict=True)
+        # NumPy arrays are pickled into the queue; torch would open shared memory for each of these small tensors.
+        part = {
+            "images": images,
+            "tokens": self._s.tokenizer(list(captions), self._s.context_length).numpy(),
+            "sample_ids": np.array(sample_ids),
+            "keys": np.array(keys),
+            "captions": list(captions),
+            "read": read,
+            "bad": dict(bad),
+            "journal": self._journal,
+            "drawn": [list(drawn) for drawn in self._drawn.values()],
+            "seconds": seconds,
+        }
+        if augmentation[0] is not None:
+            part["augmentation"] = np.array(augmentation, dtype=np.float32)
+        if self._s.hard_negatives:
+            owners = [row for row, own in enumerate(negatives) for _ in own]
+            sentences = [sentence for own in negatives for sentence in own]
+            part["hard_tokens"] = self._s.tokenizer(sentences, self._s.context_length).numpy()
+            part["hard_owner"] = np.array(owners, dtype=np.int64)
+        self._journal = []
+        return part
+
+    def _judge_negatives(self) -> None:
+        """Stops a run that declares hard negatives and has none: it would train another loss than it says."""
+        enough = min(FEWEST_WITHOUT_NEGATIVES, self._total)
+        if self._s.hard_negatives and not self._negatives and self._read >= enough:
+            raise UserError(
+                f"rank {self._s.rank}: loss.hard_negatives is set, but none of the first {self._read} samples read by a "
+                "worker has a hard negative. Give samples a .neg.txt member or a list under "
+                f"`{self._s.data.negative_key}` (data.negative_key) in their .json, or set loss.hard_negatives=none."
+            )
+
+    def _judge(self, skipped: Counter) -> None:
+        total_bad = self._bad_by_shard.total()
+        if self._bad_in_a_row > self._total:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+            names = [name for reader in self._s.readers for name in reader.shards.locations]
+            raise UserError(
+                f"rank {self._s.rank}: as many samples as {_few(names)} hold were drawn and none is usable ({reasons}). "
+                "Check the shards with tools/check_data.py; a sample needs an image and a .txt or .json caption."
+            )
+        if self._read >= FEWEST_TO_JUDGE and total_bad > self._s.data.max_bad_fraction * self._read:
+            worst = ", ".join(f"{name} ({n})" for name, n in self._bad_by_shard.most_common(3))
+            raise UserError(
+                f"{total_bad} of {self._read} samples read can't be used, more than data.max_bad_fraction "
+                f"{self._s.data.max_bad_fraction}. Most are in {worst}. Repair these shards or raise the limit."
+            )
+
+
+def _few(names: list[str]) -> str:
+    return redact(", ".join(names[:3])) + (" ..." if len(names) > 3 else "")

@@ -1,0 +1,116 @@
+"""The command lines of tools/index_shards.py and tools/check_data.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dsclip.command_line import parser, run_tool, say
+from dsclip.data.check import Report, check_data
+from dsclip.data.index import index_shards, problem_counts
+from dsclip.data.sources import Reader
+from dsclip.errors import UserError
+
+INDEX_EXAMPLE = "python tools/index_shards.py data/cc12m"
+CHECK_EXAMPLE = "python tools/check_data.py data/photos --sheet pairs.png"
+
+
+def index_main(argv: list[str] | None = None) -> None:
+    """tools/index_shards.py."""
+    p = parser(
+        "Writes an index for each shard and a manifest for all: exact order, exact resume, random access.",
+        INDEX_EXAMPLE,
+    )
+    p.add_argument(
+        "shards", metavar="SHARDS", help="folder, glob, brace expression, or their https://, s3://, gs:// address"
+    )
+    p.add_argument(
+        "out", metavar="OUT", type=Path, nargs="?", help="folder for indexes and manifest (default: the shards')"
+    )
+    _add_remote(p)
+    sys.exit(run_tool(_index, p.parse_args(argv)))
+
+
+def check_main(argv: list[str] | None = None) -> None:
+    """tools/check_data.py."""
+    p = parser(
+        "Reads every sample as training would and reports failures, sizes, captions and duplicates.", CHECK_EXAMPLE
+    )
+    p.add_argument("shards", metavar="SHARDS", help="as data.train_shards")
+    p.add_argument("--caption-key", default="caption", help="key of captions in .json (default: caption)")
+    p.add_argument("--max-image-pixels", type=int, default=64_000_000)
+    p.add_argument("--max-samples", type=int, help="look at the first so many (default: all)")
+    p.add_argument(
+        "--max-bad", type=float, default=0.0, metavar="SHARE", help="exit code 1 above this share (default: 0)"
+    )
+    p.add_argument("--sheet", type=Path, metavar="PNG", help="write a picture of 32 pairs")
+    _add_remote(p)
+    sys.exit(run_check(p.parse_args(argv)))
+
+
+def _add_remote(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--trusted-host", action="append", default=[], metavar="HOST", help="may be private or plain http")
+    p.add_argument("--retries", type=int, default=5, help="further attempts at a remote read (default: 5)")
+
+
+def _reader(arguments: argparse.Namespace) -> Reader:
+    return Reader(tuple(arguments.trusted_host), arguments.retries)
+
+
+def _index(arguments: argparse.Namespace) -> tuple[dict, str]:
+    found = index_shards(arguments.shards, arguments.out, _reader(arguments), progress=say)
+    samples = sum(e["samples"] for e in found.entries)
+    counts = problem_counts(found.problems)
+    lines = [f"{len(found.entries)} shards with {samples:,} samples, {sum(e['bytes'] for e in found.entries):,} bytes"]
+    lines += [
+        f"  {name}: {', '.join(f'{n} {reason}' for reason, n in p.items())}" for name, p in found.problems.items()
+    ]
+    lines += [f"  {name}: left out, {reason}" for name, reason in found.unreadable.items()]
+    target = arguments.out or arguments.shards
+    lines += ["", f"Next: tools/check_data.py {target}, or train with data.train_shards={target}"]
+    if found.unreadable:
+        names = ", ".join(list(found.unreadable)[:5])
+        say(f"dsclip: {len(found.unreadable)} shards could not be read and are not in the manifest: {names}")
+    result = {"shards": len(found.entries), "samples": samples, "problems": counts, "unreadable": found.unreadable}
+    return result, "\n".join(lines)
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """The exit code: 0, 1 when more samples are bad than --max-bad allows, 2 for wrong input."""
+    verdict = {}
+
+    def check(a: argparse.Namespace) -> tuple[dict, str]:
+        if not 0 <= a.max_bad <= 1 or (a.max_samples is not None and a.max_samples < 1):
+            raise UserError("--max-bad is a share in [0, 1], and --max-samples at least 1")
+        report = check_data(
+            a.shards, _reader(a), caption_key=a.caption_key, max_image_pixels=a.max_image_pixels, most=a.max_samples,
+            sheet=a.sheet,
+        )  # fmt: skip
+        share = report.bad.total() / max(1, min(report.samples, a.max_samples or report.samples))
+        verdict["failed"] = share > a.max_bad
+        return report.as_dict() | {"ok": not verdict["failed"]}, text(report, share, a)
+
+    return run_tool(check, arguments) or int(verdict["failed"])
+
+
+def text(report: Report, share: float, arguments: argparse.Namespace) -> str:
+    """The report for people."""
+    found = report.as_dict()
+    lines = [f"{report.samples:,} samples, {report.usable:,} usable, {report.captions:,} captions"]
+    lines += [f"  {count:8,} {reason}" for reason, count in report.bad.most_common()]
+    lines += [
+        f"  {report.duplicate_images:8,} repeated images",
+        f"  {report.duplicate_captions:8,} repeated captions",
+        "",
+    ]
+    lines.append(f"{'':14}" + "".join(f"{name:>10}" for name in ("least", "5 %", "median", "95 %", "most")))
+    for name in ("widths", "heights", "image_bytes", "caption_words"):
+        lines.append(f"{name.replace('_', ' '):14}" + "".join(f"{v:10,.0f}" for v in found[name].values()))
+    for name, reasons in found["worst_shards"].items():
+        lines.append(f"{name}: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items()))
+    if arguments.sheet:
+        lines.append(f"pairs to look at: {arguments.sheet}")
+    verdict = "more than" if share > arguments.max_bad else "within"
+    lines.append(f"{share:.2%} bad, {verdict} the allowed {arguments.max_bad:.2%}")
+    return "\n".join(lines)
