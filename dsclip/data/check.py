@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
@@ -153,7 +154,7 @@ def contact_sheet(pairs: list[tuple[Image.Image, str]]) -> Image.Image:
         left, top = number % SHEET_COLUMNS * (CELL + 8) + 4, number // SHEET_COLUMNS * height + 4
         sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
         # The built-in font has Latin letters only.
-        text = caption.encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
-        for row in range(TEXT_ROWS):
-            draw.text((left, top + CELL + 12 * row), text[26 * row : 26 * (row + 1)], fill="black")
+        text = caption.encode("latin-1", "replace").decode("latin-1")
+        for row, line in enumerate(textwrap.wrap(text, 27)[:TEXT_ROWS]):
+            draw.text((left, top + CELL + 12 * row), line, fill="black")
     return sheet

@@ -178,6 +178,8 @@ def decode_image(raw: RawSample, max_pixels: int) -> Image.Image:
             return image.convert("RGB")
     except BadSample:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadSample("too many pixels") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise BadSample("undecodable image") from error
 

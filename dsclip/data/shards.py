@@ -92,7 +92,12 @@ def _resolve_part(part: str, reader: Reader) -> list[str]:
 
 def _listed(manifest: str, reader: Reader) -> list[str]:
     """The shards that a manifest lists."""
-    content = _load_manifest(manifest, reader)
+    try:
+        content = _load_manifest(manifest, reader)
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no {manifest}; name the shards (…/{{00000..00099}}.tar) in tools/index_shards.py, which makes one"
+        ) from None
     base = content.get("base") or manifest.rpartition("/")[0] or "."
     return [f"{base}/{entry['name']}" for entry in content["shards"]]
 

@@ -27,7 +27,7 @@ TIMEOUT_S = 60
 LONGEST_PAUSE_S = 30.0
 _SECRETS = re.compile(
     r"(?i)(bearer|basic|token)[ :=]+[\w.~+/=-]{6,}|hf_\w{6,}|AKIA\w{12,}|(?<=://)[^/@\s]+(?=@)|"
-    r"(?<=[?&])(x-amz-[\w-]+|signature|sig|token|key|access_token|awsaccesskeyid)=[^&\s]+"
+    r"\b(x-amz-[\w-]+|signature|sig|token|key|access_token|awsaccesskeyid)=[^&\s]+"
 )
 
 

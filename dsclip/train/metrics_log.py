@@ -43,11 +43,11 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(Path(run_dir) / "tb"), purge_step=start_step + 1)
 
-    def log(self, step: int, scalars: dict[str, float]) -> None:
-        """One line and one point per scalar. JSON has no NaN: a non-finite number is written as null."""
+    def log(self, step: int, scalars: dict[str, float], **words: str) -> None:
+        """One line and one point per scalar; words go into the line only. JSON has no NaN: such numbers become null."""
         if self._file is None:
             return
-        entry = {"step": step} | {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+        entry = {"step": step, **words} | {k: v if math.isfinite(v) else None for k, v in scalars.items()}
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         for name, value in scalars.items():

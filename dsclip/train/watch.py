@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections import Counter
+from hashlib import sha256
 
 import torch
 
@@ -61,12 +62,14 @@ class Watch:
         }
         self._progress.update(step, shown)
         if step % self._settings.log_every == 0 or step == self._settings.steps:
-            self._write(step, metrics, shown)
+            self._write(step, metrics, shown, batch["sample_ids"])
             self._window = Counter()
 
-    def _write(self, step: int, metrics, shown: dict) -> None:
-        bad, read = Counter(), 0
-        for rank_bad, rank_read, journal in self._group.all_gather_object((dict(self._bad), self._read, self._journal)):
+    def _write(self, step: int, metrics, shown: dict, sample_ids: torch.Tensor) -> None:
+        bad, read, batch_hash = Counter(), 0, sha256()
+        own = (dict(self._bad), self._read, self._journal, sample_ids.cpu().numpy().tobytes())
+        for rank_bad, rank_read, journal, ids in self._group.all_gather_object(own):
+            batch_hash.update(ids)
             bad.update(rank_bad)
             read += rank_read
             self._write_journal(step, journal)
@@ -85,7 +88,9 @@ class Watch:
         if metrics.features is not None:
             self._log.histogram("similarity/positive", metrics.features.positive, step)
             self._log.histogram("similarity/negative", metrics.features.negative, step)
-        self._log.log(step, scalars | {f"bad_samples/{reason}": n for reason, n in bad.items()})
+        scalars |= {f"bad_samples/{reason}": n for reason, n in bad.items()}
+        # Of the sample ids of the whole global batch: equal in runs that saw the same data.
+        self._log.log(step, scalars, batch_hash=batch_hash.hexdigest()[:16])
 
     def _write_journal(self, step: int, journal: list[dict]) -> None:
         """Shards that failed, once each and worker: what was left out of the run."""

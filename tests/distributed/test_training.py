@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,19 +141,32 @@ def test_wrong_evaluation_input_is_explained(arguments, message, finished, tmp_p
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_resume_auto_continues_with_the_same_curve(finished):
-    run, _ = finished
-    first = deepspeed(*SMALL, f"train.output={run.parent}", "train.name=parts", "data.workers=2", "--resume", "auto")
+def test_a_run_stopped_at_a_random_step_continues_bit_for_bit(finished, tmp_path):
+    """With workers, patch dropout, flips, colour jitter, bad samples, and epochs of 44 samples in batches of 32."""
+    members = {f"{i:03d}": sample(i, captions=3) for i in range(44)}
+    members["007"]["jpg"] = b"no picture"
+    write_tar(tmp_path / "a.tar", members)
+    options = [
+        *SMALL, f"train.output={tmp_path}", f"data.train_shards={tmp_path}/a.tar", "data.workers=2", "data.flip=true",
+        "data.color_jitter=[0.4,0.4,0.4,0.1]", "data.crop_scale=[0.5,1.0]", "model.patch_dropout=0.5", "train.export_hf=false",
+        "train.save_every=1", "train.keep_checkpoints=6", "eval.every_steps=null", "eval.zeroshot_shards=null",
+        "eval.retrieval_shards=null", "eval.hard_negatives_shards=null", "data.max_bad_fraction=0.5", "--resume", "auto",
+    ]  # fmt: skip
+    first = deepspeed(*options, "train.name=parts")
     assert first.returncode == 0, first.stdout
-    whole = losses(run.parent / "parts")
-    # A second run of the same recipe is cut after its first checkpoint, then continued.
-    parts = run.parent / "parts"
-    for name in ("step_00000006",):
-        for file in sorted((parts / "checkpoints" / name).rglob("*"), reverse=True):
-            file.unlink() if file.is_file() else file.rmdir()
-    again = deepspeed(*SMALL, f"train.output={run.parent}", "train.name=parts", "data.workers=2", "--resume", "auto")
+    parts = tmp_path / "parts"
+    whole = {m["step"]: (m["loss"], m["batch_hash"]) for m in metrics(parts)}
+    assert len(whole) == 6 and len({h for _, h in whole.values()}) == 6
+    stop = random.randint(1, 5)
+    for step in range(stop + 1, 7):
+        shutil.rmtree(parts / "checkpoints" / f"step_{step:08d}")
+    again = deepspeed(*options, "train.name=parts")
     assert again.returncode == 0, again.stdout
-    assert losses(parts) == whole and len(whole) == 6
+    assert {m["step"]: (m["loss"], m["batch_hash"]) for m in metrics(parts)} == whole, f"stopped after step {stop}"
+    alone = deepspeed(*options, "train.name=alone", "train.steps=3", ranks=1)
+    assert alone.returncode == 0, alone.stdout
+    other = {m["step"]: m["batch_hash"] for m in metrics(tmp_path / "alone")}
+    assert other == {step: whole[step][1] for step in (1, 2, 3)}, "the same global batches on another number of ranks"
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(finished):
