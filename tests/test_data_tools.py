@@ -1,0 +1,101 @@
+"""tools/index_shards.py, tools/check_data.py and tools/bench_data.py, run as users run them."""
+
+import json
+
+from PIL import Image
+
+from dsclip.bench.data_cli import plan_at_scale
+from dsclip.data import ShardWriter, read_manifest
+from dsclip.data.tar_index import from_bytes
+from tests.distributed.launch import run_command
+from tests.shard_files import jpeg, sample, write_set, write_tar
+
+
+def run(*arguments):
+    done = run_command(["python", *map(str, arguments)])
+    return done.returncode, done.stdout
+
+
+def result(output: str) -> dict:
+    return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+
+
+def test_indexing_gives_what_writing_gave(tmp_path):
+    with ShardWriter(tmp_path, 6, classes=["a", "b"]) as writer:
+        for i in range(15):
+            writer.write(f"{i:04d}", sample(i, captions=1 + i % 3))
+    written = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for name in written:
+        if not name.endswith(".tar"):
+            (tmp_path / name).unlink()
+    code, output = run("tools/index_shards.py", tmp_path, "--json")
+    assert code == 0 and result(output)["samples"] == 15
+    again = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert {n: c for n, c in again.items() if n.endswith(".idx")} == {
+        n: c for n, c in written.items() if n.endswith(".idx")
+    }
+    assert read_manifest([f"{tmp_path}/x"])["shards"] == json.loads(written["manifest.json"])["shards"]
+
+
+def test_an_index_takes_eight_bytes_a_sample(tmp_path):
+    write_set(tmp_path, 1, 100)
+    run("tools/index_shards.py", tmp_path)
+    content = (tmp_path / "000.tar.idx").read_bytes()
+    assert len(content) == 24 + 8 * 100 and len(from_bytes(content, "x", None)) == 100
+
+
+def test_indexes_can_lie_elsewhere_and_damage_is_told(tmp_path):
+    folder = write_set(tmp_path / "shards", 3, 8)
+    with (folder / "001.tar").open("r+b") as stream:
+        stream.truncate(5000)
+    code, output = run("tools/index_shards.py", folder, tmp_path / "index", "--json")
+    assert code == 0 and result(output)["problems"] == {"damaged shard": 1}
+    assert not list(folder.glob("*.idx")) and len(list((tmp_path / "index").glob("*.idx"))) == 3
+    code, output = run("tools/check_data.py", tmp_path / "index", "--json")
+    assert code == 0 and result(output)["usable"] == result(output)["samples"] < 24
+
+
+def test_check_data_counts_by_reason_and_fails_for_ci(tmp_path):
+    members = {f"{i:03d}": sample(i) for i in range(40)}
+    members |= {
+        "100": {"jpg": b"x", "txt": b"a"},
+        "101": {"jpg": jpeg(1)},
+        "102": sample(5),
+        "103": {"jpg": jpeg(9, 64), "txt": b"one two"},
+    }
+    write_tar(tmp_path / "a.tar", members)
+    sheet = tmp_path / "sheet.png"
+    code, output = run("tools/check_data.py", tmp_path / "a.tar", "--json", "--sheet", sheet)
+    found = result(output)
+    assert code == 1 and found["bad"] == {"undecodable image": 1, "no caption": 1} and not found["ok"]
+    assert found["duplicate_images"] == found["duplicate_captions"] == 1
+    assert found["widths"]["p50"] == 32 and found["widths"]["p100"] == 64 and found["caption_words"]["p0"] == 2
+    assert Image.open(sheet).size == (8 * 168, 4 * (160 + 36 + 8))
+    code, output = run("tools/check_data.py", tmp_path / "a.tar", "--max-bad", "0.1")
+    assert code == 0 and "within the allowed 10.00%" in output
+    assert run("tools/check_data.py", tmp_path / "none")[0] == 2
+
+
+def test_check_data_finds_shards_that_are_not_those_of_the_manifest(tmp_path):
+    write_set(tmp_path, 2, 8)
+    run("tools/index_shards.py", tmp_path)
+    content = bytearray((tmp_path / "001.tar").read_bytes())
+    content[700] ^= 1
+    (tmp_path / "001.tar").write_bytes(content)
+    code, output = run("tools/check_data.py", tmp_path, "--json")
+    assert code == 1 and result(output)["bad"]["content is not the manifest's"] == 1
+    assert list(result(output)["worst_shards"]) == [f"{tmp_path.name}/001.tar"]
+
+
+def test_bench_data_measures_all_pipelines(demo):
+    code, output = run("tools/bench_data.py", "--image-size", "32", "--samples", "64", "--repeats", "1", "--json")
+    assert code == 0, output
+    found = result(output)
+    for name in ("dsclip", "plain", "dsclip_2_workers"):
+        assert found[name]["samples_per_second_per_core"] > 0
+
+
+def test_the_scale_of_laion_fits():
+    found, _ = plan_at_scale()
+    assert found["samples"] == 2 * 10**9 and found["different_places"] > 2000
+    assert 0 < found["extra_peak_mb"] < 500
