@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import pickle
 
 import pytest
 
@@ -80,6 +81,17 @@ def test_a_state_of_any_split_continues_on_any_other(shards, tokenizer):
         for other in SPLITS if split in ((1, 2), (4, 2)) else SPLITS[number - 1 : number]:
             continued, _ = run(shards, tokenizer, other, 12 - stop, state=merged)
             assert continued == expected[stop:], (split, other)
+
+
+def test_settings_travel_to_workers_that_are_spawned(shards, tokenizer):
+    """Python 3.14 no longer forks them."""
+    data = DataSection(train_shards=str(shards), workers=2)
+    loader = build_loader(
+        data, tokenizer=tokenizer, image_size=16, context_length=16, global_batch_size=GLOBAL_BATCH, seed=3
+    )
+    settings = pickle.loads(pickle.dumps(loader._settings))
+    places = [[s.order.next(v, [d]) for v in range(8) for d in range(9)] for s in (settings, loader._settings)]
+    assert places[0] == places[1] and settings.readers[0].read(0, 1).key == loader._settings.readers[0].read(0, 1).key
 
 
 def test_data_sets_mixed_by_weight_are_the_same_on_every_split(tmp_path, tokenizer):

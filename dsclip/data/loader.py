@@ -44,7 +44,7 @@ def build_loader(
     A batch: images uint8 [n, 3, S, S], tokens int64 [n, L], sample_ids int64 [n], keys int64 [n] (equal for duplicates),
     captions (n strings), read and bad (samples read and skipped, by reason, for this batch), journal (shards that failed);
     with hard_negatives also hard_tokens [m, L] and hard_owner [m], the sample of each; with flips or colour jitter
-    augmentation [n, 6], see `augment`; state (JSON: the position after this batch). That state, or those of all ranks of another run
+    augmentation [n, 6], see `augment`; epoch (passes over the data so far); state (JSON: the position after this batch). That state, or those of all ranks of another run
     put together by `merge_states`, continues with exactly the next batch, on any number of ranks and workers. Raises
     UserError for shards that are missing or all unusable, and for a split that doesn't divide the streams.
     """
@@ -99,6 +99,7 @@ class Loader:
 
     def __init__(self, settings: Settings, identity: dict, state: dict | None, problems: Counter):
         self._settings, self._identity, self._problems = settings, identity, problems
+        self._total = sum(s.total for s in settings.order.sets)
         first, stop = settings.streams
         self._batches, self._drawn = 0, [[0] * len(settings.order.sets)] * (stop - first)
         if state is not None:
@@ -131,7 +132,11 @@ class Loader:
             number += 1
             first, _ = self._settings.streams
             state = {"batches": number, "first": first, "drawn": batch.pop("drawn"), "order": self._identity}
-            yield batch | {"state": state, "queue_depth": depth}
+            yield batch | {
+                "state": state,
+                "queue_depth": depth,
+                "epoch": number * self._settings.global_batch / self._total,
+            }
 
     def _join(self, parts: list[dict]) -> dict:
         """The parts of all workers as one batch, in the order of the streams, in memory that a GPU copies from."""

@@ -10,8 +10,8 @@ Symbols: M samples, S shards, V streams, N global batch, e epoch, v stream, d ho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -62,6 +62,22 @@ def _some(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:12])) + (", …" if len(numbers) > 12 else "")
 
 
+class Recent:
+    """A method's last results, by its arguments. functools.lru_cache can't be pickled, and loader workers may be spawned."""
+
+    def __init__(self, method: Callable, most: int):
+        self._method, self._most = method, most
+        self._results: dict = {}
+
+    def __call__(self, *key):
+        if key in self._results:
+            return self._results[key]
+        if len(self._results) >= self._most:
+            self._results.pop(next(iter(self._results)))
+        result = self._results[key] = self._method(*key)
+        return result
+
+
 class SetOrder:
     """The order of one data set with S shards of `sizes` samples."""
 
@@ -76,9 +92,9 @@ class SetOrder:
         if unit is None:
             unit = 1 if self.total <= LARGEST_FULL_SHUFFLE else int(sizes.max(initial=1))
         self._unit_starts, self._unit_sizes = _units(sizes, unit)
-        self._epoch = lru_cache(maxsize=2)(self._permuted)
-        self._shuffled = lru_cache(maxsize=2 * streams)(self._shuffled_window)
-        self._resampled = lru_cache(maxsize=2 * streams)(self._resampled_window)
+        self._epoch = Recent(self._permuted, 2)
+        self._shuffled = Recent(self._shuffled_window, 2 * streams)
+        self._resampled = Recent(self._resampled_window, 2 * streams)
 
     def draw(self, stream: int, drawn: int) -> tuple[int, int, int]:
         """(shard, position in it, round) of the sample that `stream` draws after `drawn` others."""
@@ -173,7 +189,7 @@ class Order:
         self.sets, self.streams, self._seed = sets, streams, seed
         shares = np.ones(len(sets)) if weights is None else np.asarray(weights, dtype=np.float64)
         self._bounds = np.cumsum(shares / shares.sum())[:-1]
-        self._picks = lru_cache(maxsize=2 * streams)(self._pick_block)
+        self._picks = Recent(self._pick_block, 2 * streams)
 
     def next(self, stream: int, drawn: list[int]) -> Draw:
         """The next draw of a stream that has drawn so many of each data set; counts it in `drawn`."""

@@ -8,11 +8,11 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from hashlib import blake2b
 
 from PIL import Image
 
+from dsclip.data.order import Recent
 from dsclip.data.shard_cache import local_copy
 from dsclip.data.shards import LOCAL, ShardSet, short_name
 from dsclip.data.sources import Reader, SourceError, is_remote
@@ -63,7 +63,7 @@ class SampleReader:
     _indexes: object = field(init=False, repr=False)
 
     def __post_init__(self):
-        self._indexes = lru_cache(maxsize=OPEN_INDEXES)(self._open_index)
+        self._indexes = Recent(self._open_index, OPEN_INDEXES)
 
     def read(self, shard: int, position: int) -> RawSample:
         """The sample. Raises BadSample, and SourceError when its shard can't be read at all."""
@@ -128,7 +128,10 @@ class SampleReader:
         if index is None:
             if is_remote(location):
                 location = local_copy(location, self.reader, recorded)
-            index = scan_file(location)
+            try:
+                index = scan_file(location)
+            except OSError as error:
+                raise SourceError(f"{location}: {error.strerror}") from error
         return location, index
 
 

@@ -142,7 +142,10 @@ def open_shards(spec: str | list[str], reader: Reader = LOCAL) -> ShardSet:
                     f"{location} has no manifest beside it that lists it; make one with "
                     f"tools/index_shards.py {_folder(location)} OUT and train on OUT"
                 )
-            index = scan_file(location)
+            try:
+                index = scan_file(location)
+            except OSError as error:
+                raise UserError(f"shard {location} can't be read: {error.strerror}") from error
             entry = {"samples": len(index), "bytes": -1}
             for reason, count in index.problems.items():
                 problems[reason] = problems.get(reason, 0) + count

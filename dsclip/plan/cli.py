@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from dsclip.command_line import parser, run_tool
-from dsclip.config import load_ds_config, load_recipe
+from dsclip.config import Recipe, load_ds_config, load_recipe
+from dsclip.data import load_tokenizer
 from dsclip.errors import UserError
 from dsclip.model import resolve_preset
 from dsclip.plan.advice import advice, describe_choice
@@ -55,10 +56,10 @@ def plan(arguments: argparse.Namespace) -> tuple[dict, str]:
     }  # fmt: skip
     overrides = [f"batch.{key}={value}" for key, value in sizes.items() if value is not None]
     if a.config is None:
-        overrides += [f"model.preset={a.preset}", "data.tokenizer=none"]
+        overrides.append(f"model.preset={a.preset}")
     recipe = load_recipe(a.config or "demo", a.overrides + overrides)
     own = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
-    config = resolve_preset(recipe.model.preset, **own)
+    config = resolve_preset(recipe.model.preset, **own, **({} if a.config is None else _vocabulary(recipe)))
     ds_config = load_ds_config(a.ds_config, recipe, a.gpus)
     machine = _machine(a)
     batch, found = plan_batch(
@@ -79,6 +80,14 @@ def plan(arguments: argparse.Namespace) -> tuple[dict, str]:
         "samples_per_second": found.samples_per_second, "changes": changes,
     }  # fmt: skip
     return result, table(result, found, machine, a.gpus, a.text_tokens or config.context_length)
+
+
+def _vocabulary(recipe: Recipe) -> dict:
+    """The rows of the token embedding; CLIP's where the tokenizer isn't at hand."""
+    try:
+        return {"vocab_size": load_tokenizer(recipe.data.tokenizer).vocab_size}
+    except UserError:
+        return {}
 
 
 def _machine(a: argparse.Namespace) -> Machine:

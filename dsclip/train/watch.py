@@ -57,6 +57,7 @@ class Watch:
             "data_wait": window["waited"] / window["seconds"],
             "skipped_steps": self._skipped_steps,
             "bad_samples": sum(self._bad.values()),
+            "epoch": batch["epoch"],
             "data_queue_depth": batch["queue_depth"],
             "decoded_per_worker_second": window["decoded"] / window["decoding"] if window["decoding"] else None,
         }
