@@ -83,7 +83,8 @@ def test_everything_is_logged(finished):
     assert [m["step"] for m in logged] == [1, 2, 3, 4, 5, 6]
     for m in logged:
         for key in ("samples", "logit_scale", "lr", "grad_norm", "samples_per_second", "data_wait", "memory_gb",
-                    "accuracy_image_to_text", "accuracy_text_to_image", "skipped_steps", "bad_samples"):  # fmt: skip
+                    "accuracy_image_to_text", "accuracy_text_to_image", "skipped_steps", "bad_samples",
+                    "bad_sample_rate", "decoded_per_worker_second", "epoch"):  # fmt: skip
             assert math.isfinite(m[key]), key
     events = EventAccumulator(str(run / "tb"))
     events.Reload()
@@ -157,6 +158,8 @@ def test_a_run_stopped_at_a_random_step_continues_bit_for_bit(finished, tmp_path
     parts = tmp_path / "parts"
     whole = {m["step"]: (m["loss"], m["batch_hash"]) for m in metrics(parts)}
     assert len(whole) == 6 and len({h for _, h in whole.values()}) == 6
+    assert all(m["data_queue_depth"] >= 0 and m["bad_samples"] > 0 for m in metrics(parts)[2:])
+    assert metrics(parts)[-1]["epoch"] == pytest.approx(6 * 32 / 44)
     stop = random.randint(1, 5)
     for step in range(stop + 1, 7):
         shutil.rmtree(parts / "checkpoints" / f"step_{step:08d}")
