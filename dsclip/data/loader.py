@@ -15,12 +15,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from dsclip.config.schema import DataSection
-from dsclip.data.draws import PREFETCH, Parts, Settings, image_slots
 from dsclip.data.order import Order, SetOrder, check_split, default_streams
 from dsclip.data.reader import SampleReader
 from dsclip.data.shards import open_shards
 from dsclip.data.sources import Reader
 from dsclip.data.tokenizer import Tokenizer
+from dsclip.data.worker import PREFETCH, Parts, Settings, image_slots
 from dsclip.errors import UserError
 
 JOINED = ("images", "tokens", "sample_ids", "keys", "augmentation", "hard_tokens")
