@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from dsclip.config.schema import DataSection
-from dsclip.data import build_eval_dataset, build_loader, load_tokenizer
+from dsclip.data import build_eval_dataset, build_loader, load_tokenizer, worker
 from dsclip.errors import UserError
 from tests.shard_files import jpeg, sample, write_set, write_tar
 
@@ -194,6 +194,13 @@ def test_pickles_in_a_shard_are_never_opened(tmp_path, tokenizer):
     write_tar(tmp_path / "a.tar", {f"{i:03d}": sample(i) | extras for i in range(8)})
     assert sorted(numbers(take(loader(tmp_path, tokenizer), 1))) == list(range(8))
     assert not (tmp_path / "executed").exists()
+
+
+def test_too_little_shared_memory_is_said_before_workers_crash(tmp_path, tokenizer, monkeypatch):
+    """Containers have 64 MB of it unless told otherwise, and a worker that writes beyond dies of SIGBUS."""
+    monkeypatch.setattr(worker, "_shared_memory_bytes", lambda: 10_000)
+    with pytest.raises(UserError, match="--shm-size"):
+        take(loader(write_set(tmp_path, 2, 16), tokenizer, workers=2), 1)
 
 
 def test_missing_shards_are_named(tmp_path, tokenizer):

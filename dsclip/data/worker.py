@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -68,18 +70,28 @@ def image_slots(settings: Settings) -> torch.Tensor | None:
     """
     if not settings.data.workers:
         return None
-    share = (
-        settings.global_batch
-        * (settings.streams[1] - settings.streams[0])
-        // settings.order.streams
-        // settings.workers
-    )
-    size = settings.image_size
-    return torch.empty(settings.workers, SLOTS, share, 3, size, size, dtype=torch.uint8).share_memory_()
+    first, stop = settings.streams
+    share, size = settings.quota * (stop - first) // settings.workers, settings.image_size
+    shape = (settings.workers, SLOTS, share, 3, size, size)
+    free = _shared_memory_bytes()
+    if free is not None and math.prod(shape) > free:
+        raise UserError(
+            f"rank {settings.rank}: the loader's workers need {math.prod(shape) / 1e9:.1f} GB of shared memory for images, and "
+            f"/dev/shm has {free / 1e9:.1f} GB free. Start the container with a larger --shm-size, or set data.workers=0."
+        )
+    return torch.empty(shape, dtype=torch.uint8).share_memory_()
+
+
+def _shared_memory_bytes() -> int | None:
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:  # no such folder on this system
+        return None
+    return found.f_bavail * found.f_frsize
 
 
 class Parts(IterableDataset):
-    """Worker w of k yields its part of every batch: that of the w-th k-th of the rank's streams."""
+    """In a worker: its part of every batch, that of its share of the rank's streams."""
 
     def __init__(self, settings: Settings, drawn: list[list[int]], slots: torch.Tensor | None):
         self._settings, self._drawn, self._slots = settings, drawn, slots
