@@ -136,9 +136,18 @@ def test_the_tool_prints_the_keys_others_rely_on():
     assert result["gflops_per_sample"] == pytest.approx(3 * (8.82 + 5.96), rel=1e-3)
 
 
-def test_an_unknown_gpu_is_named():
-    done = run_command("python tools/plan.py --gpu B9000 --json".split())
-    assert done.returncode == 2 and "--peak-tflops" in done.stdout
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--gpu B9000", "--peak-tflops"),
+        ("--gpus 0", "--gpus is 0"),
+        ("--efficiency 0", "--efficiency"),
+        ("--gpus 3 --batch 64", "63 or 66"),
+    ],
+)
+def test_wrong_input_of_the_tool_is_named(arguments, message):
+    done = run_command(f"python tools/plan.py {arguments} --json".split())
+    assert done.returncode == 2 and message in done.stdout and "Traceback" not in done.stdout
 
 
 def test_utilisation_compares_with_a_product_of_this_run():

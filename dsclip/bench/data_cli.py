@@ -16,7 +16,7 @@ from PIL import Image
 
 from dsclip.bench.measure import environment, in_process, peak_mb, reset_peak
 from dsclip.command_line import parser, run_tool, say
-from dsclip.data import ShardWriter, resolve_shards
+from dsclip.data import ShardWriter, load_tokenizer, resolve_shards
 from dsclip.data.reader import IMAGE_EXTENSIONS, decode_image, read_shard
 from dsclip.errors import UserError
 
@@ -49,6 +49,9 @@ def bench(arguments: argparse.Namespace) -> tuple[dict, str]:
     OpenCLIP's tokenizer and transform, on its reader's successor, are measured where it and torchvision are installed.
     """
     a = arguments
+    if min(a.image_size, a.samples, a.repeats) < 1:
+        raise UserError("--image-size, --samples and --repeats must be at least 1")
+    resolve_shards(a.shards), load_tokenizer(a.tokenizer)  # wrong ones are named here, not in a process of their own
     if a.resize:
         with tempfile.TemporaryDirectory() as folder:
             write_resized(a.shards, Path(folder), a.resize)

@@ -83,6 +83,10 @@ def run_check(arguments: argparse.Namespace) -> int:
     def check(a: argparse.Namespace) -> tuple[dict, str]:
         if not 0 <= a.max_bad <= 1 or (a.max_samples is not None and a.max_samples < 1):
             raise UserError("--max-bad is a share in [0, 1], and --max-samples at least 1")
+        if a.sheet is not None and (
+            a.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg") or not a.sheet.parent.is_dir()
+        ):
+            raise UserError(f"--sheet {a.sheet}: give a .png or .jpg file in a folder that exists")
         report = check_data(
             a.shards, _reader(a), caption_key=a.caption_key, max_image_pixels=a.max_image_pixels, most=a.max_samples,
             sheet=a.sheet,

@@ -48,8 +48,10 @@ def main(argv: list[str] | None = None) -> None:
 def plan(arguments: argparse.Namespace) -> tuple[dict, str]:
     """{"fits", "peak_mb", "parts", "gathers_per_step", "gflops_per_sample", …}: see `Estimate`."""
     a = arguments
-    if a.gpus < 1:
-        raise UserError(f"--gpus is {a.gpus}; it must be at least 1")
+    for name in ("gpus", "peak_tflops", "efficiency", "bandwidth", "text_tokens"):
+        value = getattr(a, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be greater than 0")
     sizes = {
         "global_batch_size": a.batch, "samples_per_forward": a.samples_per_forward, "chunk_size": a.chunk_size,
         "checkpointing": a.checkpointing, "memory_gb": a.memory_gb,

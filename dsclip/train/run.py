@@ -179,7 +179,7 @@ def describe(plan: Plan) -> str:
         f"global batch        {plan.recipe.batch.global_batch_size} = {world_size} ranks x {local} samples",
         f"a rank's step       {describe_plan(found)}",
         f"data                {plan.recipe.data.train_shards}: first caption {batch['captions'][0]!r}",
-        "Everything fits together. Leave out --dry-run to train.",
+        "The settings fit together. Leave out --dry-run to train.",
     ])  # fmt: skip
 
 

@@ -221,7 +221,7 @@ def test_a_run_can_start_from_a_converted_model(finished, tmp_path):
 def test_dry_run_shows_the_plan_and_writes_nothing(demo, tmp_path):
     done = deepspeed(*SMALL, f"train.output={tmp_path}", "--dry-run")
     assert done.returncode == 0, done.stdout
-    assert "2 ranks x 16 samples" in done.stdout and "Everything fits together" in done.stdout
+    assert "2 ranks x 16 samples" in done.stdout and "The settings fit together" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
