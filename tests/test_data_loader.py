@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from dsclip.config.schema import DataSection
-from dsclip.data import build_eval_dataset, build_loader, load_tokenizer, worker
+from dsclip.data import build_eval_dataset, build_loader, load_tokenizer, merge_states, worker
 from dsclip.errors import UserError
 from tests.shard_files import jpeg, sample, write_set, write_tar
 
@@ -103,6 +103,11 @@ def test_another_order_is_refused_on_resume(tmp_path, tokenizer, change):
     state = take(loader(write_set(tmp_path, 2, 16), tokenizer), 1)[0]["state"]
     with pytest.raises(UserError, match="not that of the checkpoint"):
         loader(tmp_path, tokenizer, state=state, **change)
+
+
+def test_a_state_of_an_earlier_version_is_refused():
+    with pytest.raises(UserError, match="earlier version"):
+        merge_states([{"batches": 3, "streams": [{"epoch": 0, "drawn": 24}]}])
 
 
 def test_other_shards_are_refused_on_resume(tmp_path, tokenizer):

@@ -89,7 +89,12 @@ def data_sets(data: DataSection) -> list:
 
 
 def merge_states(states: list[dict]) -> dict:
-    """One state of all streams from those of the ranks, in any order."""
+    """One state of all streams from those of the ranks, in any order. Raises UserError for those of other versions."""
+    if not all("first" in state and "drawn" in state for state in states):
+        raise UserError(
+            "the checkpoint's position in the data is that of an earlier version of dsclip; start a new run from its weights "
+            "with model.init"
+        )
     states = sorted(states, key=lambda s: s["first"])
     return states[0] | {"first": 0, "drawn": [drawn for state in states for drawn in state["drawn"]]}
 
