@@ -34,6 +34,9 @@ def run_tool(tool: Callable[[argparse.Namespace], tuple[dict, str]], arguments: 
     except KeyboardInterrupt:
         print("dsclip: interrupted", file=sys.stderr)
         return 130
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        print(f"dsclip: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except Exception:
         print(f"dsclip failed:\n{traceback.format_exc()}", file=sys.stderr)
         return 1

@@ -99,3 +99,26 @@ def test_the_scale_of_laion_fits():
     found, _ = plan_at_scale()
     assert found["samples"] == 2 * 10**9 and found["different_places"] > 2000
     assert 0 < found["extra_peak_mb"] < 500
+
+
+def test_a_shard_that_the_manifest_lists_and_nobody_has_is_missed(tmp_path):
+    write_set(tmp_path, 3, 8)
+    run("tools/index_shards.py", tmp_path)
+    (tmp_path / "001.tar").unlink()
+    code, output = run("tools/check_data.py", tmp_path)
+    assert code == 2 and "001.tar" in output and "not there" in output and "Traceback" not in output
+    assert run("tools/index_shards.py", tmp_path)[0] == 0 and run("tools/check_data.py", tmp_path)[0] == 0
+
+
+def test_hashes_are_those_of_each_shards_own_manifest(tmp_path):
+    for name, captions in (("a", 1), ("b", 3)):
+        write_set(tmp_path / name, 1, 8, captions=captions)
+        run("tools/index_shards.py", tmp_path / name)
+    assert run("tools/check_data.py", f"{tmp_path}/a::{tmp_path}/b/")[0] == 0
+    run("tools/index_shards.py", tmp_path / "a", tmp_path / "index")
+    path = tmp_path / "a" / "000.tar"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"a red circle")] = ord("A")
+    path.write_bytes(content)
+    code, output = run("tools/check_data.py", tmp_path / "index", "--json")
+    assert code == 1 and result(output)["bad"] == {"content is not the manifest's": 1}

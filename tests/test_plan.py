@@ -142,6 +142,7 @@ def test_the_tool_prints_the_keys_others_rely_on():
         ("--gpu B9000", "--peak-tflops"),
         ("--gpus 0", "--gpus is 0"),
         ("--efficiency 0", "--efficiency"),
+        ("--efficiency nan", "--efficiency"),
         ("--gpus 3 --batch 64", "63 or 66"),
     ],
 )

@@ -244,12 +244,17 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
         (data.max_negatives > 0, f"`data.max_negatives` is {data.max_negatives}; it must be greater than 0"),
         (data.retries >= 0, f"`data.retries` is {data.retries}; it must not be negative"),
         (
-            data.weights is None or (data.weights and min(data.weights) >= 0 and sum(data.weights) > 0),
+            data.weights is None or (data.weights and min(data.weights) >= 0 and 0 < sum(data.weights) < math.inf),
             f"`data.weights` is {data.weights}; give numbers that are not negative, not all 0",
         ),
         (
             data.color_jitter is None
-            or (len(data.color_jitter) == 4 and min(data.color_jitter) >= 0 and data.color_jitter[3] <= 0.5),
+            or (
+                len(data.color_jitter) == 4
+                and min(data.color_jitter) >= 0
+                and sum(data.color_jitter) < math.inf
+                and data.color_jitter[3] <= 0.5
+            ),
             f"`data.color_jitter` is {data.color_jitter}; give [brightness, contrast, saturation, hue], hue at most 0.5",
         ),
         (

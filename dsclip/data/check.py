@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dsclip.data.reader import BadSample, RawSample, SampleReader, decode_image, image_bytes, read_captions
-from dsclip.data.shards import ShardSet, open_shards, read_manifest
+from dsclip.data.shards import ShardSet, open_shards
 from dsclip.data.sources import Reader, SourceError, is_remote
 from dsclip.errors import UserError
 
@@ -91,10 +91,6 @@ def _check_files(shards: ShardSet, reader: Reader, report: Report) -> None:
     """Sizes and hashes against the manifest; damage of shards without one."""
     for reason, count in shards.problems.items():
         report.problem("shards without a manifest", reason, count)
-    hashes = {}
-    if not is_remote(shards.locations[0]):
-        manifest = read_manifest(shards.locations) or {"shards": []}
-        hashes = {entry["name"]: entry.get("sha256") for entry in manifest["shards"]}
     for number, location in enumerate(shards.locations):
         recorded = int(shards.shard_bytes[number])
         if recorded < 0:
@@ -104,7 +100,7 @@ def _check_files(shards: ShardSet, reader: Reader, report: Report) -> None:
         except SourceError:
             report.problem(shards.name(number), "unreadable shard")
             continue
-        expected = hashes.get(location.rpartition("/")[2])
+        expected = None if is_remote(location) else shards.hashes[number]
         if size != recorded:
             report.problem(shards.name(number), "size is not the manifest's")
         elif expected and _sha256(location) != expected:

@@ -55,7 +55,10 @@ def index_shards(spec: str, out: Path | None, reader: Reader, progress=lambda te
             found.problems[name] = problems
     if not found.entries:
         raise UserError(f"no shard of {spec} could be read ({next(iter(found.unreadable.values()))})")
-    old = read_manifest([str(target / "x")]) or {}
+    try:
+        old = read_manifest([str(target / "x")]) or {}
+    except UserError:  # a damaged one gives way; the classes and templates of a labelled set go with it
+        old = {}
     more = {name: old[name] for name in ("classes", "templates") if old.get(name)}
     if target != Path(base):
         more["base"] = base if is_remote(base) else str(Path(base).resolve())

@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 FORMAT = "dsclip-shards-1"
 MAX_MANIFEST_BYTES = 1 << 30
 LOCAL = Reader()
+DEMO = ("demo", "demo:train", "demo:val")
 MAX_SHARDS = 2_000_000  # a brace expression can name more files than memory holds
 
 
@@ -38,6 +39,7 @@ class ShardSet:
     shard_bytes: np.ndarray
     problems: dict[str, int]  # of shards without a manifest, found while their samples were counted
     indexes: list[str]  # the folder of each shard's manifest, where its index lies too, or its own
+    hashes: list[str | None]  # SHA-256 by the manifest
 
     def name(self, shard: int) -> str:
         return short_name(self.locations[shard])
@@ -63,7 +65,7 @@ def resolve_shards(spec: str | list[str], reader: Reader = LOCAL) -> list[str]:
 
 
 def _resolve_part(part: str, reader: Reader) -> list[str]:
-    if part in ("demo", "demo:train", "demo:val"):
+    if part in DEMO:
         from dsclip.data.demo import demo_folder
 
         return _resolve_part(str(demo_folder() / ("val" if part == "demo:val" else "train")), reader)
@@ -75,7 +77,8 @@ def _resolve_part(part: str, reader: Reader) -> list[str]:
     if remote:
         return [part] if part.endswith(".tar") else _listed(part.rstrip("/") + "/" + MANIFEST, reader)
     if os.path.isdir(part):
-        found = sorted(glob.glob(os.path.join(glob.escape(part), "*.tar")))
+        part = part.rstrip("/") or "/"
+        found = sorted(p for p in glob.glob(os.path.join(glob.escape(part), "*.tar")) if os.path.isfile(p))
         if not found:
             listed = os.path.join(part, MANIFEST)  # an index of shards that lie elsewhere
             if os.path.isfile(listed) and _load_manifest(listed, reader).get("base"):
@@ -129,11 +132,18 @@ def open_shards(spec: str | list[str], reader: Reader = LOCAL) -> ShardSet:
     known: dict[str, dict] = {}
     # A manifest that is named, or lies in a named folder, may list shards that lie elsewhere; others list their neighbours.
     named = [p.strip() for s in ([spec] if isinstance(spec, str) else spec) for p in s.split("::")]
+    named = [p.rstrip("/") or "/" for p in named if p not in DEMO]
     for path in [p if p.endswith(".json") else f"{p}/{MANIFEST}" for p in named if _is_index(p)]:
-        known |= _entries(path, reader)
+        listed = _entries(path, reader)
+        if missing := sorted(listed.keys() - set(locations)):
+            raise UserError(
+                f"{path} lists {len(missing)} shards that are not there: {', '.join(missing[:3])}. Copy them again, or write the "
+                "manifest anew with tools/index_shards.py"
+            )
+        known |= listed
     for folder in {_folder(x) for x in locations if x not in known}:
         known |= _entries(f"{folder}/{MANIFEST}", reader)
-    samples, sizes, problems, indexes = [], [], {}, []
+    samples, sizes, problems, indexes, hashes = [], [], {}, [], []
     for location in locations:
         entry = known.get(location)
         if entry is None:
@@ -152,7 +162,9 @@ def open_shards(spec: str | list[str], reader: Reader = LOCAL) -> ShardSet:
         samples.append(entry["samples"])
         sizes.append(entry["bytes"])
         indexes.append(entry.get("folder") or _folder(location))
-    return ShardSet(locations, np.array(samples, dtype=np.int64), np.array(sizes, dtype=np.int64), problems, indexes)
+        hashes.append(entry.get("sha256"))
+    counts, shard_bytes = np.array(samples, dtype=np.int64), np.array(sizes, dtype=np.int64)
+    return ShardSet(locations, counts, shard_bytes, problems, indexes, hashes)
 
 
 def _is_index(part: str) -> bool:
@@ -195,11 +207,12 @@ def _load_manifest(path: str, reader: Reader) -> dict:
             raise UserError(f"{path} has format {manifest['format']!r}; this version of dsclip reads {FORMAT!r}")
         for entry in manifest["shards"]:
             name, samples, size = entry["name"], entry["samples"], entry["bytes"]
-            if not (isinstance(name, str) and samples >= 0 and size >= 0) or ".." in name.split("/"):
+            whole = all(type(x) is int and 0 <= x < 1 << 62 for x in (samples, size))
+            if not (isinstance(name, str) and whole) or ".." in name.split("/"):
                 raise ValueError(f"shard {name!r}")
         return manifest
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); write the shards again") from error
+        raise UserError(f"{path} is damaged ({error}); delete it and run tools/index_shards.py") from error
 
 
 def write_manifest(folder: Path, entries: list[dict], **more) -> None:

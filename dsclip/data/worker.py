@@ -33,6 +33,10 @@ from dsclip.errors import UserError
 
 PREFETCH = 2  # parts that torch's loader asks of a worker ahead of time
 SLOTS = PREFETCH + 2  # and one that is written, and one that is read
+_DAMAGE = {
+    "missing sample": "fewer samples than its manifest says",
+    "damaged sample": "other bytes than its index says",
+}
 FEWEST_TO_JUDGE = 200  # samples read before the share of bad ones can stop a run
 FEWEST_WITHOUT_NEGATIVES = 1000  # samples read without any hard negative before declaring them is an error
 
@@ -116,6 +120,7 @@ class Worker:
         self._s, self._drawn, self._slots = settings, drawn, slots
         self._ahead: dict[tuple, RawSample | Exception] = {}  # of remote shards, read a window at a time
         self._bad_by_shard: Counter = Counter()
+        self._reasons: Counter = Counter()
         self._journaled: set[tuple] = set()
         self._journal: list[dict] = []
         self._read = self._negatives = self._bad_in_a_row = 0
@@ -154,8 +159,9 @@ class Worker:
                 skipped[str(reason)] += 1
                 self._bad_by_shard[shard] += 1
                 self._bad_in_a_row += 1
-                if str(reason) in ("missing sample", "damaged sample"):
-                    self._note(shard, "fewer samples than its manifest says", str(reason))
+                self._reasons[str(reason)] += 1
+                if str(reason) in _DAMAGE:
+                    self._note(shard, _DAMAGE[str(reason)], str(reason))
                 self._judge(skipped)
                 continue
             self._bad_in_a_row = 0
@@ -256,18 +262,22 @@ class Worker:
     def _judge(self, skipped: Counter) -> None:
         total_bad = self._bad_by_shard.total()
         if self._bad_in_a_row > self._total:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
             names = [name for reader in self._s.readers for name in reader.shards.locations]
             raise UserError(
-                f"rank {self._s.rank}: as many samples as {_few(names)} hold were drawn and none is usable ({reasons}). "
+                f"rank {self._s.rank}: as many samples as {_few(names)} hold were drawn and none is usable ({_counts(skipped)}). "
                 "Check the shards with tools/check_data.py; a sample needs an image and a .txt or .json caption."
             )
         if self._read >= FEWEST_TO_JUDGE and total_bad > self._s.data.max_bad_fraction * self._read:
             worst = ", ".join(f"{name} ({n})" for name, n in self._bad_by_shard.most_common(3))
             raise UserError(
                 f"{total_bad} of {self._read} samples read can't be used, more than data.max_bad_fraction "
-                f"{self._s.data.max_bad_fraction}. Most are in {worst}. Repair these shards or raise the limit."
+                f"{self._s.data.max_bad_fraction} ({_counts(self._reasons)}). Most are in {worst}. Repair these shards, correct the "
+                "data setting that refuses them, or raise the limit."
             )
+
+
+def _counts(reasons: Counter) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
 
 
 def _few(names: list[str]) -> str:

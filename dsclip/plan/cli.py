@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -50,16 +51,17 @@ def plan(arguments: argparse.Namespace) -> tuple[dict, str]:
     a = arguments
     for name in ("gpus", "peak_tflops", "efficiency", "bandwidth", "text_tokens"):
         value = getattr(a, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be greater than 0")
+    if a.efficiency is not None and a.efficiency > 1:
+        raise UserError(f"--efficiency is {a.efficiency}; it is a share of the peak, at most 1")
     sizes = {
         "global_batch_size": a.batch, "samples_per_forward": a.samples_per_forward, "chunk_size": a.chunk_size,
         "checkpointing": a.checkpointing, "memory_gb": a.memory_gb,
     }  # fmt: skip
     overrides = [f"batch.{key}={value}" for key, value in sizes.items() if value is not None]
-    if a.config is None:
-        overrides.append(f"model.preset={a.preset}")
-    recipe = load_recipe(a.config or "demo", a.overrides + overrides)
+    preset = [f"model.preset={a.preset}"] if a.config is None else []
+    recipe = load_recipe(a.config or "demo", preset + a.overrides + overrides)
     own = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
     config = resolve_preset(recipe.model.preset, **own, **({} if a.config is None else _vocabulary(recipe)))
     ds_config = load_ds_config(a.ds_config, recipe, a.gpus)
@@ -101,6 +103,8 @@ def _machine(a: argparse.Namespace) -> Machine:
         machine = cpu(a.memory_gb)
     else:
         machine = this_machine()
+        if machine.device == "cpu":  # its ranks share one memory
+            machine = replace(machine, memory_gb=machine.memory_gb / a.gpus)
     given = {"tflops": a.peak_tflops, "efficiency": a.efficiency, "gigabytes_per_second": a.bandwidth}
     return replace(machine, **{k: v for k, v in given.items() if v is not None})
 
