@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from dsclip.data import load_tokenizer, resolve_shards
+from dsclip.data.reader import IMAGE_EXTENSIONS
+from dsclip.model.config import CLIP_MEAN, CLIP_STD
 
 BATCH = 64
 CONTEXT = 77
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def ours(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterator:
@@ -44,7 +45,7 @@ def plain(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterato
         box = random_crop(*image.size, [0.9, 1.0], rng)
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
     return _webdataset(shards, picture, lambda caption: tokenize([caption], CONTEXT)[0], workers)
 
@@ -63,7 +64,7 @@ def _webdataset(shards: str, picture, tokens, workers: int) -> Iterator:
     from PIL import Image
 
     def prepare(sample: dict) -> tuple:
-        extension = next(e for e in ("jpg", "jpeg", "png", "webp") if e in sample)
+        extension = next(e for e in IMAGE_EXTENSIONS if e in sample)
         image = Image.open(io.BytesIO(sample[extension])).convert("RGB")
         if "json" in sample:
             captions = json.loads(sample["json"])["caption"]

@@ -186,9 +186,10 @@ def _concatenate(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def _queue_depth(parts) -> int | None:
     """Parts that wait to be taken, where torch's loader lets one look."""
+    queue = getattr(parts, "_data_queue", None)  # torch's own name; without workers there is no queue
     try:
-        return parts._data_queue.qsize()
-    except (AttributeError, NotImplementedError):
+        return None if queue is None else queue.qsize()
+    except NotImplementedError:  # macOS can't count a queue
         return None
 
 

@@ -57,11 +57,14 @@ def resolve_shards(spec: str | list[str], reader: Reader = LOCAL) -> list[str]:
     of one of these but a glob, several joined by `::`, a list of these, or `demo` and `demo:val` for the embedded data
     set. Raises UserError that names what can't be found.
     """
-    parts = [p for s in ([spec] if isinstance(spec, str) else spec) for p in s.split("::")]
-    shards = [location for part in parts for location in _resolve_part(part.strip(), reader)]
+    shards = [location for part in _parts(spec) for location in _resolve_part(part, reader)]
     if not shards:
         raise UserError("no shards are named; set data.train_shards to a folder, a glob or a brace expression")
     return shards
+
+
+def _parts(spec: str | list[str]) -> list[str]:
+    return [p.strip() for s in ([spec] if isinstance(spec, str) else spec) for p in s.split("::")]
 
 
 def _resolve_part(part: str, reader: Reader) -> list[str]:
@@ -131,8 +134,7 @@ def open_shards(spec: str | list[str], reader: Reader = LOCAL) -> ShardSet:
     locations = resolve_shards(spec, reader)
     known: dict[str, dict] = {}
     # A manifest that is named, or lies in a named folder, may list shards that lie elsewhere; others list their neighbours.
-    named = [p.strip() for s in ([spec] if isinstance(spec, str) else spec) for p in s.split("::")]
-    named = [p.rstrip("/") or "/" for p in named if p not in DEMO]
+    named = [p.rstrip("/") or "/" for p in _parts(spec) if p not in DEMO]
     for path in [p if p.endswith(".json") else f"{p}/{MANIFEST}" for p in named if _is_index(p)]:
         listed = _entries(path, reader)
         if missing := sorted(listed.keys() - set(locations)):
