@@ -1,13 +1,20 @@
 """Starts a worker script on several real ranks (torchrun, gloo on CPU) and reports what went wrong."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 WORKERS = Path(__file__).parent
 REPOSITORY = WORKERS.parent.parent
+BIN = Path(sys.executable).parent
+SMALL = [
+    "batch.global_batch_size=32", "model.vision_layers=2", "model.text_layers=1", "train.log_every=1", "train.steps=6",
+    "optim.warmup_steps=2", "eval.max_samples=40", "eval.batch_size=20", "eval.every_steps=3", "train.save_every=3",
+]  # fmt: skip
 
 
 def run_ranks(script: Path, world_size: int, *args, timeout_s: int = 300) -> subprocess.CompletedProcess:
@@ -36,3 +43,37 @@ def run_command(command: list[str], *, timeout_s: int = 300, **environment: str)
         output = process.communicate()[0]
         raise AssertionError(f"{' '.join(command)} took longer than {timeout_s} s\n{output[-6000:]}") from error
     return subprocess.CompletedProcess(command, process.returncode, output, None)
+
+
+def free_port() -> int:
+    """A port nobody listens on: launches at the same time must not meet."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def deepspeed(*arguments, ranks=2, ds_config="zero3_bf16", timeout_s=240, **environment):
+    """`launchers/train.py` under the `deepspeed` launcher."""
+    launcher = [str(BIN / "deepspeed"), f"--master_port={free_port()}", "--num_gpus", str(ranks)]
+    path = ds_config if "/" in str(ds_config) else f"ds_configs/{ds_config}.json"
+    command = [*launcher, "launchers/train.py", "--ds_config", str(path), *map(str, arguments)]
+    path = f"{BIN}:/usr/local/bin:/usr/bin:/bin"
+    return run_command(command, timeout_s=timeout_s, PATH=path, **environment)
+
+
+def torchrun(*arguments, ranks=2, ds_config="zero3_bf16"):
+    """`launchers/train.py` under torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return run_command(
+        [*launcher, "launchers/train.py", "--ds_config", f"ds_configs/{ds_config}.json", *map(str, arguments)]
+    )
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """{step: loss} of a run."""
+    return {m["step"]: m["loss"] for m in metrics(run) if "loss" in m}

@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,37 +15,8 @@ from transformers import CLIPModel
 from dsclip.checkpoint import read_checkpoint
 from dsclip.convert.cli import largest_difference
 from dsclip.train.run import find_resume
-from tests.distributed.launch import REPOSITORY, run_command
+from tests.distributed.launch import REPOSITORY, SMALL, deepspeed, losses, metrics, run_command, torchrun
 from tests.shard_files import sample, write_set, write_tar
-
-BIN = Path(sys.executable).parent
-SMALL = [
-    "batch.global_batch_size=32", "model.vision_layers=2", "model.text_layers=1", "train.log_every=1", "train.steps=6",
-    "optim.warmup_steps=2", "eval.max_samples=40", "eval.batch_size=20", "eval.every_steps=3", "train.save_every=3",
-]  # fmt: skip
-
-
-def deepspeed(*arguments, ranks=2, port=29600, ds_config="zero3_bf16", timeout_s=240, **environment):
-    launcher = [str(BIN / "deepspeed"), f"--master_port={port}", "--num_gpus", str(ranks)]
-    path = ds_config if "/" in str(ds_config) else f"ds_configs/{ds_config}.json"
-    command = [*launcher, "launchers/train.py", "--ds_config", str(path), *map(str, arguments)]
-    path = f"{BIN}:/usr/local/bin:/usr/bin:/bin"
-    return run_command(command, timeout_s=timeout_s, PATH=path, **environment)
-
-
-def torchrun(*arguments, ranks=2, ds_config="zero3_bf16"):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return run_command(
-        [*launcher, "launchers/train.py", "--ds_config", f"ds_configs/{ds_config}.json", *map(str, arguments)]
-    )
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {m["step"]: m["loss"] for m in metrics(run) if "loss" in m}
 
 
 @pytest.fixture(scope="module")
