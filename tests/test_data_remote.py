@@ -8,7 +8,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dsclip.config.schema import DataSection
-from dsclip.data import ShardWriter, build_loader, load_tokenizer
+from dsclip.data import ShardWriter, build_eval_dataset, build_loader, load_tokenizer
 from dsclip.data import sources as sources_module
 from dsclip.data.index import index_shards
 from dsclip.data.sources import Reader, SourceError, is_remote, redact
@@ -84,6 +84,23 @@ def test_shards_without_a_manifest_are_indexed_from_afar(tmp_path, tokenizer):
         remote, batches = captions(tokenizer, tmp_path / "near", trusted_hosts=[host])
     # The names of folder and server differ, and with them the sample ids, but not the order.
     assert remote == expected and sum(b["read"] for b in batches) == 64
+
+
+def test_remote_evaluation_shards_are_read_with_trusted_hosts_and_retries(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSCLIP_CACHE", str(tmp_path / "cache"))
+    with ShardWriter(tmp_path / "set", 10, classes=["a", "b"]) as writer:
+        for i in range(12):
+            writer.write(f"{i:05d}", sample(i) | {"cls": b"1"})
+    expected = build_eval_dataset(str(tmp_path / "set"), image_size=16)
+    with serve(tmp_path / "set") as (server, url, host):
+        with pytest.raises(UserError, match="data.trusted_hosts can allow"):
+            build_eval_dataset(url, image_size=16)
+        server.failures = {"00001.tar": 1}
+        found = build_eval_dataset(url, image_size=16, reader=Reader((host,), retries=1))
+        assert found.captions == expected.captions and found.classes == expected.classes == ["a", "b"]
+        server.failures = {"00002.tar": 10**6, "manifest.json": 0}
+        with pytest.raises(UserError, match="00002.tar"):
+            build_eval_dataset(f"{url}/00002.tar", image_size=16, reader=Reader((host,), retries=1))
 
 
 class Bucket(MemoryFileSystem):

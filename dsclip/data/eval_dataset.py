@@ -18,7 +18,7 @@ from dsclip.data.reader import (
 )  # fmt: skip
 from dsclip.data.shard_cache import local_copy
 from dsclip.data.shards import LOCAL, read_manifest, resolve_shards
-from dsclip.data.sources import is_remote
+from dsclip.data.sources import Reader, SourceError, is_remote
 from dsclip.data.transforms import eval_image
 from dsclip.errors import UserError
 
@@ -76,12 +76,17 @@ def build_eval_dataset(
     caption_key: str = "caption",
     negative_key: str = "negatives",
     max_image_pixels: int = 64_000_000,
+    reader: Reader = LOCAL,
 ) -> EvalDataset:
     """Reads the shards once, in order. Samples that can't be decoded are left out and counted in `.bad`.
 
-    Raises UserError when shards are missing or nothing in them is usable.
+    reader: how remote shards are read. Raises UserError when shards are missing or nothing in them is usable.
     """
-    paths = [local_copy(p, LOCAL, -1) if is_remote(p) else p for p in resolve_shards(shards)]
+    locations = resolve_shards(shards, reader)
+    try:
+        paths = [local_copy(p, reader, -1) if is_remote(p) else p for p in locations]
+    except SourceError as error:
+        raise UserError(f"evaluation shards can't be read: {error}") from error
     bad: Counter = Counter()
     entries: list[_Entry] = []
     for path in paths:
@@ -94,11 +99,11 @@ def build_eval_dataset(
             except BadSample as reason:
                 bad[str(reason)] += 1
             if max_samples and len(entries) == max_samples:
-                return EvalDataset(entries, bad, image_size, max_image_pixels, read_manifest(paths))
+                return EvalDataset(entries, bad, image_size, max_image_pixels, read_manifest(locations, reader))
     if not entries:
         reasons = ", ".join(f"{n} {reason}" for reason, n in bad.items()) or "they are empty"
         raise UserError(f"no usable sample in {_names(paths)} ({reasons})")
-    return EvalDataset(entries, bad, image_size, max_image_pixels, read_manifest(paths))
+    return EvalDataset(entries, bad, image_size, max_image_pixels, read_manifest(locations, reader))
 
 
 def _captions_or_none(raw: RawSample, caption_key: str, label: int | None) -> list[str]:

@@ -28,7 +28,7 @@ def index_main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "out", metavar="OUT", type=Path, nargs="?", help="folder for indexes and manifest (default: the shards')"
     )
-    _add_remote(p)
+    add_remote(p)
     sys.exit(run_tool(_index, p.parse_args(argv)))
 
 
@@ -45,21 +45,23 @@ def check_main(argv: list[str] | None = None) -> None:
         "--max-bad", type=float, default=0.0, metavar="SHARE", help="exit code 1 above this share (default: 0)"
     )
     p.add_argument("--sheet", type=Path, metavar="PNG", help="write a picture of 32 pairs")
-    _add_remote(p)
+    add_remote(p)
     sys.exit(run_check(p.parse_args(argv)))
 
 
-def _add_remote(p: argparse.ArgumentParser) -> None:
+def add_remote(p: argparse.ArgumentParser) -> None:
+    """Flags that say how shards behind addresses are read, as data.trusted_hosts and data.retries do."""
     p.add_argument("--trusted-host", action="append", default=[], metavar="HOST", help="may be private or plain http")
     p.add_argument("--retries", type=int, default=5, help="further attempts at a remote read (default: 5)")
 
 
-def _reader(arguments: argparse.Namespace) -> Reader:
+def reader_of(arguments: argparse.Namespace) -> Reader:
+    """The reader that these flags describe."""
     return Reader(tuple(arguments.trusted_host), arguments.retries)
 
 
 def _index(arguments: argparse.Namespace) -> tuple[dict, str]:
-    found = index_shards(arguments.shards, arguments.out, _reader(arguments), progress=say)
+    found = index_shards(arguments.shards, arguments.out, reader_of(arguments), progress=say)
     samples = sum(e["samples"] for e in found.entries)
     counts = problem_counts(found.problems)
     lines = [f"{len(found.entries)} shards with {samples:,} samples, {sum(e['bytes'] for e in found.entries):,} bytes"]
@@ -88,7 +90,7 @@ def run_check(arguments: argparse.Namespace) -> int:
         ):
             raise UserError(f"--sheet {a.sheet}: give a .png or .jpg file in a folder that exists")
         report = check_data(
-            a.shards, _reader(a), caption_key=a.caption_key, max_image_pixels=a.max_image_pixels, most=a.max_samples,
+            a.shards, reader_of(a), caption_key=a.caption_key, max_image_pixels=a.max_image_pixels, most=a.max_samples,
             sheet=a.sheet,
         )  # fmt: skip
         share = report.bad.total() / max(1, min(report.samples, a.max_samples or report.samples))

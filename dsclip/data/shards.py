@@ -189,10 +189,15 @@ def _folder(location: str) -> str:
     return location.rpartition("/")[0] or "."
 
 
-def read_manifest(shards: list[str]) -> dict | None:
+def read_manifest(shards: list[str], reader: Reader = LOCAL) -> dict | None:
     """The manifest beside the first shard, or None."""
     path = f"{_folder(str(shards[0]))}/{MANIFEST}"
-    return _load_manifest(path, LOCAL) if os.path.isfile(path) else None
+    if not is_remote(path) and not os.path.isfile(path):
+        return None
+    try:
+        return _load_manifest(path, reader)
+    except FileNotFoundError:
+        return None
 
 
 def _load_manifest(path: str, reader: Reader) -> dict:

@@ -14,6 +14,7 @@ import torch
 from dsclip.checkpoint import read_checkpoint
 from dsclip.command_line import parser, say
 from dsclip.data import build_eval_dataset, load_tokenizer
+from dsclip.data.inspect_cli import add_remote, reader_of
 from dsclip.engine.collectives import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
 from dsclip.evaluate import hard_negatives, retrieval, zeroshot
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--max-samples", type=int, help="evaluate on the first samples only")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
     p.add_argument("--output", type=Path, help="also write the JSON to this file")
+    add_remote(p)
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return p
 
@@ -87,6 +89,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         max_samples=arguments.max_samples,
         caption_key=arguments.caption_key,
         negative_key=arguments.negative_key,
+        reader=reader_of(arguments),
     )
 
     def encode_image(images):

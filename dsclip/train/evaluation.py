@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dsclip.config import Recipe
 from dsclip.data import build_eval_dataset
+from dsclip.data.sources import Reader
 from dsclip.engine import Collectives
 from dsclip.evaluate import hard_negatives, retrieval, zeroshot
 from dsclip.model import ClipConfig
@@ -33,6 +34,7 @@ class Evaluation:
             caption_key=self._data.caption_key,
             negative_key=self._data.negative_key,
             max_image_pixels=self._data.max_image_pixels,
+            reader=Reader(tuple(self._data.trusted_hosts), self._data.retries),
         )
 
     def due(self, step: int, last: bool) -> bool:
