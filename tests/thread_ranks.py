@@ -52,3 +52,12 @@ class ThreadRank:
 
     def all_reduce_sum(self, x):
         return torch.stack(self._exchange(x)).sum(dim=0)
+
+    def all_gather_object(self, x):
+        return self._exchange(x)
+
+    def broadcast_object(self, x):
+        return self._exchange(x)[0]
+
+    def barrier(self):
+        self._exchange(None)

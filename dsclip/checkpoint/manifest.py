@@ -1,7 +1,8 @@
 """What makes a folder a checkpoint: `dsclip.json`, written last, with the size and SHA-256 of every other file.
 
 Loading a DeepSpeed checkpoint unpickles it, which is code execution; DeepSpeed itself checks nothing. So every file is
-compared with the manifest and scanned for foreign classes before DeepSpeed opens it.
+compared with the manifest and scanned for foreign classes before DeepSpeed opens it, and a folder that holds anything
+else is refused: DeepSpeed finds its files by pattern.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -25,6 +26,12 @@ ALLOWED_CLASSES = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
+
+# What every manifest says, and of which type.
+FIELDS = {
+    "step": int, "samples": int, "world_size": int, "zero_stage": int, "model": dict, "recipe": dict, "engine": dict,
+    "data": list, "files": dict,
+}  # fmt: skip
 
 
 def sha256(path: Path) -> str:
@@ -48,7 +55,9 @@ def checkpoint_files(folder: Path) -> list[str]:
 
 def write_manifest(folder: Path, state: dict, group: Collectives) -> None:
     """Collective. Ranks share the hashing; rank 0 writes the manifest, which makes the folder a checkpoint."""
-    names = checkpoint_files(folder)
+    # All ranks' listings together: over NFS a rank may not see yet what another node wrote, and each must hash its share
+    # of the same list.
+    names = sorted(set().union(*group.all_gather_object(checkpoint_files(folder))))
     mine = {
         n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)}
         for n in names[group.rank :: group.world_size]
@@ -73,17 +82,46 @@ def read_manifest(folder: Path) -> dict:
             f"{folder} is no dsclip checkpoint: it has no {MANIFEST}. Give a folder such as runs/NAME/checkpoints/step_00001000."
         )
     try:
-        manifest = json.loads(path.read_text())
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{path} has format {manifest['format']!r}; this version of dsclip reads {FORMAT!r}")
-        return manifest
-    except (ValueError, KeyError, TypeError) as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); use another checkpoint of the run") from error
+    if problem := _problem(manifest):
+        raise UserError(f"{path} is damaged ({problem}); use another checkpoint of the run")
+    return manifest
+
+
+def _problem(manifest) -> str | None:
+    """What is wrong with the manifest itself."""
+    if not isinstance(manifest, dict):
+        return "it holds no JSON object"
+    if manifest.get("format") != FORMAT:
+        return f"its format is {manifest.get('format')!r}; this version of dsclip reads {FORMAT!r}"
+    for name, kind in FIELDS.items():
+        if name not in manifest:
+            return f"it has no `{name}`"
+        if not isinstance(manifest[name], kind) or isinstance(manifest[name], bool):
+            return f"its `{name}` is no {kind.__name__}"
+    for name, entry in manifest["files"].items():
+        parts = PurePosixPath(name).parts
+        if (
+            not parts
+            or name != "/".join(parts)
+            or ".." in parts
+            or name.startswith("/")
+            or "\\" in name
+            or "\0" in name
+        ):
+            return f"it lists {name!r}, which is no file of the folder"
+        sizes = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        if not sizes:
+            return f"its entry for {name} gives no size and SHA-256"
+    return None
 
 
 def verify(folder: Path) -> dict:
     """The manifest, after every file was compared with it and scanned. Raises UserError that names the bad file."""
     manifest = read_manifest(folder)
+    _refuse_unlisted(folder, manifest["files"].keys())
     for name, entry in manifest["files"].items():
         path = folder / name
         problem = None
@@ -98,6 +136,24 @@ def verify(folder: Path) -> dict:
         if path.suffix == ".pt":
             _refuse_foreign_classes(path)
     return manifest
+
+
+def _refuse_unlisted(folder: Path, listed) -> None:
+    """Only plain files that the manifest lists may be there, so that nothing unverified can be loaded."""
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent) / name
+            inside = path.relative_to(folder).as_posix()
+            if path.is_symlink():
+                raise UserError(
+                    f"checkpoint {folder} holds the link {inside}, and links are not followed. Nothing was opened; copy the "
+                    "checkpoint with its files (cp -rL)."
+                )
+            if name in files and inside not in listed and inside != MANIFEST:
+                raise UserError(
+                    f"checkpoint {folder} holds {inside}, which {MANIFEST} does not list. Nothing was opened. Remove the file "
+                    "if you put it there; otherwise don't trust this checkpoint."
+                )
 
 
 def _refuse_foreign_classes(path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dsclip.checkpoint.manifest import verify
+from dsclip.checkpoint.manifest import MANIFEST, verify
 from dsclip.checkpoint.store import find_checkpoint
+from dsclip.errors import UserError
 from dsclip.model import ClipConfig
 
 
@@ -36,11 +37,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     folder = find_checkpoint(Path(path))
     manifest = verify(folder)
+    try:
+        config = ClipConfig(**manifest["model"])
+        logit_scale = math.exp(manifest["engine"]["scalars"]["log_scale"]["value"])
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder}/{MANIFEST} is damaged ({error}); use another checkpoint of the run") from error
     return Checkpoint(
         path=folder,
-        config=ClipConfig(**manifest["model"]),
+        config=config,
         state_dict=full_precision_weights(folder),
-        logit_scale=math.exp(manifest["engine"]["scalars"]["log_scale"]["value"]),
+        logit_scale=logit_scale,
         tokenizer_dir=folder / "tokenizer",
         step=manifest["step"],
         samples=manifest["samples"],
