@@ -18,6 +18,7 @@ from dsclip.engine.build import build_model, init_distributed, initialize
 from dsclip.engine.collectives import Collectives
 from dsclip.engine.consolidate import DEEPSPEED_TAG
 from dsclip.engine.feature_queue import FeatureQueue
+from dsclip.engine.finite import all_finite, one_if_finite, skip_reason
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import Cutter, MicroBatch, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
@@ -37,6 +38,7 @@ class StepMetrics:
 
     masked_negatives: entries left out of the loss, both directions; hard_negatives: hard-negative captions in the
     global batch; queue_length: pairs in the queue. features: alignment, uniformity and similarities of this rank.
+    skipped: something was not finite, on whichever rank, and nothing of the step was applied on any; skip_reason: what.
     """
 
     step: int
@@ -47,6 +49,7 @@ class StepMetrics:
     lr: float
     grad_norm: float
     skipped: bool
+    skip_reason: str | None
     logit_bias: float | None
     masked_negatives: int
     hard_negatives: int
@@ -117,9 +120,12 @@ class ContrastiveEngine:
         return self.deepspeed.module
 
     def train_step(self, batch: dict) -> StepMetrics:
-        """One optimizer step on the global batch of which `batch` is this rank's share. Collective."""
+        """One optimizer step on the global batch of which `batch` is this rank's share. Collective.
+
+        A step with a number that isn't finite, on whichever rank, is skipped on all: see `engine/finite.py`.
+        """
         self.scalars.before_step(self.step)
-        grads = self.accumulate(batch)
+        grads, micro, pairs = self._accumulate(batch)
         lr = learning_rate(self.step, self.recipe.train.steps, self.recipe.optim)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -127,10 +133,13 @@ class ContrastiveEngine:
         applied = self.deepspeed.was_step_applied()
         if applied:
             self.scalars.step(grads, lr)
+            if self.queue is not None:
+                self._fill_queue(micro, pairs)
             if self._momentum is not None:
                 self._momentum.update()
         self.step += 1
-        return self._metrics(grads, lr, applied, batch)
+        reason = None if applied else skip_reason(pairs, grads, self.group)
+        return self._metrics(grads, lr, reason, batch)
 
     def accumulate(self, batch: dict) -> LossGrads:
         """Features, loss and backward of the towers; the gradients then wait in DeepSpeed for its step.
@@ -138,6 +147,9 @@ class ContrastiveEngine:
         The last micro-batch keeps its graph and goes backward first; the others ran without one and run again.
         Every backward follows an engine forward: two in a row lose gradients silently in DeepSpeed 0.19.8.
         """
+        return self._accumulate(batch)[0]
+
+    def _accumulate(self, batch: dict) -> tuple[LossGrads, list[MicroBatch], Pairs]:
         micro = self._cutter.cut(batch, self.step)
         with torch.no_grad():
             cached = [self._features(m) for m in micro[:-1]]
@@ -149,15 +161,15 @@ class ContrastiveEngine:
             self._observed = feature_statistics(pairs.image, pairs.text)
 
         by_micro = split_gradients(micro, grads)
+        # ZeRO averages over ranks, and each rank holds the gradient of the global loss: hence the world size.
+        factor = self.group.world_size * one_if_finite(grads)
         with self._reduction():
-            self._backward(kept_graph, by_micro[-1], last=len(micro) == 1)
+            self._backward(kept_graph, by_micro[-1], factor, last=len(micro) == 1)
             del kept_graph, cached
             for index, m in enumerate(micro[:-1]):
-                self._backward(self._features(m), by_micro[index], last=index == len(micro) - 2)
+                self._backward(self._features(m), by_micro[index], factor, last=index == len(micro) - 2)
         self.deepspeed.set_gradient_accumulation_boundary(True)
-        if self.queue is not None:
-            self._fill_queue(micro, pairs)
-        return grads
+        return grads, micro, pairs
 
     def _features(self, micro: MicroBatch, encoder=None) -> tuple[Tensor, Tensor]:
         """Image features [b, D], and text features [b + m, D] of captions and hard negatives."""
@@ -193,9 +205,8 @@ class ContrastiveEngine:
         """One gradient reduction a step instead of one a micro-batch, if the recipe asks for it."""
         return self.deepspeed.coalesce_grad_reduction() if self.recipe.batch.coalesce_reduction else nullcontext()
 
-    def _backward(self, features, grads, *, last: bool) -> None:
-        # ZeRO averages over ranks, and each rank holds the gradient of the global loss: hence the world size.
-        surrogate = sum((f * g).sum() for f, g in zip(features, grads, strict=True)) * self.group.world_size
+    def _backward(self, features, grads, factor: Tensor, *, last: bool) -> None:
+        surrogate = sum((f * g).sum() for f, g in zip(features, grads, strict=True)) * factor
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(surrogate, scale_wrt_gas=False)
 
@@ -205,9 +216,12 @@ class ContrastiveEngine:
             features = [self._features(m, self._momentum) for m in micro]
             image = torch.cat([i for i, _ in features])
             text = torch.cat([t[: len(i)] for i, t in features])
+            # The average may overflow in bf16 where the weights did not; no later step would be finite with that queued.
+            if not all_finite(image, text, self.group):
+                return
         self.queue.push(image, text, pairs.keys, self.group)
 
-    def _metrics(self, grads: LossGrads, lr: float, applied: bool, batch: dict) -> StepMetrics:
+    def _metrics(self, grads: LossGrads, lr: float, reason: str | None, batch: dict) -> StepMetrics:
         hard = torch.tensor(len(batch.get("hard_owner", ())), device=self.device)
         counts = torch.stack([grads.correct_image, grads.correct_text, grads.masked.to(self.device), hard])
         correct_image, correct_text, masked, hard = self.group.all_reduce_sum(counts).tolist()
@@ -221,7 +235,8 @@ class ContrastiveEngine:
             logit_scale=self.scalars.scale,
             lr=lr,
             grad_norm=float("nan") if norm is None else float(norm),
-            skipped=not applied,
+            skipped=reason is not None,
+            skip_reason=reason,
             logit_bias=None if self.scalars.bias is None else self.scalars.bias.item(),
             masked_negatives=masked,
             hard_negatives=hard,

@@ -1,0 +1,44 @@
+"""Numbers that are not finite: one decision a step, the same on all ranks, without a collective of its own.
+
+DeepSpeed skips a step whose gradient norm isn't finite, in every ZeRO stage, and the norm is that of all ranks. So what
+DeepSpeed doesn't see (the loss, the gradients of the temperature and the bias) is made part of it: it multiplies the
+gradient of the features by one, or by NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsclip.engine.collectives import Collectives
+from dsclip.losses import LossGrads, Pairs
+
+
+def one_if_finite(grads: LossGrads) -> Tensor:
+    """1.0, or NaN when the loss or a scalar's gradient isn't finite; float32 [] that was not read by the host."""
+    return torch.where(_usable(grads).all(), 1.0, torch.nan)
+
+
+def skip_reason(pairs: Pairs, grads: LossGrads, group: Collectives) -> str:
+    """What was not finite in a step that was skipped: the first cause in the order of computation. Collective."""
+    seen = torch.stack([_finite(pairs.image) & _finite(pairs.text), *_usable(grads)])
+    ranks = group.all_reduce_sum((~seen).int()).tolist()
+    for name, count in zip(("features", "loss", "d_log_scale", "d_bias"), ranks, strict=False):
+        if count:
+            return f"{name} on {count} of {group.world_size} ranks"
+    return "gradients"
+
+
+def all_finite(image: Tensor, text: Tensor, group: Collectives) -> bool:
+    """Whether the features of all ranks are finite. Collective."""
+    return not group.all_reduce_sum((~(_finite(image) & _finite(text))).int()).item()
+
+
+def _usable(grads: LossGrads) -> Tensor:
+    """[2 or 3] bool: the loss is finite; so are d_log_scale and d_bias, and their squares, which Adam keeps."""
+    scalars = [x.float().square() for x in (grads.d_log_scale, grads.d_bias) if x is not None]
+    return torch.stack([grads.loss.float(), *scalars]).isfinite()
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.isfinite().all()
