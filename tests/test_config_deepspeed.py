@@ -53,6 +53,7 @@ def test_sizes_are_resolved_from_the_recipe(path):
         (valid(scheduler={}), "remove `scheduler`"),
         ({"bf16": {"enabled": True}}, "zero_optimization.stage is 0; choose 1"),
         (valid(zero_optimization={"stage": 2, "offload_param": {"device": "cpu"}}), "offload_param needs stage 3"),
+        (valid(bf16={"enabled": True, "check_grad_overflow": False}), "remove bf16.check_grad_overflow"),
         ('{"bf16": {}, "bf16": {}}', "key `bf16` stands there twice"),
         ('{\n"bf16": }', "line 2"),
         ("[1]", "holds no JSON object"),

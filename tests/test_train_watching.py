@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsclip.config.schema import OptimSection
@@ -84,6 +85,16 @@ def test_metrics_reach_jsonl_and_tensorboard(tmp_path):
     assert found.Scalars("speed/samples_per_second")[0].value == 99.0
     assert found.Scalars("eval/zeroshot/top1")[0].value == 0.25
     assert found.Tags()["images"] == ["eval/similarity"] and "recipe/text_summary" in found.Tags()["tensors"]
+
+
+def test_a_histogram_without_a_finite_value_ends_no_run(tmp_path):
+    log = MetricsLog(tmp_path, True)
+    log.histogram("similarity/positive", torch.full((4,), torch.nan), 1)
+    log.histogram("similarity/positive", torch.tensor([]), 2)
+    log.histogram("similarity/positive", torch.tensor([torch.nan, 0.5, torch.inf]), 3)
+    log.close()
+    found = events(tmp_path).Histograms("similarity/positive")
+    assert [(e.step, e.histogram_value.num) for e in found] == [(3, 1)]
 
 
 def test_a_resumed_log_does_not_overlap(tmp_path):

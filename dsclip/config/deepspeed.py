@@ -101,6 +101,11 @@ def _check_precision_and_stage(config: dict, path: Path) -> None:
         raise UserError(
             f"{path}: fp16 is not supported: large CLIP runs diverged with it and bf16 fixed them. Set bf16.enabled to true."
         )
+    bf16 = config.get("bf16")
+    if isinstance(bf16, dict) and bf16.get("check_grad_overflow") is False:
+        raise UserError(
+            f"{path}: remove bf16.check_grad_overflow: without it ZeRO-2 would put gradients that are not finite into the weights."
+        )
     zero = config.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     if stage not in (1, 2, 3):

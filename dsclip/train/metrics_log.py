@@ -55,9 +55,12 @@ class MetricsLog:
             self._writer.add_scalar(tag, value, step)
 
     def histogram(self, tag: str, values, step: int) -> None:
-        """The distribution of a tensor, for TensorBoard only."""
-        if self._writer is not None:
-            self._writer.add_histogram(tag, values.float().cpu().numpy(), step)
+        """The distribution of a tensor's finite values, for TensorBoard only. It never ends a run."""
+        if self._writer is None:
+            return
+        values = values.float()
+        if len(values := values[values.isfinite()]):  # TensorBoard refuses an empty histogram, and one of NaN
+            self._writer.add_histogram(tag, values.cpu().numpy(), step)
 
     def text(self, tag: str, text: str) -> None:
         """Markdown for TensorBoard's text tab."""

@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     watch.message(describe_plan(engine.plan))
     started = time.monotonic()
     outcome = train(plan.recipe, engine, loader, evaluation, store, watch)
+    watch.check_applied()
     finish(plan, engine, watch, outcome, seconds=time.monotonic() - started)
 
 

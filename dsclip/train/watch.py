@@ -10,6 +10,7 @@ from hashlib import sha256
 import torch
 
 from dsclip.config import dump_recipe
+from dsclip.errors import UserError
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.progress import Progress
 
@@ -27,7 +28,7 @@ class Watch:
         self._read, self._bad = 0, Counter()
         self._journal: list[dict] = []
         self._journal_path = plan.run_dir / "data_journal.jsonl"
-        self._skipped_steps = 0
+        self._skipped_steps = self._skipped_in_a_row = 0
         self._memory_gb = None  # before evaluation and conversion add theirs
         self._seconds = 0.0
         self._steps = 0
@@ -40,7 +41,10 @@ class Watch:
         self._window.update(seconds=seconds, waited=waited_s, steps=1)
         self._seconds += seconds
         self._steps += 1
+        if metrics.skipped and not self._skipped_in_a_row:
+            self.message(f"step {metrics.step}: skipped, not finite: {metrics.skip_reason}")
         self._skipped_steps += metrics.skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics.skipped else 0
         self._memory_gb = peak_memory_gb()
         self._read += batch["read"]
         self._window.update(decoded=batch["read"], decoding=batch["seconds"])
@@ -91,7 +95,8 @@ class Watch:
             self._log.histogram("similarity/negative", metrics.features.negative, step)
         scalars |= {f"bad_samples/{reason}": n for reason, n in bad.items()}
         # Of the sample ids of the whole global batch: equal in runs that saw the same data.
-        self._log.log(step, scalars, batch_hash=batch_hash.hexdigest()[:16])
+        words = {"skip_reason": metrics.skip_reason} if metrics.skipped else {}
+        self._log.log(step, scalars, batch_hash=batch_hash.hexdigest()[:16], **words)
 
     def _write_journal(self, step: int, journal: list[dict]) -> None:
         """Shards that failed, once each and worker: what was left out of the run."""
@@ -117,6 +122,14 @@ class Watch:
     def message(self, text: str) -> None:
         """A line above the progress bar."""
         self._progress.message(text)
+
+    def check_applied(self) -> None:
+        """Raises UserError, on all ranks alike, when steps were made and none of them was applied."""
+        if self._steps and self._skipped_steps == self._steps:
+            raise UserError(
+                f"all {self._steps} steps were skipped, because something in them was not finite (`skip_reason` in "
+                "metrics.jsonl says what); the weights are those that the run began with. Lower optim.lr, or look at the data"
+            )
 
     def totals(self) -> dict:
         """What the summary says about the run as a whole."""

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.distributed.launch import WORKERS, run_ranks
+from dsclip.checkpoint import read_checkpoint
+from tests.distributed.launch import SMALL, WORKERS, deepspeed, metrics, run_ranks
 
 REASONS = {
     "features": "features on 1 of 2 ranks",
@@ -42,3 +43,26 @@ def test_the_next_steps_are_what_they_would_have_been(results):
     for case in results:
         assert case["losses"] and not case["different"], case
         assert case["moved"] == ["average", "bf16 weights", "fp32 weights", "moments", "queue", "scalars"], case
+
+
+BROKEN_TEMPERATURE = """
+from dataclasses import replace
+import torch
+from dsclip.losses import register, softmax
+
+@register("broken")
+def broken(pairs, **options):
+    grads = softmax(pairs, **options)
+    return replace(grads, d_log_scale=grads.d_log_scale * torch.nan)
+"""
+
+
+def test_a_run_whose_every_step_is_skipped_is_not_done(demo, tmp_path):
+    (tmp_path / "plugin.py").write_text(BROKEN_TEMPERATURE)
+    loss = ["loss.name=broken", f"loss.plugin={tmp_path / 'plugin.py'}"]
+    done = deepspeed(*SMALL, *loss, f"train.output={tmp_path}", "train.name=run")
+    assert done.returncode != 0 and "Traceback" not in done.stdout, done.stdout
+    assert "all 6 steps were skipped" in done.stdout and "Done" not in done.stdout
+    assert "step 1: skipped, not finite: d_log_scale on 2 of 2 ranks" in done.stdout
+    assert [m["skip_reason"] for m in metrics(tmp_path / "run") if "loss" in m] == ["d_log_scale on 2 of 2 ranks"] * 6
+    assert read_checkpoint(tmp_path / "run").logit_scale == pytest.approx(1 / 0.07)
