@@ -15,7 +15,7 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
-from dsclip.data.sources import Reader, SourceError, is_remote
+from dsclip.data.sources import MissingSource, Reader, SourceError, is_remote
 from dsclip.data.tar_index import SUFFIX, scan, scan_file, to_bytes
 from dsclip.errors import UserError
 
@@ -204,9 +204,9 @@ def _load_manifest(path: str, reader: Reader) -> dict:
     """Raises UserError when it is damaged, FileNotFoundError when a remote one isn't there."""
     try:
         content = reader.read_all(path, MAX_MANIFEST_BYTES)
+    except MissingSource as error:
+        raise FileNotFoundError(path) from error
     except SourceError as error:
-        if is_remote(path) and ("404" in str(error) or "NotFound" in str(error)):
-            raise FileNotFoundError(path) from error
         raise UserError(f"the manifest can't be read: {error}") from error
     try:
         manifest = json.loads(content)

@@ -1,29 +1,26 @@
 """Bytes of shards, wherever they are: local files, https:// with range requests, s3:// and gs:// through fsspec.
 
-No address ever reaches a shell, and an https server can't send the reader to an address inside the cluster: only public
-addresses are opened, also after a redirect, unless `data.trusted_hosts` names the host.
+No address ever reaches a shell, and an https server can't send the reader to an address inside the cluster: see
+`http_source`. `data.trusted_hosts` allows private hosts and plain http.
 """
 
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import os
 import re
-import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import urlsplit
 
+from dsclip.data.http_source import RefusedAddress, request
 from dsclip.errors import UserError
 
 OBJECT_STORES = ("s3", "gs")
 SCHEMES = ("https", "http", *OBJECT_STORES)
-TIMEOUT_S = 60
+PERMANENT = (400, 401, 403, 404, 410, 416)  # answers that don't change when one asks again
 LONGEST_PAUSE_S = 30.0
 _SECRETS = re.compile(
     r"(?i)(bearer|basic|token)[ :=]+[\w.~+/=-]{6,}|hf_\w{6,}|AKIA\w{12,}|(?<=://)[^/@\s]+(?=@)|"
@@ -33,6 +30,14 @@ _SECRETS = re.compile(
 
 class SourceError(Exception):
     """Bytes that can't be had; retried bytes too. The message holds no secret."""
+
+
+class MissingSource(SourceError):
+    """There is no such file."""
+
+
+class _Refused(Exception):
+    """An answer that may be another one the next time."""
 
 
 def redact(text: str) -> str:
@@ -88,10 +93,16 @@ class Reader:
 
     def read_all(self, location: str, most: int) -> bytes:
         """A whole small file. Raises SourceError, also when it has more than `most` bytes."""
-        size = self.size(location)
-        if size > most:
-            raise SourceError(f"{redact(location)} has {size:,} bytes; at most {most:,} are read")
-        return self.read(location, 0, size)
+        if is_remote(location) and _scheme(location) not in OBJECT_STORES:
+            content = self.read(location, 0, most + 1)  # one round trip
+        else:
+            size = self.size(location)
+            content = self.read(location, 0, size) if size <= most else bytes(0)
+            if size > most:
+                raise SourceError(f"{redact(location)} has {size:,} bytes; at most {most:,} are read")
+        if len(content) > most:
+            raise SourceError(f"{redact(location)} has more than {most:,} bytes, the most that are read")
+        return content
 
     def _again(self, location: str, attempt: Callable):
         pause = self.pause_s
@@ -100,59 +111,49 @@ class Reader:
                 return attempt()
             except SourceError:
                 raise
-            except Exception as error:  # urllib, http.client, ssl, socket and every object store's own
-                permanent = isinstance(error, FileNotFoundError | PermissionError)
-                permanent |= isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404, 410, 416)
-                if permanent or not left:
+            except RefusedAddress as error:
+                raise SourceError(redact(f"{location}: {error}")) from None
+            except FileNotFoundError as error:
+                raise MissingSource(redact(f"{location}: {error}")) from None
+            except Exception as error:  # urllib3, http.client, ssl, socket and every object store's own
+                if isinstance(error, PermissionError | ValueError) or not left:
                     raise SourceError(redact(f"{location}: {type(error).__name__}: {error}")) from None
                 time.sleep(min(pause, LONGEST_PAUSE_S))
                 pause *= 2
 
     def _http_size(self, location: str) -> int:
-        with self._open(location, "HEAD") as response:
-            return int(response.headers["Content-Length"])
+        response = self._ask(location, "HEAD")
+        response.release_conn()
+        return int(response.headers["Content-Length"])
 
     def _http_range(self, location: str, start: int, length: int) -> bytes:
         if length == 0:
             return b""
-        with self._open(location, "GET", {"Range": f"bytes={start}-{start + length - 1}"}) as response:
-            if response.status != 206:
-                raise SourceError(f"{redact(location)}: the server does not answer range requests")
-            promised = int(response.headers.get("Content-Length", length))
-            content = response.read(min(promised, length))
-            if len(content) < min(promised, length):
-                raise http.client.IncompleteRead(content, min(promised, length) - len(content))
-            return content
+        response = self._ask(location, "GET", {"Range": f"bytes={start}-{start + length - 1}"})
+        if response.status != 206:
+            response.close()
+            raise SourceError(f"{redact(location)}: the server does not answer range requests")
+        promised = int(response.headers.get("Content-Length", length))
+        content = response.read(min(promised, length))
+        (response.release_conn if promised <= length else response.close)()
+        if len(content) < min(promised, length):
+            raise http.client.IncompleteRead(content, min(promised, length) - len(content))
+        return content
 
-    def _open(self, location: str, method: str, headers: dict | None = None):
-        self._check_host(location)
-        request = urllib.request.Request(location, method=method, headers=headers or {})
+    def _ask(self, location: str, method: str, headers: dict | None = None):
+        """The answer, when it is none of an error."""
+        headers = dict(headers or {})
         if secret := os.environ.get("DSCLIP_AUTHORIZATION"):
-            request.add_unredirected_header("Authorization", secret)  # never passed on to another host
-        opener = urllib.request.build_opener(_Redirects(self._check_host), urllib.request.ProxyHandler())
-        return opener.open(request, timeout=TIMEOUT_S)
-
-    def _check_host(self, location: str) -> None:
-        """Raises SourceError for what isn't https to a public address and isn't trusted by name."""
-        parts = urlsplit(location)
-        if parts.hostname in self.trusted_hosts or parts.netloc in self.trusted_hosts:
-            return
-        if parts.scheme != "https":
-            raise SourceError(f"{redact(location)}: only https is read; data.trusted_hosts can allow {parts.netloc}")
-        for *_, address in socket.getaddrinfo(parts.hostname, parts.port or 443, type=socket.SOCK_STREAM):
-            if not ipaddress.ip_address(address[0].split("%")[0]).is_global:
-                raise SourceError(
-                    f"{redact(location)} leads to {address[0]}, which is no public address; data.trusted_hosts can allow it"
-                )
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    def __init__(self, check: Callable[[str], None]):
-        self._check = check
-
-    def redirect_request(self, request, fp, code, msg, headers, newurl):
-        self._check(newurl)
-        return super().redirect_request(request, fp, code, msg, headers, newurl)
+            headers["Authorization"] = secret
+        response = request(location, method, headers, self.trusted_hosts)
+        if response.status < 400:
+            return response
+        answer = f"HTTP {response.status} {response.reason or ''}".rstrip()
+        response.close()
+        if response.status in PERMANENT:
+            kind = MissingSource if response.status in (404, 410) else SourceError
+            raise kind(redact(f"{location}: {answer}"))
+        raise _Refused(answer)
 
 
 def _scheme(location: str) -> str:
