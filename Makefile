@@ -51,7 +51,7 @@ lint: $(READY)
 setup: $(READY)
 
 # Installed again only when what is installed has changed.
-$(READY): setup.cfg pyproject.toml constraints.txt $(TORCH) Makefile tools/check_machine.sh
+$(READY): setup.cfg setup.py pyproject.toml constraints.txt $(TORCH) Makefile tools/check_machine.sh
 	@PYTHON="$(PYTHON)" sh tools/check_machine.sh
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(if $(TORCH),-c $(TORCH)) torch

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from dsclip.config import load_ds_config, load_recipe
-from dsclip.config.deepspeed import resolve_persistence
+from dsclip.config.deepspeed import packaged_ds_configs, resolve_persistence
 from dsclip.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
 def write(tmp_path, content):
@@ -22,8 +23,13 @@ def valid(**changes):
     return {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}} | changes
 
 
-def test_there_is_a_file_for_every_stage():
-    assert {p.stem for p in CONFIGS} >= {"zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_offload_bf16"}
+def test_packaged_configurations_are_found_by_name_and_documented():
+    names = {"zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_offload_bf16", "zero3_persist_bf16"}
+    assert set(packaged_ds_configs()) == names == {p.stem for p in CONFIGS}
+    recipe, documented = load_recipe("demo"), (ROOT / "docs" / "training.md").read_text()
+    for path in CONFIGS:
+        assert load_ds_config(path.stem, recipe, 2) == load_ds_config(path, recipe, 2)
+        assert f"`ds_configs/{path.name}`" in documented
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -52,8 +58,12 @@ def test_sizes_are_resolved_from_the_recipe(path):
         (valid(optimizer={"type": "Adam"}), "remove `optimizer`: the recipe's `optim` section"),
         (valid(scheduler={}), "remove `scheduler`"),
         ({"bf16": {"enabled": True}}, "zero_optimization.stage is 0; choose 1"),
-        (valid(zero_optimization={"stage": 2, "offload_param": {"device": "cpu"}}), "offload_param needs stage 3"),
         (valid(bf16={"enabled": True, "check_grad_overflow": False}), "remove bf16.check_grad_overflow"),
+        (
+            valid(zero_optimization={"stage": 2, "offload_param": {"device": "cpu"}}),
+            "remove `zero_optimization.offload_param`: it works at stage 3",
+        ),
+        ({"zero_optimization": [3]}, "`zero_optimization` is [3]; it must be a section"),
         ('{"bf16": {}, "bf16": {}}', "key `bf16` stands there twice"),
         ('{\n"bf16": }', "line 2"),
         ("[1]", "holds no JSON object"),
@@ -68,7 +78,7 @@ def test_bad_files_are_refused_with_the_reason(tmp_path, content, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="neither a file nor one that comes with dsclip"):
         load_ds_config(tmp_path / "nowhere.json", load_recipe("demo"), world_size=1)
 
 

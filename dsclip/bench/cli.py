@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,6 @@ from dsclip.model.flops import forward_flops
 STEP_EXAMPLE = "python tools/bench_step.py --preset ViT-B-32 --batch 64 --micro-batch 16"
 LOSS_EXAMPLE = "python tools/bench_loss.py --n 8192 --d 512"
 KINDS = ("plain", "accumulated", "auto")  # auto: `batch.accumulation: auto`, which only dsclip has
-DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1_bf16.json"
 
 
 def step_main(argv: list[str] | None = None) -> None:
@@ -32,7 +30,7 @@ def step_main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("--steps", type=int, default=3, help="steps measured after two to warm up (default: 3)")
     p.add_argument("--repeats", type=int, default=2, help="rounds over all trainers, the best counts (default: 2)")
-    p.add_argument("--ds_config", default=str(DS_CONFIG), help="dsclip's DeepSpeed JSON (default: zero1_bf16)")
+    p.add_argument("--ds_config", default="zero1_bf16", help="dsclip's DeepSpeed JSON (default: zero1_bf16)")
     p.add_argument("--checkpointing", default="auto", help="of dsclip's accumulated step (default: auto)")
     sys.exit(run_tool(bench_step, p.parse_args(argv)))
 

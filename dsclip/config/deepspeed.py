@@ -1,6 +1,7 @@
 """Reads the DeepSpeed JSON strictly and fills in its "auto" sizes from the recipe.
 
-DeepSpeed 0.19.8 ignores unknown keys at the top level, so a typo there would silently do nothing.
+DeepSpeed 0.19.8 ignores unknown keys at the top level and in some sections, and reads keys that only its own data loader
+or activation checkpointing would obey: all of these would silently do nothing, and are refused instead.
 """
 
 from __future__ import annotations
@@ -8,55 +9,43 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dsclip.config.deepspeed_keys import CHOICES, NUMBER, NVME, OBEYED, REFUSED, STAGES
 from dsclip.config.schema import BatchSection, Recipe
 from dsclip.errors import UserError, did_you_mean
 
-# Every top-level key that DeepSpeed 0.19.8 reads (runtime/config.py and the modules it calls).
-KNOWN_KEYS = """
-activation_checkpointing aio allow_nonfinite amp autotuning bf16 bfloat16 checkpoint comms_logger
-communication_data_type compile compression_training csv_monitor curriculum_learning data_efficiency data_types
-dataloader_drop_last disable_allgather disable_python_gc dump_state elasticity eigenvalue expert_parallel
-flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor
-graph_harvesting hybrid_engine legacy_fusion log_level managed_gradient_accumulation memory_breakdown monitor_config
-nebula optimizer pipeline prescale_gradients progressive_layer_drop quantize_training scheduler
-seq_parallel_communication_data_type sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard
-timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
-vocabulary_size wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
-zero_force_ds_cpu_optimizer zero_optimization
-""".split()
-
 SMALL_PARAMETER = 100_000  # elements
 
-# Keys DeepSpeed knows and dsclip can't obey, with what to use instead.
-REFUSED = {
-    "optimizer": "the recipe's `optim` section chooses the optimizer",
-    "scheduler": "the recipe's `optim` section sets the learning rate: lr, warmup_steps, schedule",
-    "amp": "NVIDIA's apex is not supported; use bf16",
-    "torch_autocast": "use bf16: its fp32 master weights give the same precision",
-    "pipeline": "use ZeRO stage 3 to shard the model",
-    "tensor_parallel": "use ZeRO stage 3 to shard the model",
-    "hybrid_engine": "it is meant for text generation",
-    "compression_training": "train in bf16 and compress the converted model",
-    "tensorboard": "dsclip writes TensorBoard files itself, to runs/NAME/tb",
-    "progressive_layer_drop": "use model.patch_dropout to train faster",
+SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+KINDS = {
+    int: "a whole number",
+    NUMBER: "a number",
+    bool: "true or false",
+    str: "a word",
+    dict: "a section",
+    list: "a list",
 }
+AUTO = (*SIZES, "zero_optimization.stage3_param_persistence_threshold")  # keys that may say "auto"
+# What DeepSpeed writes for these goes to its log at the level info, which a dsclip run otherwise leaves out.
+LOGGED = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "comms_logger")
 
 
-def load_ds_config(path: str | Path, recipe: Recipe, world_size: int) -> dict:
-    """The DeepSpeed configuration with every size resolved.
+def packaged_ds_configs() -> dict[str, Path]:
+    """The files that come with dsclip, by name: ds_configs/ of the repository, dsclip/ds_configs/ of an installed wheel."""
+    package = Path(__file__).resolve().parents[1]
+    folder = next((f for f in (package / "ds_configs", package.parent / "ds_configs") if f.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def load_ds_config(name_or_path: str | Path, recipe: Recipe, world_size: int) -> dict:
+    """The DeepSpeed configuration of a packaged name or a file, with every size resolved.
 
     Raises UserError for unknown keys, for settings dsclip can't obey, and for numbers that contradict the recipe.
     """
-    path = Path(path)
+    path = packaged_ds_configs().get(str(name_or_path)) or Path(name_or_path)
     config = _read_json(path)
-    for key in config:
-        if key not in KNOWN_KEYS:
-            raise UserError(
-                f"{path}: unknown key `{key}`.{did_you_mean(key, KNOWN_KEYS)} DeepSpeed would ignore it silently."
-            )
-        if key in REFUSED:
-            raise UserError(f"{path}: remove `{key}`: {REFUSED[key]}.")
+    _check_section(config, "", path)
     _check_precision_and_stage(config, path)
+    _check_applies(config, path)
     _check_reduction(config, path, recipe)
     return config | _sizes(config, path, recipe, world_size) | _defaults(config)
 
@@ -76,7 +65,11 @@ def resolve_persistence(config: dict, batch: BatchSection) -> dict:
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
-        raise UserError(f"--ds_config {path}: no such file. Those that come with dsclip are in ds_configs/.")
+        packaged = packaged_ds_configs()
+        raise UserError(
+            f"--ds_config {path}: neither a file nor one that comes with dsclip.{did_you_mean(path.stem, list(packaged))} "
+            f"Those: {', '.join(packaged)}"
+        )
 
     def unique(pairs):
         keys = [k for k, _ in pairs]
@@ -93,6 +86,39 @@ def _read_json(path: Path) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object")
     return config
+
+
+def _check_section(section: dict, name: str, path: Path) -> None:
+    """Every key of a section and of those within it: known, obeyed, and of its kind."""
+    obeyed, refused = OBEYED[name], REFUSED.get(name, {})
+    for key, value in section.items():
+        full = f"{name}.{key}".lstrip(".")
+        if key in refused:
+            raise UserError(f"{path}: remove `{full}`: {refused[key]}.")
+        if key not in obeyed:
+            ignored = "" if name else " DeepSpeed would ignore it silently."
+            raise UserError(f"{path}: unknown key `{full}`.{_suggestion(key, name)}{ignored}")
+        if value is None or (value == "auto" and full in AUTO):
+            continue
+        kind = obeyed[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            found = 'is "auto", and dsclip fills in its sizes alone' if value == "auto" else f"is {value!r}"
+            raise UserError(f"{path}: `{full}` {found}; it must be {KINDS[kind]}.")
+        if full in CHOICES and value not in CHOICES[full]:
+            reason = f" {NVME[0].upper()}{NVME[1:]}." if value == "nvme" else ""
+            raise UserError(f"{path}: `{full}` is {value!r}; choose from {', '.join(CHOICES[full])}.{reason}")
+        if kind is dict:
+            _check_section(value, full, path)
+
+
+def _suggestion(key: str, section: str) -> str:
+    """The key that was meant: in this section, or where it belongs."""
+    if close := did_you_mean(key, [*OBEYED[section], *REFUSED.get(section, {})]):
+        return close
+    homes = [name for name, keys in OBEYED.items() if key in keys and name not in ("fp16", section)]
+    if not homes:
+        return ""
+    return f" It belongs to `{homes[0]}`." if homes[0] else " It belongs to the top level."
 
 
 def _check_precision_and_stage(config: dict, path: Path) -> None:
@@ -113,9 +139,30 @@ def _check_precision_and_stage(config: dict, path: Path) -> None:
             f"{path}: zero_optimization.stage is {stage!r}; choose 1 (shards the optimizer), 2 (also the gradients) or "
             "3 (also the parameters)."
         )
-    offload = zero.get("offload_param") or {}
-    if offload.get("device", "none") != "none" and stage != 3:
-        raise UserError(f"{path}: zero_optimization.offload_param needs stage 3, and the stage is {stage}.")
+
+
+def _check_applies(config: dict, path: Path) -> None:
+    """Refuses what DeepSpeed reads without effect at this stage, or without something beside it."""
+    zero = config["zero_optimization"]
+    stage = zero["stage"]
+    for key, value in zero.items():
+        stages = (3,) if key.startswith("stage3_") else STAGES.get(key, (1, 2, 3))
+        if stage not in stages and value is not None:
+            named = " and ".join(map(str, stages))
+            raise UserError(
+                f"{path}: remove `zero_optimization.{key}`: it works at stage {named}, and the stage is {stage}."
+            )
+    if stage != 1 and (config.get("bf16") or {}).get("immediate_grad_update"):
+        raise UserError(f"{path}: remove `bf16.immediate_grad_update`: it works at stage 1, and the stage is {stage}.")
+    if config.get("zero_allow_untested_optimizer") is False:
+        raise UserError(
+            f"{path}: remove `zero_allow_untested_optimizer`: dsclip's optimizer is torch's AdamW, which DeepSpeed calls untested."
+        )
+    comms = config.get("comms_logger") or {}
+    if comms.get("enabled") and not comms.get("verbose"):
+        raise UserError(
+            f"{path}: `comms_logger` shows nothing without `verbose: true`: dsclip never asks DeepSpeed for its summary."
+        )
 
 
 def _check_reduction(config: dict, path: Path, recipe: Recipe) -> None:
@@ -154,10 +201,13 @@ def _sizes(config: dict, path: Path, recipe: Recipe, world_size: int) -> dict:
 
 def _defaults(config: dict) -> dict:
     """What a run needs whether or not the file says it."""
+    never = 10**9  # also in the resolved file that a run writes, which may be used again
+    logged = any(config.get(key) not in (None, False, {}, 0, never) for key in LOGGED)
     return {
         # The optimizer is torch's AdamW, with our parameter groups; DeepSpeed calls any but its own untested.
         "zero_allow_untested_optimizer": True,
-        "steps_per_print": config.get("steps_per_print") or 10**9,
+        "steps_per_print": config.get("steps_per_print") or never,
         # DeepSpeed's default of 1.0 would clip unasked.
         "gradient_clipping": config.get("gradient_clipping", 0.0),
+        **({"log_level": "info"} if logged and not config.get("log_level") else {}),
     }

@@ -6,7 +6,6 @@ import argparse
 import math
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from dsclip.command_line import parser, run_tool
 from dsclip.config import Recipe, load_ds_config, load_recipe
@@ -22,7 +21,6 @@ EXAMPLE = (
     "python tools/plan.py --preset ViT-H-14 --ds_config ds_configs/zero3_bf16.json --gpus 64 --batch 32768 --gpu H100 "
     "--memory-gb 80"
 )
-DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_bf16.json"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     p = parser("What an optimizer step takes: memory by part, communication, operations; and what to change.", EXAMPLE)
     p.add_argument("--preset", default="ViT-B-32", help="model, or the recipe's with --config (default: ViT-B-32)")
     p.add_argument("--config", help="a recipe whose model, batch and loss sections count")
-    p.add_argument("--ds_config", default=str(DS_CONFIG), help="DeepSpeed JSON (default: zero3_bf16)")
+    p.add_argument("--ds_config", default="zero3_bf16", help="DeepSpeed JSON (default: zero3_bf16)")
     p.add_argument("--gpus", type=int, default=1, help="ranks of the whole job (default: 1)")
     p.add_argument("--batch", type=int, help="global batch (default: 256, or the recipe's)")
     p.add_argument("--samples-per-forward", type=int, help="of a rank; default: planned")

@@ -26,8 +26,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--ds_config", "--ds-config", required=True, help="how to run: a DeepSpeed JSON, see ds_configs/"
-    )
+        "--ds_config", "--ds-config", default="zero3_bf16",
+        help="how to run: a DeepSpeed JSON, or the name of one in ds_configs/ (default: zero3_bf16)",
+    )  # fmt: skip
     parser.add_argument(
         "--config", default="demo", help="what to train: a packaged recipe or a YAML file (default: demo)"
     )
