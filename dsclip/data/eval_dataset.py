@@ -1,71 +1,108 @@
-"""Evaluation data: a fixed list of samples, the same on every rank, with CLIP's exact preprocessing."""
+"""Evaluation data: a fixed list of samples, the same on every rank, with CLIP's exact preprocessing.
+
+Opening reads texts alone. An image is decoded when it is asked for, on the rank that embeds it; one that can't be is
+found there, and `evaluate.features` has all ranks leave it out.
+"""
 
 from __future__ import annotations
 
+import gc
+import os
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from dsclip.data.reader import (
-    BadSample,
-    RawSample,
-    decode_image,
-    read_captions,
-    read_label,
-    read_negatives,
-    read_shard,
-)  # fmt: skip
+from dsclip.data.reader import BadSample, RawSample, decode_image, read_captions, read_label, read_negatives
 from dsclip.data.shard_cache import local_copy
 from dsclip.data.shards import LOCAL, read_manifest, resolve_shards
 from dsclip.data.sources import Reader, SourceError, is_remote
+from dsclip.data.text_members import TextSample, read_texts
 from dsclip.data.transforms import eval_image
 from dsclip.errors import UserError
 
 
-@dataclass(frozen=True)
-class _Entry:
-    raw: RawSample  # compressed bytes: an evaluation set of 50,000 images takes a few GB
-    captions: list[str]
-    negatives: list[str]
-    label: int | None
+class _Image(NamedTuple):
+    """Where an image lies: `size` bytes from `start` of a shard."""
+
+    location: str
+    extension: str
+    start: int
+    size: int
 
 
 class EvalDataset:
-    """Indexed samples: ds[i] is {"image": uint8 [3, S, S], "captions": [str], "label": int or None}."""
+    """Indexed samples: ds[i] is {"image": uint8 [3, S, S], "captions": [str], "label": int or None}.
 
-    def __init__(self, entries: list[_Entry], bad: Counter, image_size: int, max_pixels: int, manifest: dict | None):
-        self._entries, self._image_size, self._max_pixels = entries, image_size, max_pixels
-        self.bad = bad
-        self.classes: list[str] | None = (manifest or {}).get("classes")
-        self.templates: list[str] | None = (manifest or {}).get("templates")
+    captions, negatives (lists of strings) and labels (int or None) are those of all samples, in order. broken: {index:
+    reason} of samples whose image turned out to be unusable.
+    """
+
+    def __init__(self, image_size: int, max_pixels: int, reader: Reader):
+        self._image_size, self._max_pixels, self._reader = image_size, max_pixels, reader
+        self._images: list[_Image] = []
+        self._copies: dict[str, str] = {}
+        self.captions: list[list[str]] = []
+        self.negatives: list[list[str]] = []
+        self.labels: list[int | None] = []
+        self.left_out: Counter = Counter()  # when the shards were opened
+        self.broken: dict[int, str] = {}
+        self.classes: list[str] | None = None
+        self.templates: list[str] | None = None
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._images)
+
+    @property
+    def bad(self) -> Counter:
+        """Samples that were left out so far, by reason."""
+        return self.left_out + Counter(self.broken.values())
 
     def __getitem__(self, index: int) -> dict:
-        entry = self._entries[index]
-        image = eval_image(decode_image(entry.raw, self._max_pixels), self._image_size)
-        return {"image": image, "captions": entry.captions, "label": entry.label}
+        return {"image": self.image(index), "captions": self.captions[index], "label": self.labels[index]}
 
-    @property
-    def captions(self) -> list[list[str]]:
-        """All captions of all samples, without decoding an image."""
-        return [entry.captions for entry in self._entries]
+    def image(self, index: int) -> Tensor:
+        """uint8 [3, S, S]; several threads may ask at once. Raises BadSample."""
+        place = self._images[index]
+        try:
+            content = self._read(place)
+        except (OSError, SourceError) as error:
+            raise BadSample("unreadable shard") from error
+        raw = RawSample(place.location, "", {place.extension: content})
+        return eval_image(decode_image(raw, self._max_pixels), self._image_size)
 
-    @property
-    def negatives(self) -> list[list[str]]:
-        """All hard-negative captions of all samples, without decoding an image."""
-        return [entry.negatives for entry in self._entries]
+    def blank(self) -> Tensor:
+        """A black image, in the place of one that can't be decoded."""
+        return torch.zeros(3, self._image_size, self._image_size, dtype=torch.uint8)
 
-    @property
-    def labels(self) -> list[int | None]:
-        """All class labels, without decoding an image."""
-        return [entry.label for entry in self._entries]
+    def _read(self, place: _Image) -> bytes:
+        try:
+            return _read_file(self.path(place.location), place)
+        except FileNotFoundError:
+            if place.location not in self._copies:
+                raise
+            del self._copies[place.location]  # the copy gave way to others
+            return _read_file(self.path(place.location), place)
 
-    def images(self, start: int, stop: int) -> torch.Tensor:
-        """uint8 images [stop - start, 3, S, S]."""
-        return torch.stack([self[i]["image"] for i in range(start, stop)])
+    def path(self, location: str) -> str:
+        """The shard's file, copied here first where it is remote. Raises SourceError."""
+        if not is_remote(location):
+            return location
+        if location not in self._copies:
+            self._copies[location] = local_copy(location, self._reader, -1)
+        return self._copies[location]
+
+    def add(self, location: str, sample: TextSample, caption_key: str, negative_key: str) -> None:
+        """Appends a sample. Raises BadSample for texts that can't be read."""
+        label = read_label(sample.raw)
+        captions = _captions_or_none(sample.raw, caption_key, label)
+        negatives = read_negatives(sample.raw, negative_key)
+        self._images.append(_Image(location, sample.extension, sample.start, sample.size))
+        self.captions.append(captions)
+        self.negatives.append(negatives)
+        self.labels.append(label)
 
 
 def build_eval_dataset(
@@ -78,32 +115,59 @@ def build_eval_dataset(
     max_image_pixels: int = 64_000_000,
     reader: Reader = LOCAL,
 ) -> EvalDataset:
-    """Reads the shards once, in order. Samples that can't be decoded are left out and counted in `.bad`.
+    """Reads the texts of the shards, in order, of the first `max_samples`; no image is read or decoded.
 
-    reader: how remote shards are read. Raises UserError when shards are missing or nothing in them is usable.
+    reader: how remote shards are read. Samples without an image or with texts that can't be read are left out and counted
+    in `.bad`, as are those whose image can't be decoded, later. Raises UserError when shards are missing or nothing in
+    them is usable.
     """
     locations = resolve_shards(shards, reader)
+    dataset = EvalDataset(image_size, max_image_pixels, reader)
+    with _collection_paused():
+        for location in locations:
+            _add_shard(dataset, location, max_samples, caption_key, negative_key)
+            if max_samples and len(dataset) == max_samples:
+                break
+    if not len(dataset):
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dataset.bad.items()) or "they are empty"
+        raise UserError(f"no usable sample in {_names(locations)} ({reasons})")
+    manifest = read_manifest(locations, reader) or {}
+    dataset.classes, dataset.templates = manifest.get("classes"), manifest.get("templates")
+    return dataset
+
+
+@contextmanager
+def _collection_paused():
+    """Python's cyclic collector looks at all of a growing list again and again: a third of the time of opening."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        paths = [local_copy(p, reader, -1) if is_remote(p) else p for p in locations]
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _add_shard(dataset: EvalDataset, location: str, most: int | None, caption_key: str, negative_key: str) -> None:
+    try:
+        path = dataset.path(location)
+        for sample in read_texts(path, dataset.left_out):
+            try:
+                dataset.add(location, sample, caption_key, negative_key)
+            except BadSample as reason:
+                dataset.left_out[str(reason)] += 1
+            if most and len(dataset) == most:
+                return
     except SourceError as error:
         raise UserError(f"evaluation shards can't be read: {error}") from error
-    bad: Counter = Counter()
-    entries: list[_Entry] = []
-    for path in paths:
-        for raw in read_shard(path, bad):
-            try:
-                label = read_label(raw)
-                captions = _captions_or_none(raw, caption_key, label)
-                decode_image(raw, max_image_pixels)  # a broken image must not be found in the middle of a collective
-                entries.append(_Entry(raw, captions, read_negatives(raw, negative_key), label))
-            except BadSample as reason:
-                bad[str(reason)] += 1
-            if max_samples and len(entries) == max_samples:
-                return EvalDataset(entries, bad, image_size, max_image_pixels, read_manifest(locations, reader))
-    if not entries:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in bad.items()) or "they are empty"
-        raise UserError(f"no usable sample in {_names(paths)} ({reasons})")
-    return EvalDataset(entries, bad, image_size, max_image_pixels, read_manifest(locations, reader))
+    except OSError as error:
+        raise UserError(f"evaluation shard {location} can't be read: {error.strerror}") from error
+
+
+def _read_file(path: str, place: _Image) -> bytes:
+    # A file of its own for each read: descriptors that are shared by threads may be closed by another.
+    with open(path, "rb", buffering=0) as stream:
+        return os.pread(stream.fileno(), place.size, place.start)
 
 
 def _captions_or_none(raw: RawSample, caption_key: str, label: int | None) -> list[str]:

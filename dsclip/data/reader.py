@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 
 from PIL import Image
@@ -192,7 +193,7 @@ def read_captions(raw: RawSample, caption_key: str) -> list[str]:
     _refuse_long(raw)
     if "json" in raw.members:
         try:
-            found = json.loads(raw.members["json"])[caption_key]
+            found = _parsed(raw.members["json"])[caption_key]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
         captions = found if isinstance(found, list) else [found]
@@ -236,9 +237,15 @@ def read_group(raw: RawSample, group_key: str | None, caption: str) -> int:
     return int.from_bytes(blake2b(str(value).encode(), digest_size=8).digest(), "big", signed=True)
 
 
+@lru_cache(maxsize=1)
+def _parsed(content: bytes):
+    """A .json member, parsed once for its captions, hard negatives and group."""
+    return json.loads(content)
+
+
 def _json_value(raw: RawSample, key: str, otherwise):
     try:
-        return json.loads(raw.members["json"]).get(key, otherwise) if "json" in raw.members else otherwise
+        return _parsed(raw.members["json"]).get(key, otherwise) if "json" in raw.members else otherwise
     except (ValueError, AttributeError, RecursionError) as error:
         raise BadSample("unreadable json") from error
 

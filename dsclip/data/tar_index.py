@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
+from zlib import adler32
 
 import numpy as np
 
@@ -80,7 +82,7 @@ def parse_header(header: bytes, position: int) -> tuple[str, int, bytes]:
         checksum = int(header[148:156].split(b"\0")[0].strip() or b"-1", 8)
     except ValueError as error:
         raise DamagedTar(f"no tar header at byte {position}") from error
-    if checksum != sum(header) - sum(header[148:156]) + 8 * 32:
+    if checksum != _sum(header[:148]) + _sum(header[156:]) + 8 * 32:
         raise DamagedTar(f"no tar header at byte {position}")
     field = header[124:136]
     try:
@@ -91,6 +93,11 @@ def parse_header(header: bytes, position: int) -> tuple[str, int, bytes]:
     prefix = header[345:500].split(b"\0")[0] if header[257:262] == b"ustar" and header[262:263] == b"\0" else b""
     full = prefix + b"/" + name if prefix else name
     return full.decode("utf-8", "replace"), size, header[156:157]
+
+
+def _sum(header: bytes) -> int:
+    """The sum of fewer than 512 bytes. Adler-32's low half is one more, modulo 65521, and ten times as fast as Python's."""
+    return (adler32(header[:256]) & 0xFFFF) + (adler32(header[256:]) & 0xFFFF) - 2
 
 
 def _pax_path(records: bytes) -> str | None:
@@ -117,15 +124,24 @@ def members_of(content: bytes, extensions: tuple[str, ...]) -> tuple[str, dict[s
 
     Raises DamagedTar where headers are broken or name another sample.
     """
-    key, members, position, long_name = None, {}, 0, None
-    while position < len(content):
-        name, size, kind = parse_header(content[position : position + BLOCK].ljust(BLOCK, b"\0"), position)
+    key, places = locate_members(lambda start, length: content[start : start + length], len(content))
+    return key, {name: content[start : start + size] for name, start, size in places if name in extensions}
+
+
+def locate_members(take: Callable[[int, int], bytes], length: int) -> tuple[str, list[tuple[str, int, int]]]:
+    """(key, [(extension, first byte, size)]) of a sample of `length` bytes; take(start, length) gives bytes of it.
+
+    Raises DamagedTar where headers are broken or name another sample.
+    """
+    key, places, position, long_name = None, [], 0, None
+    while position < length:
+        name, size, kind = parse_header(take(position, BLOCK).ljust(BLOCK, b"\0"), position)
         body = position + BLOCK
         position = body + -(-size // BLOCK) * BLOCK
-        if position > len(content):
+        if position > length:
             raise DamagedTar(f"{name} is longer than its sample")
         if kind in b"Lx":
-            text = content[body : body + size]
+            text = take(body, size)
             long_name = _pax_path(text) if kind == b"x" else text.rstrip(b"\0").decode("utf-8", "replace")
         elif kind in b"0\0":
             stem, extension = split_name(long_name or name)
@@ -134,11 +150,10 @@ def members_of(content: bytes, extensions: tuple[str, ...]) -> tuple[str, dict[s
                 if key not in (None, stem):
                     raise DamagedTar(f"{stem} within the sample {key}")
                 key = stem
-                if extension in extensions:
-                    members[extension] = content[body : body + size]
+                places.append((extension, body, size))
     if key is None:
         raise DamagedTar("no member")
-    return key, members
+    return key, places
 
 
 def scan(stream: BinaryIO, shard_bytes: int) -> ShardIndex:

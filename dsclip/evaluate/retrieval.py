@@ -26,16 +26,22 @@ def retrieval(
     """{"image_to_text_recall@k", "text_to_image_recall@k" for k = 1, 5, 10, "images", "captions"}; recalls in 0..1.
 
     Image to text: one of the image's own captions is among the k best of all captions, averaged over images. Text to
-    image: the caption's image is among the k best, averaged over captions (as in CLIP_benchmark). Collective.
+    image: the caption's image is among the k best, averaged over captions (as in CLIP_benchmark). Images without captions don't take part, also
+    not as candidates. Collective.
     """
+    image, indices = encode_images(encode_image, dataset, retrieval_samples(dataset), batch_size, group)
+    texts = [caption for i in indices for caption in dataset.captions[i]]
+    owner = torch.tensor([row for row, i in enumerate(indices) for _ in dataset.captions[i]])
+    text = encode_texts(encode_text, texts, tokenizer, context_length, batch_size, group)
+    return retrieval_metrics(image, text, owner)
+
+
+def retrieval_samples(dataset) -> list[int]:
+    """The samples that have captions; the others don't take part. Raises UserError when none has."""
     indices = [i for i, captions in enumerate(dataset.captions) if captions]
     if not indices:
         raise UserError("retrieval needs captions; these shards have none")
-    texts = [caption for i in indices for caption in dataset.captions[i]]
-    owner = torch.tensor([row for row, i in enumerate(indices) for _ in dataset.captions[i]])
-    image = encode_images(encode_image, dataset, indices, batch_size, group)
-    text = encode_texts(encode_text, texts, tokenizer, context_length, batch_size, group)
-    return retrieval_metrics(image, text, owner)
+    return indices
 
 
 def retrieval_metrics(image: Tensor, text: Tensor, owner: Tensor) -> dict[str, float]:

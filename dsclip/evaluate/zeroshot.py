@@ -29,21 +29,32 @@ def zeroshot(
     classnames and templates default to those of the shards' manifest. Samples without a label are left out.
     Source: Radford et al. 2021, section 3.1.4: unit embeddings averaged over templates, made unit again. Collective.
     """
+    names, sentences = zeroshot_prompts(dataset, classnames, templates)
+    classifier = build_classifier(encode_text, names, sentences, tokenizer, group, context_length, batch_size)
+    image, indices = encode_images(encode_image, dataset, zeroshot_samples(dataset, len(names)), batch_size, group)
+    return classification_metrics(image @ classifier.T, torch.tensor([dataset.labels[i] for i in indices]))
+
+
+def zeroshot_prompts(dataset, classnames, templates) -> tuple[list[str], list[str]]:
+    """(class names, sentences with {}), given or of the shards' manifest. Raises UserError when there are none."""
     names = load_classnames(classnames) or dataset.classes
     if not names:
         raise UserError(
-            "zero-shot classification needs class names: give eval.classnames (--classnames), one name a line"
+            "zero-shot classification needs class names, and these shards' manifest has none: give eval.classnames "
+            "(--classnames), one name a line"
         )
-    sentences = load_templates(templates) or dataset.templates or load_templates("simple")
+    return names, load_templates(templates) or dataset.templates or load_templates("simple")
+
+
+def zeroshot_samples(dataset, classes: int) -> list[int]:
+    """The samples that have a label. Raises UserError when none has, or one is of a class without a name."""
     indices = [i for i, label in enumerate(dataset.labels) if label is not None]
     if not indices:
         raise UserError("zero-shot classification needs labels: none of these samples has a .cls member")
-    labels = torch.tensor([dataset.labels[i] for i in indices])
-    if labels.max() >= len(names):
-        raise UserError(f"a sample has class {int(labels.max())}, but there are {len(names)} class names")
-    classifier = build_classifier(encode_text, names, sentences, tokenizer, group, context_length, batch_size)
-    image = encode_images(encode_image, dataset, indices, batch_size, group)
-    return classification_metrics(image @ classifier.T, labels)
+    largest = max(dataset.labels[i] for i in indices)
+    if largest >= classes:
+        raise UserError(f"a sample has class {largest}, but there are {classes} class names")
+    return indices
 
 
 def build_classifier(encode_text, names, templates, tokenizer, group, context_length, batch_size) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from dsclip.config import Recipe
 from dsclip.data import build_eval_dataset
 from dsclip.data.sources import Reader
 from dsclip.engine import Collectives
 from dsclip.evaluate import hard_negatives, retrieval, zeroshot
+from dsclip.evaluate.features import encode_images, encode_texts
+from dsclip.evaluate.retrieval import retrieval_samples
 from dsclip.model import ClipConfig
 from dsclip.train.pictures import retrieval_grid, similarity_matrix
 
@@ -67,13 +71,16 @@ class Evaluation:
 
     def _show_pictures(self, engine, watch) -> None:
         """The first pairs of the retrieval set: what each caption finds, and all similarities as a heat map."""
-        import torch
-
-        samples = [self._retrieval[i] for i in range(min(PICTURE_SAMPLES, len(self._retrieval)))]
-        images = torch.stack([s["image"] for s in samples])
-        captions = [s["captions"][0] for s in samples]
-        tokens = self._tokenizer(captions, self._model.context_length)
-        similarity = (engine.encode_text(tokens) @ engine.encode_image(images).T).cpu().numpy()
+        data, batch_size = self._retrieval, self._settings.batch_size
+        # Some labelled images have no caption, and some images can't be decoded: the evaluation has found those by now.
+        indices = [i for i in retrieval_samples(data) if i not in data.broken][:PICTURE_SAMPLES]
+        image, indices = encode_images(engine.encode_image, data, indices, batch_size, self._group)
+        captions = [data.captions[i][0] for i in indices]
+        text = encode_texts(
+            engine.encode_text, captions, self._tokenizer, self._model.context_length, batch_size, self._group
+        )
         if self._group.rank == 0:
-            watch.picture("eval/retrieval", retrieval_grid(images.numpy(), captions, similarity), engine.step)
+            similarity = (text @ image.T).numpy()
+            images = torch.stack([data.image(i) for i in indices]).numpy()
+            watch.picture("eval/retrieval", retrieval_grid(images, captions, similarity), engine.step)
             watch.picture("eval/similarity", similarity_matrix(similarity), engine.step)

@@ -1,0 +1,102 @@
+"""How soon an evaluation set of many small images is open, and how fast its images are decoded. `python -m dsclip.bench.evaluation JSON`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dsclip.bench.measure import environment, in_process
+from dsclip.command_line import parser, run_tool, say
+from dsclip.data import ShardWriter, build_eval_dataset
+from dsclip.errors import UserError
+
+EXAMPLE = "python tools/bench_evaluation.py --samples 50000"
+SHARD_SIZE, CLASSES, PICTURES = 5000, 100, 64
+
+
+def main(argv: list[str] | None = None) -> None:
+    """tools/bench_evaluation.py."""
+    p = parser("How soon an evaluation set is open, and how fast its images are decoded.", EXAMPLE)
+    p.add_argument("--samples", type=int, default=50_000, help="of the set that is written (default: 50000)")
+    p.add_argument("--shards", help="instead: a set of yours, a folder, glob or brace expression")
+    p.add_argument("--image-size", type=int, default=64)
+    p.add_argument("--decode", type=int, default=2000, help="images that are decoded (default: 2000)")
+    p.add_argument("--repeats", type=int, default=3, help="the best counts (default: 3)")
+    sys.exit(run_tool(bench, p.parse_args(argv)))
+
+
+def bench(a: argparse.Namespace) -> tuple[dict, str]:
+    """{"samples", "open_s", "first_image_s", "images_per_second", "shards", "environment"}, each in a process of its own.
+
+    first_image_s: from the call that opens the set until its first image is decoded. images_per_second: of one rank, through
+    the same threads as in an evaluation, without a model.
+    """
+    if min(a.samples, a.image_size, a.decode, a.repeats) < 1:
+        raise UserError("--samples, --image-size, --decode and --repeats must be at least 1")
+    if a.shards is None:
+        with tempfile.TemporaryDirectory() as folder:
+            say(f"writing {a.samples} images")
+            write_small_images(Path(folder), a.samples)
+            return bench(argparse.Namespace(**vars(a) | {"shards": folder}))
+    runs = []
+    for _ in range(a.repeats):
+        runs.append(in_process(__spec__.name, dict(shards=a.shards, image_size=a.image_size, decode=a.decode)))
+        say(f"open after {runs[-1]['open_s']:.2f} s")
+    best = {name: pick(run[name] for run in runs) for name, pick in PICK.items()}
+    result = {"samples": runs[0]["samples"], **best, "shards": a.shards, "environment": environment()}
+    text = (
+        f"{result['samples']:,} samples: open after {best['open_s']:.2f} s, first image after {best['first_image_s']:.2f} s, "
+        f"then {best['images_per_second']:.0f} images/s"
+    )
+    return result, text
+
+
+PICK = {"open_s": min, "open_cpu_s": min, "first_image_s": min, "images_per_second": max}
+
+
+def write_small_images(folder: Path, samples: int) -> None:
+    """Labelled JPEGs of 64 × 64 noise with a caption each: `.jpg`, `.json` and `.cls`."""
+    pictures = []
+    for seed in range(PICTURES):
+        content = io.BytesIO()
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(content, "JPEG", quality=80)
+        pictures.append(content.getvalue())
+    classes = [f"class {i}" for i in range(CLASSES)]
+    with ShardWriter(folder, SHARD_SIZE, classes=classes, templates=["a photo of a {}."]) as writer:
+        for i in range(samples):
+            text = json.dumps({"caption": [f"a photo of class {i % CLASSES}, number {i}"]}).encode()
+            members = {"jpg": pictures[i % PICTURES], "json": text, "cls": str(i % CLASSES).encode()}
+            writer.write(f"{i:08d}", members)
+
+
+def measure(shards: str, image_size: int, decode: int) -> dict:
+    """One opening and one pass over the first `decode` images."""
+    from dsclip.evaluate.features import encode_images
+    from dsclip.losses import SingleRank
+
+    started, cpu = time.perf_counter(), time.process_time()
+    dataset = build_eval_dataset(shards, image_size=image_size)
+    opened, opened_cpu = time.perf_counter(), time.process_time()
+    dataset.image(0)
+    first = time.perf_counter()
+    indices = list(range(min(decode, len(dataset))))
+    decoding = time.perf_counter()
+    encode_images(lambda images: images[:, 0, 0, :1], dataset, indices, 64, SingleRank())
+    done = time.perf_counter()
+    return {
+        "samples": len(dataset), "open_s": opened - started, "open_cpu_s": opened_cpu - cpu, "first_image_s": first - started,
+        "images_per_second": len(indices) / (done - decoding),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(**json.loads(sys.argv[1]))))

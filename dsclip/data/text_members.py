@@ -1,0 +1,165 @@
+"""The text of every sample of a shard, and where its image lies, for sets of many small samples.
+
+The headers of many samples are looked at together, in numpy; whatever is not plain ustar goes the way of training, one
+sample at a time, which also says what is wrong with it. Large images are never read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from dsclip.data.reader import IMAGE_EXTENSIONS, MEMBER_EXTENSIONS, MOST_TEXT_BYTES, BadSample, RawSample
+from dsclip.data.shards import short_name
+from dsclip.data.tar_index import BLOCK, SUFFIX, DamagedTar, ShardIndex, from_bytes, locate_members, scan_file
+from dsclip.errors import UserError
+
+TEXT_EXTENSIONS = tuple(e for e in MEMBER_EXTENSIONS if e not in IMAGE_EXTENSIONS)
+SMALL_SAMPLE = (
+    1 << 16
+)  # bytes: up to here, reading whole samples in sequence is faster than going from header to header
+GROUP_BYTES = 1 << 25  # of samples that are looked at together
+GROUP_SAMPLES = 4096
+
+Place = tuple[str, int, int]  # extension, first byte in the shard, size
+
+
+class TextSample(NamedTuple):
+    """A sample without its image: raw has its text members, and the image is `size` bytes from `start` of the shard."""
+
+    raw: RawSample
+    extension: str
+    start: int
+    size: int
+
+
+def read_texts(path: str, bad: Counter) -> Iterator[TextSample]:
+    """The samples of a local shard, in order; damage and samples without an image are counted in `bad`."""
+    index = _index(path)
+    bad.update(index.problems)
+    name = short_name(path)
+    with open(path, "rb", buffering=0) as stream:
+        for first, stop in _groups(index):
+            starts, ends = index.starts[first:stop], index.starts[first:stop] + index.sizes[first:stop]
+            part = _Part(stream.fileno(), int(starts[0]), int(ends[-1]), len(starts))
+            for start, end, members in zip(
+                starts.tolist(), ends.tolist(), _plain_members(part, starts, ends), strict=True
+            ):
+                try:
+                    key, places = _named(members) or _one_by_one(part, start, end)
+                    yield _sample(name, key, places, part)
+                except DamagedTar:
+                    bad["damaged sample"] += 1
+                except BadSample as reason:
+                    bad[str(reason)] += 1
+
+
+def _index(path: str) -> ShardIndex:
+    """From the file beside the shard if it is that of these bytes, or else by walking the shard."""
+    try:
+        with open(path + SUFFIX, "rb") as sidecar:
+            return from_bytes(sidecar.read(), path + SUFFIX, os.path.getsize(path))
+    except (OSError, UserError):
+        return scan_file(path)
+
+
+def _groups(index: ShardIndex) -> Iterator[tuple[int, int]]:
+    first = 0
+    while first < len(index):
+        stop = int(np.searchsorted(index.starts, index.starts[first] + GROUP_BYTES))
+        stop = max(first + 1, min(stop, first + GROUP_SAMPLES))
+        yield first, stop
+        first = stop
+
+
+class _Part:
+    """The bytes from `start` to `end` of a file, read at once where the samples in it are small."""
+
+    def __init__(self, descriptor: int, start: int, end: int, samples: int):
+        self._descriptor, self._start, self._content = descriptor, start, None
+        if end - start <= samples * SMALL_SAMPLE:
+            self._content = os.pread(descriptor, end - start, start).ljust(end - start, b"\0")
+
+    def read(self, start: int, length: int) -> bytes:
+        if self._content is None:
+            return os.pread(self._descriptor, length, start)
+        return self._content[start - self._start : start - self._start + length]
+
+    def headers(self, positions: np.ndarray) -> np.ndarray:
+        """uint8 [n, 512] of n positions."""
+        if self._content is not None:
+            return np.frombuffer(self._content, np.uint8).reshape(-1, BLOCK)[(positions - self._start) // BLOCK]
+        blocks = [os.pread(self._descriptor, BLOCK, p).ljust(BLOCK, b"\0") for p in positions.tolist()]
+        return np.frombuffer(b"".join(blocks), np.uint8).reshape(-1, BLOCK)
+
+
+def _plain_members(part: _Part, starts: np.ndarray, ends: np.ndarray) -> list[list[tuple[bytes, int, int]] | None]:
+    """(name, first byte, size) of the members of each sample; None for a sample with any but plain headers."""
+    found: list[list | None] = [[] for _ in starts]
+    samples, positions = np.arange(len(starts)), starts
+    while len(samples):
+        plain, sizes, names = _parse(part.headers(positions))
+        bodies = positions + BLOCK
+        following = bodies + -(-sizes // BLOCK) * BLOCK
+        plain &= following <= ends[samples]
+        rows = zip(samples.tolist(), plain.tolist(), names, bodies.tolist(), sizes.tolist(), strict=True)
+        for sample, is_plain, name, body, size in rows:
+            if is_plain:
+                found[sample].append((name, body, size))
+            else:
+                found[sample] = None
+        more = plain & (following < ends[samples])
+        samples, positions = samples[more], following[more]
+    return found
+
+
+def _parse(headers: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+    """(which are plain ustar headers of files with a short ASCII name, sizes, names) of headers [n, 512]."""
+    size_digits, sum_digits = (headers[:, a:b].astype(np.int64) - ord("0") for a, b in ((124, 135), (148, 154)))
+    sizes, sums = (digits @ (8 ** np.arange(digits.shape[1])[::-1]) for digits in (size_digits, sum_digits))
+    actual = headers.sum(axis=1, dtype=np.int64) - headers[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+    plain = (sums == actual) & np.isin(headers[:, 156], (0, ord("0"))) & (headers[:, 345] == 0)
+    for digits in (size_digits, sum_digits):
+        plain &= ((digits >= 0) & (digits < 8)).all(axis=1)
+    plain &= (headers[:, 99] == 0) & (headers[:, :100] < 128).all(axis=1) & np.isin(headers[:, 135], (0, ord(" ")))
+    names = np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0].tolist()
+    return plain, np.where(plain, sizes, 0), names
+
+
+def _named(members: list[tuple[bytes, int, int]] | None) -> tuple[str, list[Place]] | None:
+    """(key, places) where every name is KEY.EXTENSION."""
+    if not members:
+        return None
+    first = members[0][0]
+    folder, slash, base = first.rpartition(b"/")
+    key = folder + slash + base.partition(b".")[0]
+    places, start = [], len(key) + 1
+    for name, body, size in members:
+        extension = name[start:]
+        if not extension or not name.startswith(key + b".") or b"/" in extension or b"\0" in name:
+            return None
+        places.append((extension.decode("ascii").lower(), body, size))
+    return key.decode("ascii"), places
+
+
+def _one_by_one(part: _Part, start: int, end: int) -> tuple[str, list[Place]]:
+    key, places = locate_members(lambda first, length: part.read(start + first, length), end - start)
+    return key, [(extension, start + first, size) for extension, first, size in places]
+
+
+def _sample(shard: str, key: str, places: list[Place], part: _Part) -> TextSample:
+    texts, images = {}, {}
+    for extension, start, size in places:
+        if extension in TEXT_EXTENSIONS:
+            # A byte more than is allowed is enough for the reader of captions to refuse the member.
+            texts[extension] = part.read(start, min(size, MOST_TEXT_BYTES + 1))
+        elif extension in IMAGE_EXTENSIONS:
+            images[extension] = (start, size)
+    extension = next((e for e in IMAGE_EXTENSIONS if e in images), None)
+    if extension is None:
+        raise BadSample("no image")
+    return TextSample(RawSample(shard, key, texts), extension, *images[extension])
