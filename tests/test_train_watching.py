@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dsclip.config.schema import OptimSection
 from dsclip.engine.schedule import learning_rate
 from dsclip.train.metrics_log import MetricsLog
-from dsclip.train.pictures import RIGHT, retrieval_grid, similarity_matrix
+from dsclip.train.pictures import INK, RIGHT, retrieval_grid, similarity_matrix
 from dsclip.train.progress import Progress, describe, format_seconds
 from dsclip.train.summary import console_summary, write_summary
 
@@ -27,7 +27,8 @@ SUMMARY = {
         "zeroshot": {"top1": 0.91, "top5": 1.0, "samples": 300, "classes": 48},
         "retrieval": {f"{way}_recall@{k}": k / 20 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)},
     },
-    "eval_data": {"zeroshot": ["a.tar", "b.tar"], "retrieval": "demo:val"},
+    "eval_data": {"zeroshot": ["a.tar", "b.tar"], "retrieval": "demo"},
+    "eval_names": {"zeroshot": "a.tar::b.tar", "retrieval": "demo (training pairs)"},
     "checkpoint": "runs/demo/checkpoints/step_00000400", "hf_export": "runs/demo/hf", "samples_per_second": 547.6,
     "skipped_steps": 1, "bad_samples": {"no caption": 3}, "samples_read": 102403,
 }  # fmt: skip
@@ -125,20 +126,29 @@ def test_the_retrieval_grid_marks_the_right_image():
     assert retrieval_grid(images[:1], captions[:1], np.eye(1)).shape[2] == 3
 
 
-def test_the_similarity_matrix_has_a_dark_diagonal():
-    picture = similarity_matrix(np.eye(8)).astype(int).sum(axis=2)
-    inner = picture[44 : 44 + 512, 44 : 44 + 512]
-    assert inner[32, 32] < 300 < inner[32, 96]
+def test_the_similarity_matrix_has_a_dark_diagonal_and_shows_negative_values():
+    heat = similarity_matrix(np.eye(8) - np.eye(8, k=1) * 0.5).astype(int)[92 : 92 + 512, 74 : 74 + 512]
+    own, below_zero, zero = heat[32, 32], heat[32, 96], heat[96, 32]
+    assert own.sum() < 300 < zero.sum() and own[2] > own[0]
+    assert below_zero[0] > below_zero[2] + 50 and below_zero.sum() < zero.sum() - 100
+    assert similarity_matrix(np.zeros((1, 1))).shape == similarity_matrix(np.eye(8)).shape
+
+
+def test_pictures_name_their_data_with_labelled_axes():
+    plain, named = (similarity_matrix(np.eye(16), data) for data in ("", "a/long/folder/" * 9 + "x (training pairs)"))
+    assert (plain[:34] != named[:34]).any() and (plain[40:] == named[40:]).all()
+    assert pixels_of(plain[:, :74], INK) > 20 and pixels_of(plain[60:90], INK) > 20
 
 
 def test_the_summary_states_results_and_what_to_do_next(tmp_path):
     write_summary(tmp_path, SUMMARY)
     assert json.loads((tmp_path / "summary.json").read_text()) == SUMMARY
     text, console = (tmp_path / "summary.md").read_text(), console_summary(SUMMARY, tmp_path)
+    assert text.count("on demo (training pairs) |") == 6, "each number says what it was measured on"
     for shown in ("91.0%", "3m07s", "3 no caption", "tools/convert_hf.py runs/demo/checkpoints/step_00000400"):
         assert shown in text
-    assert "zero-shot top-1 91.0% over 48 classes, 300 images" in console
-    assert "text to image recall@1/5/10 5.0% / 25.0% / 50.0%" in console
+    assert "zero-shot top-1 91.0% over 48 classes, 300 images of a.tar::b.tar" in console
+    assert "text to image recall@1/5/10 5.0% / 25.0% / 50.0% on demo (training pairs)" in console
     assert "tensorboard --logdir" in console
     assert "launchers/evaluate.py --model runs/demo/hf --task zeroshot --data a.tar::b.tar" in console
 

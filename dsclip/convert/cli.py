@@ -11,6 +11,7 @@ import torch
 from dsclip.checkpoint import Checkpoint, read_checkpoint
 from dsclip.command_line import parser, run_tool, say
 from dsclip.convert.hf import DTYPES, export_hf
+from dsclip.convert.model_card import results_of_run
 from dsclip.errors import UserError
 from dsclip.model import Clip
 
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
 def _convert(arguments: argparse.Namespace) -> tuple[dict, str]:
     checkpoint = read_checkpoint(arguments.checkpoint)
     say(f"read {checkpoint.path}: step {checkpoint.step}, verified")
-    export_hf(checkpoint, arguments.out, dtype=arguments.dtype)
+    metrics, data = results_of_run(checkpoint)
+    export_hf(checkpoint, arguments.out, dtype=arguments.dtype, metrics=metrics, data=data)
     difference = largest_difference(checkpoint, arguments.out)
     if arguments.dtype == "fp32" and difference > TOLERANCE:
         raise UserError(
@@ -44,6 +46,7 @@ def _convert(arguments: argparse.Namespace) -> tuple[dict, str]:
         "out": str(arguments.out),
         "checkpoint": str(checkpoint.path),
         "dtype": arguments.dtype,
+        "results": {task: {"data": data.get(task), **values} for task, values in metrics.items()},
         "max_difference": difference,
     }
     text = (

@@ -22,11 +22,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export_hf(
-    checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32", metrics: dict | None = None, overwrite: bool = False
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    dtype: str = "fp32",
+    metrics: dict | None = None,
+    data: dict[str, str] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes the checkpoint as a HuggingFace folder: safetensors, configuration, preprocessing, tokenizer, model card.
 
-    metrics: {task: {metric: value}} for the card. Written aside and renamed, so `out` is whole or absent. Raises
+    metrics: {task: {metric: value}} and data: {task: what it was measured on} for the card. Written aside and renamed, so `out` is whole or absent. Raises
     UserError when `out` exists with content and `overwrite` is not set.
     """
     out = Path(out)
@@ -40,7 +46,7 @@ def export_hf(
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
     _write_json(temporary / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
     _write_json(temporary / "preprocessor_config.json", hf_preprocessor(checkpoint.config))
-    (temporary / "README.md").write_text(model_card(checkpoint, metrics or {}), encoding="utf-8")
+    (temporary / "README.md").write_text(model_card(checkpoint, metrics or {}, data or {}), encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)
     os.rename(temporary, out)

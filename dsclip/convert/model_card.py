@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import json
+
 from dsclip.checkpoint import Checkpoint
 
 
-def model_card(checkpoint: Checkpoint, metrics: dict[str, dict[str, float]]) -> str:
-    """Markdown with the front matter that the HuggingFace hub reads. metrics: {task: {metric: value}}."""
+def results_of_run(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """(metrics {task: {metric: value}}, data {task: its name}) that the checkpoint's run measured at its step; or nothing."""
+    log = checkpoint.path.parent.parent / "metrics.jsonl"
+    metrics, data = {}, {}
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
+        try:
+            entry = json.loads(line)
+            if entry["step"] != checkpoint.step or "eval_data" not in entry:
+                continue
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a crash cut short
+        metrics, data = {}, entry["eval_data"]
+        for name, value in entry.items():
+            if name.startswith("eval") and name.count("/") == 2:
+                _, task, metric = name.split("/")
+                metrics.setdefault(task, {})[metric] = value
+    return metrics, data
+
+
+def model_card(checkpoint: Checkpoint, metrics: dict[str, dict[str, float]], data: dict[str, str]) -> str:
+    """Markdown with the front matter that the HuggingFace hub reads. metrics: {task: {metric: value}}; data: {task: name}."""
     c, recipe = checkpoint.config, checkpoint.recipe
     rows = [(task, name, value) for task, values in metrics.items() for name, value in values.items()]
     table = "\n".join(
-        f"| {t} | {n} | {v:.4f} |" if isinstance(v, float) else f"| {t} | {n} | {v} |" for t, n, v in rows
+        f"| {t} | {data.get(t, 'unknown')} | {n} | {f'{v:.4f}' if isinstance(v, float) else v} |" for t, n, v in rows
     )
-    measured = f"| task | metric | value |\n|---|---|---|\n{table}" if rows else "Not measured with this export."
-    data, batch, optim = recipe.get("data", {}), recipe.get("batch", {}), recipe.get("optim", {})
+    measured = f"| task | data | metric | value |\n|---|---|---|---|\n{table}" if rows else "Not measured."
+    trained_on, batch, optim = recipe.get("data", {}), recipe.get("batch", {}), recipe.get("optim", {})
     return f"""---
 library_name: transformers
 pipeline_tag: zero-shot-image-classification
@@ -37,7 +58,7 @@ Images {c.image_size} px in patches of {c.patch_size}: {c.vision_layers} layers 
 {c.activation}, logit scale {checkpoint.logit_scale:.2f}.
 
 ## Training
-{checkpoint.step} steps, {checkpoint.samples} samples seen. Data: `{data.get("train_shards")}`. Global batch
+{checkpoint.step} steps, {checkpoint.samples} samples seen. Data: `{trained_on.get("train_shards")}`. Global batch
 {batch.get("global_batch_size")}, AdamW with learning rate {optim.get("lr")} and weight decay {optim.get("weight_decay")}.
 
 ## Results

@@ -15,6 +15,8 @@ from dsclip.checkpoint import read_checkpoint
 from dsclip.command_line import parser, say
 from dsclip.data import build_eval_dataset, load_tokenizer
 from dsclip.data.inspect_cli import add_remote, reader_of
+from dsclip.data.overlap import data_name, training_pairs
+from dsclip.data.sources import Reader
 from dsclip.engine.collectives import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
 from dsclip.evaluate import hard_negatives, retrieval, zeroshot
@@ -73,7 +75,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     device, group = _join_ranks(arguments)
-    config, weights, tokenizer_dir = load_model(arguments.model)
+    config, weights, tokenizer_dir, train_shards = load_model(arguments.model)
     tokenizer = load_tokenizer(arguments.tokenizer or str(tokenizer_dir))
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -105,7 +107,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     metrics = TASKS[arguments.task](encode_image, encode_text, dataset, tokenizer, group, **options, **shared)
     return {
         "task": arguments.task, "metrics": metrics, "model": str(arguments.model), "data": arguments.data,
-        "bad_samples": dict(dataset.bad),
+        "training_pairs": _training_pairs(arguments.data, train_shards, reader_of(arguments)), "bad_samples": dict(dataset.bad),
     }  # fmt: skip
 
 
@@ -121,15 +123,27 @@ def _join_ranks(arguments: argparse.Namespace) -> tuple[torch.device, Collective
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu"), Collectives(rank, world_size)
 
 
-def load_model(path: Path) -> tuple[ClipConfig, dict, Path]:
-    """(configuration, float32 weights, tokenizer folder) of a checkpoint, a run or a HuggingFace folder."""
+def _training_pairs(shards: str, train_shards, reader: Reader) -> str | None:
+    """`training pairs`, `partly training pairs` or None; also None where the training shards can't be found any more."""
+    try:
+        return training_pairs(shards, train_shards, reader) if train_shards else None
+    except UserError:
+        return None
+
+
+def load_model(path: Path) -> tuple[ClipConfig, dict, Path, str | list[str] | None]:
+    """(configuration, float32 weights, tokenizer folder, training shards) of a checkpoint, a run or a HuggingFace folder.
+
+    A HuggingFace folder doesn't say what it was trained on.
+    """
     if (path / "config.json").is_file():
         from dsclip.convert.hf import load_hf_folder  # convert comes after evaluate in the pipeline
 
         config, weights, _ = load_hf_folder(path)
-        return config, weights, path
+        return config, weights, path, None
     checkpoint = read_checkpoint(path)
-    return checkpoint.config, checkpoint.state_dict, checkpoint.tokenizer_dir
+    train_shards = checkpoint.recipe.get("data", {}).get("train_shards")
+    return checkpoint.config, checkpoint.state_dict, checkpoint.tokenizer_dir, train_shards
 
 
 def _report(result: dict, arguments: argparse.Namespace) -> None:
@@ -138,7 +152,7 @@ def _report(result: dict, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result))
         return
-    print(f"{result['task']} of {result['model']} on {result['data']}")
+    print(f"{result['task']} of {result['model']} on {data_name(result['data'], result['training_pairs'])}")
     for name, value in result["metrics"].items():
         print(f"  {name:28} {value:.2%}" if isinstance(value, float) else f"  {name:28} {value}")
     for reason, count in result["bad_samples"].items():

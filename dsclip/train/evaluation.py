@@ -5,32 +5,46 @@ from __future__ import annotations
 import torch
 
 from dsclip.config import Recipe
-from dsclip.data import build_eval_dataset
+from dsclip.data import EvalDataset, build_eval_dataset
+from dsclip.data.overlap import data_name, training_pairs
 from dsclip.data.sources import Reader
-from dsclip.engine import Collectives
+from dsclip.errors import UserError
 from dsclip.evaluate import hard_negatives, retrieval, zeroshot
 from dsclip.evaluate.features import encode_images, encode_texts
+from dsclip.evaluate.hard_negatives import hard_negative_samples
 from dsclip.evaluate.retrieval import retrieval_samples
+from dsclip.evaluate.zeroshot import zeroshot_prompts, zeroshot_samples
 from dsclip.model import ClipConfig
 from dsclip.train.pictures import retrieval_grid, similarity_matrix
 
 PICTURE_SAMPLES = 64
+TASKS = ("zeroshot", "retrieval", "hard_negatives")
 
 
 class Evaluation:
-    """The tasks of a recipe's `eval` section. Every method is collective: ZeRO-3 gathers weights in each forward."""
+    """The tasks of a recipe's `eval` section.
 
-    def __init__(self, recipe: Recipe, model: ClipConfig, tokenizer, group: Collectives):
-        self._settings, self._model, self._tokenizer, self._group = recipe.eval, model, tokenizer, group
-        self._data = recipe.data
-        # Opened here, so that missing evaluation shards stop the run before its first step.
-        self._zeroshot = self._open(recipe.eval.zeroshot_shards)
-        self._retrieval = self._open(recipe.eval.retrieval_shards)
-        self._hard_negatives = self._open(recipe.eval.hard_negatives_shards)
+    Building it opens the sets and checks that each has what its task needs, so that a mistake ends a run before its first
+    step: raises UserError, which names the key. names: {task: its data, and whether they are training pairs}.
+    """
 
-    def _open(self, shards):
-        if shards is None:
-            return None
+    def __init__(self, recipe: Recipe, model: ClipConfig, tokenizer):
+        self._settings, self._data, self._model, self._tokenizer = recipe.eval, recipe.data, model, tokenizer
+        self._reader = Reader(tuple(recipe.data.trusted_hosts), recipe.data.retries)
+        self.sets: dict[str, EvalDataset] = {}
+        self.names: dict[str, str] = {}
+        for task in TASKS:
+            shards = getattr(recipe.eval, f"{task}_shards")
+            if shards is None:
+                continue
+            try:
+                self.sets[task] = self._open(shards)
+                self._check(task)
+            except UserError as error:
+                raise UserError(f"eval.{task}_shards={data_name(shards, None)}: {error}") from error
+            self.names[task] = data_name(shards, training_pairs(shards, recipe.data.train_shards, self._reader))
+
+    def _open(self, shards: str | list[str]) -> EvalDataset:
         return build_eval_dataset(
             shards,
             image_size=self._model.image_size,
@@ -38,8 +52,18 @@ class Evaluation:
             caption_key=self._data.caption_key,
             negative_key=self._data.negative_key,
             max_image_pixels=self._data.max_image_pixels,
-            reader=Reader(tuple(self._data.trusted_hosts), self._data.retries),
+            reader=self._reader,
         )
+
+    def _check(self, task: str) -> None:
+        dataset = self.sets[task]
+        if task == "zeroshot":
+            names, _ = zeroshot_prompts(dataset, self._settings.classnames, self._settings.templates)
+            zeroshot_samples(dataset, len(names))
+        elif task == "retrieval":
+            retrieval_samples(dataset)
+        else:
+            hard_negative_samples(dataset)
 
     def due(self, step: int, last: bool) -> bool:
         """Whether this step is followed by an evaluation."""
@@ -47,40 +71,38 @@ class Evaluation:
         return last or (every is not None and step % every == 0)
 
     def run(self, engine, watch) -> dict[str, dict[str, float]]:
-        """{task: {metric: value}}, also written to TensorBoard with pictures of what the model retrieves."""
+        """{task: {metric: value}}, also written to TensorBoard with pictures of what the model retrieves.
+
+        Collective: ZeRO-3 gathers weights in each forward.
+        """
         shared = dict(context_length=self._model.context_length, batch_size=self._settings.batch_size)
-        encoders = (engine.encode_image, engine.encode_text)
         results = {}
-        if self._zeroshot is not None:
-            watch.message("evaluating zero-shot classification")
-            results["zeroshot"] = zeroshot(
-                *encoders, self._zeroshot, self._tokenizer, self._group,
-                classnames=self._settings.classnames, templates=self._settings.templates, **shared,
-            )  # fmt: skip
-        if self._retrieval is not None:
-            watch.message("evaluating retrieval")
-            results["retrieval"] = retrieval(*encoders, self._retrieval, self._tokenizer, self._group, **shared)
-            self._show_pictures(engine, watch)
-        if self._hard_negatives is not None:
-            watch.message("evaluating hard negatives")
-            results["hard_negatives"] = hard_negatives(
-                *encoders, self._hard_negatives, self._tokenizer, self._group, **shared
-            )
-        watch.evaluated(engine.step, results)
+        for task, dataset in self.sets.items():
+            watch.message(f"evaluating {task.replace('_', ' ')} on {self.names[task]}")
+            inputs = (engine.encode_image, engine.encode_text, dataset, self._tokenizer, engine.group)
+            if task == "zeroshot":
+                prompts = dict(classnames=self._settings.classnames, templates=self._settings.templates)
+                results[task] = zeroshot(*inputs, **prompts, **shared)
+            elif task == "retrieval":
+                results[task] = retrieval(*inputs, **shared)
+                self._show_pictures(engine, watch)
+            else:
+                results[task] = hard_negatives(*inputs, **shared)
+        watch.evaluated(engine.step, results, self.names)
         return results
 
     def _show_pictures(self, engine, watch) -> None:
         """The first pairs of the retrieval set: what each caption finds, and all similarities as a heat map."""
-        data, batch_size = self._retrieval, self._settings.batch_size
+        data, batch_size, group = self.sets["retrieval"], self._settings.batch_size, engine.group
         # Some labelled images have no caption, and some images can't be decoded: the evaluation has found those by now.
         indices = [i for i in retrieval_samples(data) if i not in data.broken][:PICTURE_SAMPLES]
-        image, indices = encode_images(engine.encode_image, data, indices, batch_size, self._group)
+        image, indices = encode_images(engine.encode_image, data, indices, batch_size, group)
         captions = [data.captions[i][0] for i in indices]
-        text = encode_texts(
-            engine.encode_text, captions, self._tokenizer, self._model.context_length, batch_size, self._group
-        )
-        if self._group.rank == 0:
+        context_length = self._model.context_length
+        text = encode_texts(engine.encode_text, captions, self._tokenizer, context_length, batch_size, group)
+        if group.rank == 0:
             similarity = (text @ image.T).numpy()
             images = torch.stack([data.image(i) for i in indices]).numpy()
-            watch.picture("eval/retrieval", retrieval_grid(images, captions, similarity), engine.step)
-            watch.picture("eval/similarity", similarity_matrix(similarity), engine.step)
+            name = self.names["retrieval"]
+            watch.picture("eval/retrieval", retrieval_grid(images, captions, similarity, name), engine.step)
+            watch.picture("eval/similarity", similarity_matrix(similarity, name), engine.step)

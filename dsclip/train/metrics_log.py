@@ -43,7 +43,7 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(Path(run_dir) / "tb"), purge_step=start_step + 1)
 
-    def log(self, step: int, scalars: dict[str, float], **words: str) -> None:
+    def log(self, step: int, scalars: dict[str, float], **words: str | dict[str, str]) -> None:
         """One line and one point per scalar; words go into the line only. JSON has no NaN: such numbers become null."""
         if self._file is None:
             return

@@ -11,18 +11,21 @@ PAPER, INK, FAINT = (255, 255, 255), (35, 39, 47), (140, 146, 156)
 RIGHT, WRONG = (32, 150, 83), (214, 218, 224)
 THUMBNAIL, GAP, TEXT_WIDTH = 112, 12, 300
 SHOWN_CANDIDATES = 5
-# From white to deep blue; similarities below zero stay white.
-_LOW, _HIGH = np.array([247, 249, 252]), np.array([12, 64, 140])
+# White at zero, deep blue above, rust below.
+_ZERO, _POSITIVE, _NEGATIVE = np.array([247, 249, 252]), np.array([12, 64, 140]), np.array([176, 72, 22])
 
 
 def _font(size: int):
     return ImageFont.load_default(size=size)
 
 
-def retrieval_grid(images: np.ndarray, captions: list[str], similarity: np.ndarray, rows: int = 8) -> np.ndarray:
+def retrieval_grid(
+    images: np.ndarray, captions: list[str], similarity: np.ndarray, data: str = "", rows: int = 8
+) -> np.ndarray:
     """Captions with the images they find, best first; the caption's own image is framed in green.
 
-    images uint8 [n, 3, H, W], captions n strings, similarity [n captions, n images]. Returns uint8 [H, W, 3].
+    images uint8 [n, 3, H, W], captions n strings, similarity [n captions, n images], data: their name, for the title.
+    Returns uint8 [H, W, 3].
     """
     rows, columns = min(rows, len(captions)), min(SHOWN_CANDIDATES, len(images))
     row_height = THUMBNAIL + 26 + GAP
@@ -30,7 +33,8 @@ def retrieval_grid(images: np.ndarray, captions: list[str], similarity: np.ndarr
     sheet = Image.new("RGB", (width, 40 + rows * row_height + GAP), PAPER)
     canvas = ImageDraw.Draw(sheet)
     canvas.text((GAP, 12), "caption", fill=FAINT, font=_font(14))
-    canvas.text((GAP + TEXT_WIDTH, 12), "most similar images; green: the caption's own", fill=FAINT, font=_font(14))
+    title = f"most similar of {len(images)} images{_of(data)}; green: the caption's own"
+    canvas.text((GAP + TEXT_WIDTH, 12), title, fill=FAINT, font=_font(14))
     for row in range(rows):
         top = 40 + row * row_height
         _draw_caption(canvas, captions[row], GAP, top)
@@ -46,6 +50,11 @@ def retrieval_grid(images: np.ndarray, captions: list[str], similarity: np.ndarr
     return np.asarray(sheet)
 
 
+def _of(data: str) -> str:
+    """The end of a long name stays: it says whether these are training pairs."""
+    return (f", {data}" if len(data) <= 42 else f", ...{data[-40:]}") if data else ""
+
+
 def _draw_caption(canvas, caption: str, left: int, top: int) -> None:
     lines = textwrap.wrap(caption, 36) or [""]
     if len(lines) > 5:
@@ -57,35 +66,66 @@ def _thumbnail(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image.transpose(1, 2, 0)).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
 
 
-def similarity_matrix(similarity: np.ndarray, limit: int = 64) -> np.ndarray:
+def similarity_matrix(similarity: np.ndarray, data: str = "", limit: int = 64) -> np.ndarray:
     """Cosine similarity of the first `limit` captions (rows) and images (columns) as a heat map with its scale.
 
-    A trained model shows a dark diagonal. Returns uint8 [H, W, 3].
+    A trained model shows a dark blue diagonal. data: their name, for the title. Returns uint8 [H, W, 3].
     """
     shown = np.asarray(similarity, dtype=float)[:limit, :limit]
     n = len(shown)
     cell = max(4, 512 // n)
-    side, margin = cell * n, 44
-    sheet = Image.new("RGB", (side + 2 * margin + 70, side + 2 * margin), PAPER)
+    side, left, top = cell * n, 74, 92
+    sheet = Image.new("RGB", (left + side + 110, top + side + 24), PAPER)
     canvas = ImageDraw.Draw(sheet)
-    heat = Image.fromarray(_colour(shown)).resize((side, side), Image.Resampling.NEAREST)
-    sheet.paste(heat, (margin, margin))
-    canvas.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline=WRONG)
-    canvas.text((margin, margin - 24), f"images 1 to {n}", fill=INK, font=_font(14))
-    label = Image.new("RGB", (side, 20), PAPER)
-    ImageDraw.Draw(label).text((0, 2), f"captions 1 to {n}", fill=INK, font=_font(14))
-    sheet.paste(label.rotate(90, expand=True), (margin - 26, margin))
-    _draw_scale(sheet, canvas, margin + side + 24, margin, side)
+    title = f"cosine similarity of {n} captions and images{_of(data)}"
+    canvas.text((24, 14), title, fill=INK, font=_font(14))
+    own = f"own pairs {_number(np.diag(shown).mean())} on average"
+    others = shown[~np.eye(n, dtype=bool)]
+    canvas.text((24, 36), f"{own}, others {_number(others.mean())}" if n > 1 else own, fill=FAINT, font=_font(13))
+    most = _limit(shown)
+    heat = Image.fromarray(_colour(shown / most)).resize((side, side), Image.Resampling.NEAREST)
+    sheet.paste(heat, (left, top))
+    canvas.rectangle((left - 1, top - 1, left + side, top + side), outline=WRONG)
+    _draw_axes(sheet, canvas, left, top, n, cell)
+    _draw_scale(sheet, canvas, left + side + 26, top, side, most)
     return np.asarray(sheet)
 
 
-def _colour(values: np.ndarray) -> np.ndarray:
-    share = np.clip(values, 0, 1)[..., None]
-    return (_LOW + share * (_HIGH - _LOW)).round().astype(np.uint8)
+def _limit(values: np.ndarray) -> float:
+    """Where the scale ends on both sides of zero: the largest value in tenths, rounded up."""
+    return max(0.1, np.ceil(np.abs(values).max() * 10 - 1e-9) / 10)
 
 
-def _draw_scale(sheet, canvas, left: int, top: int, height: int) -> None:
-    ramp = _colour(np.linspace(1, 0, height)[:, None])
+def _number(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _draw_axes(sheet, canvas, left: int, top: int, n: int, cell: int) -> None:
+    """Numbers from 1 at every eighth row and column, and what they number."""
+    canvas.text((left, top - 36), "image", fill=INK, font=_font(13))
+    label = Image.new("RGB", (60, 18), PAPER)
+    ImageDraw.Draw(label).text((0, 1), "caption", fill=INK, font=_font(13))
+    label = label.rotate(90, expand=True)
+    sheet.paste(label, (left - 54, top))
+    for number in sorted({1, *range(8, n + 1, 8), *([n] if n < 8 else [])}):
+        middle = (number - 1) * cell + cell // 2
+        canvas.text((left + middle, top - 6), str(number), fill=INK, font=_font(11), anchor="mb")
+        canvas.text((left - 6, top + middle), str(number), fill=INK, font=_font(11), anchor="rm")
+        canvas.line((left + middle, top - 4, left + middle, top - 2), fill=FAINT)
+        canvas.line((left - 4, top + middle, left - 2, top + middle), fill=FAINT)
+
+
+def _colour(shares: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] of values from −1 to 1."""
+    shares = np.clip(shares, -1, 1)[..., None]
+    ends = np.where(shares < 0, _NEGATIVE, _POSITIVE)
+    return (_ZERO + np.abs(shares) * (ends - _ZERO)).round().astype(np.uint8)
+
+
+def _draw_scale(sheet, canvas, left: int, top: int, height: int, most: float) -> None:
+    ramp = _colour(np.linspace(1, -1, height)[:, None])
     sheet.paste(Image.fromarray(ramp).resize((16, height), Image.Resampling.NEAREST), (left, top))
-    for value in (1.0, 0.5, 0.0):
-        canvas.text((left + 22, top + (1 - value) * (height - 12)), f"{value:.1f}", fill=INK, font=_font(13))
+    canvas.rectangle((left - 1, top - 1, left + 16, top + height), outline=WRONG)
+    for share in (1.0, 0.5, 0.0, -0.5, -1.0):
+        place = (left + 24, top + (1 - share) / 2 * height)
+        canvas.text(place, _number(share * most), fill=INK, font=_font(12), anchor="lm")

@@ -39,6 +39,7 @@ class Plan:
     run_dir: Path
     resume: Path | None
     init: tuple | None  # (state dict, logit scale) to start from
+    evaluation: Evaluation  # its sets open and checked
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,12 +62,11 @@ def run(arguments: argparse.Namespace) -> None:
         manifest = load_checkpoint(engine, plan.resume, world_size=group.world_size)
         data_state = merge_states(manifest["data"])
     loader = make_loader(plan, group, data_state)
-    evaluation = Evaluation(plan.recipe, plan.model, plan.tokenizer, group)
     claim_run_folder(plan, group)
     watch = Watch(plan, engine)
     watch.message(describe_plan(engine.plan))
     started = time.monotonic()
-    outcome = train(plan.recipe, engine, loader, evaluation, store, watch)
+    outcome = train(plan.recipe, engine, loader, plan.evaluation, store, watch)
     watch.check_applied()
     finish(plan, engine, watch, outcome, seconds=time.monotonic() - started)
 
@@ -93,7 +93,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         from dsclip.convert.init import load_init
 
         init = load_init(recipe.model.init, model)
-    return Plan(recipe, ds_config, model, tokenizer, run_dir, resume, init)
+    evaluation = Evaluation(recipe, model, tokenizer)
+    return Plan(recipe, ds_config, model, tokenizer, run_dir, resume, init, evaluation)
 
 
 def evaluation_shards(recipe: Recipe) -> tuple:
@@ -180,6 +181,7 @@ def describe(plan: Plan) -> str:
         f"global batch        {plan.recipe.batch.global_batch_size} = {world_size} ranks x {local} samples",
         f"a rank's step       {describe_plan(found)}",
         f"data                {plan.recipe.data.train_shards}: first caption {batch['captions'][0]!r}",
+        *(f"evaluation          {task} on {name}, {len(plan.evaluation.sets[task])} samples" for task, name in plan.evaluation.names.items()),
         "The settings fit together. Leave out --dry-run to train.",
     ])  # fmt: skip
 
@@ -196,7 +198,8 @@ def finish(plan: Plan, engine, watch: Watch, outcome, seconds: float) -> None:
         if plan.recipe.train.export_hf:
             hf_export = plan.run_dir / "hf"
             watch.message(f"converting {outcome.checkpoint} to a HuggingFace folder")
-            export_hf(read_checkpoint(outcome.checkpoint), hf_export, metrics=outcome.evaluation, overwrite=True)
+            results = dict(metrics=outcome.evaluation, data=plan.evaluation.names)
+            export_hf(read_checkpoint(outcome.checkpoint), hf_export, **results, overwrite=True)
         summary = {
             "steps": outcome.step,
             "samples": outcome.step * plan.recipe.batch.global_batch_size,
@@ -204,6 +207,7 @@ def finish(plan: Plan, engine, watch: Watch, outcome, seconds: float) -> None:
             "loss": outcome.loss,
             "eval": outcome.evaluation,
             "eval_data": {task: getattr(plan.recipe.eval, f"{task}_shards") for task in outcome.evaluation},
+            "eval_names": plan.evaluation.names,
             "checkpoint": str(outcome.checkpoint),
             "hf_export": None if hf_export is None else str(hf_export),
             "planned_memory_gb": engine.plan.peak_mb / 1e3,

@@ -12,7 +12,8 @@ from dsclip.train.progress import format_seconds
 def write_summary(run_dir: Path, summary: dict) -> None:
     """Writes both files.
 
-    summary: steps, samples, seconds, loss, eval {task: {metric: value}}, eval_data {task: shards}, checkpoint, hf_export,
+    summary: steps, samples, seconds, loss, eval {task: {metric: value}}, eval_data {task: shards}, eval_names {task: its data, and
+    whether they are training pairs}, checkpoint, hf_export,
     samples_per_second, skipped_steps, bad_samples {reason: count}, samples_read, memory_gb and planned_memory_gb.
     """
     run_dir = Path(run_dir)
@@ -50,7 +51,12 @@ def result_rows(summary: dict) -> list[tuple[str, str]]:
     rows = []
     for task, metrics in summary["eval"].items():
         for name, value in metrics.items():
-            rows.append((f"{task} {name}", f"{value:.1%}" if isinstance(value, float) else f"{value}"))
+            rows.append(
+                (
+                    f"{task} {name} on {summary['eval_names'][task]}",
+                    f"{value:.1%}" if isinstance(value, float) else f"{value}",
+                )
+            )
     return rows
 
 
@@ -83,18 +89,21 @@ def _memory(summary: dict) -> str:
 def console_summary(summary: dict, run_dir: Path) -> str:
     """What the run prints last: results first, then what to do with them."""
     lines = ["", f"Done: {summary['steps']} steps in {format_seconds(summary['seconds'])}."]
-    results = summary["eval"]
+    results, names = summary["eval"], summary["eval_names"]
     if "zeroshot" in results:
         z = results["zeroshot"]
-        lines.append(f"  zero-shot top-1 {z['top1']:.1%} over {z['classes']} classes, {z['samples']} images")
+        where = f"{z['classes']} classes, {z['samples']} images of {names['zeroshot']}"
+        lines.append(f"  zero-shot top-1 {z['top1']:.1%} over {where}")
     if "retrieval" in results:
         r = results["retrieval"]
         for way, key in (("image to text", "image_to_text"), ("text to image", "text_to_image")):
             recalls = " / ".join(f"{r[f'{key}_recall@{k}']:.1%}" for k in (1, 5, 10))
-            lines.append(f"  {way} recall@1/5/10 {recalls}")
+            lines.append(f"  {way} recall@1/5/10 {recalls} on {names['retrieval']}")
     if "hard_negatives" in results:
         h = results["hard_negatives"]
-        lines.append(f"  own caption above a hard negative {h['accuracy']:.1%} of {h['pairs']} times")
+        lines.append(
+            f"  own caption above a hard negative {h['accuracy']:.1%} of {h['pairs']} times on {names['hard_negatives']}"
+        )
     lines += [
         f"  checkpoint  {summary['checkpoint']}",
         f"  HuggingFace {summary['hf_export']}",

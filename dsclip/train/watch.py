@@ -10,6 +10,7 @@ from hashlib import sha256
 import torch
 
 from dsclip.config import dump_recipe
+from dsclip.data.overlap import ALL, PART
 from dsclip.errors import UserError
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.progress import Progress
@@ -107,13 +108,19 @@ class Watch:
                 file.write(json.dumps({"step": step, **entry}) + "\n")
                 self.message(f"shard {entry['shard']}: {entry['what']} ({entry['detail']})")
 
-    def evaluated(self, step: int, results: dict[str, dict[str, float]]) -> None:
-        """Evaluation results, to the log and above the progress line."""
+    def evaluated(self, step: int, results: dict[str, dict[str, float]], names: dict[str, str]) -> None:
+        """Evaluation results, to the log and above the progress line. names: {task: its data}, see `data_name`."""
         if results:
-            self._log.log(step, {f"eval/{task}/{k}": v for task, values in results.items() for k, v in values.items()})
+            scalars = {
+                f"{evaluation_tag(names[task])}/{task}/{k}": v
+                for task, values in results.items()
+                for k, v in values.items()
+            }
+            self._log.log(step, scalars, eval_data=names)
+            self._log.text("eval/data", "\n".join(f"* {task}: {name}" for task, name in names.items()))
         for task, values in results.items():
             shown = ", ".join(f"{k} {v:.1%}" for k, v in values.items() if isinstance(v, float))
-            self.message(f"step {step}: {task}: {shown}")
+            self.message(f"step {step}: {task} on {names[task]}: {shown}")
 
     def picture(self, tag: str, image, step: int) -> None:
         """A uint8 picture [H, W, 3] for TensorBoard's image tab."""
@@ -145,6 +152,11 @@ class Watch:
         """Ends the progress line and flushes the logs."""
         self._progress.close()
         self._log.close()
+
+
+def evaluation_tag(name: str) -> str:
+    """Where results on this data are logged: those on training pairs in a group that says so."""
+    return next((f"eval_on_{note.replace(' ', '_')}" for note in (PART, ALL) if name.endswith(f"({note})")), "eval")
 
 
 def loss_scalars(metrics) -> dict[str, float]:

@@ -1,0 +1,30 @@
+"""Whether an evaluation set is held out: scores on pairs that a model was trained on say nothing about others."""
+
+from __future__ import annotations
+
+import os
+
+from dsclip.data.shards import LOCAL, resolve_shards
+from dsclip.data.sources import Reader, is_remote
+
+ALL, PART = "training pairs", "partly training pairs"
+
+
+def training_pairs(shards: str | list[str], train_shards: str | list[str], reader: Reader = LOCAL) -> str | None:
+    """`training pairs` where all of these shards are training shards, `partly training pairs` where some are, or None.
+
+    By the places of the shards: a copy elsewhere isn't recognised. Raises UserError when either can't be found.
+    """
+    trained = set(map(_place, resolve_shards(train_shards, reader)))
+    seen = [_place(location) in trained for location in resolve_shards(shards, reader)]
+    return ALL if all(seen) else PART if any(seen) else None
+
+
+def data_name(shards: str | list[str], note: str | None) -> str:
+    """How results name their data: `data/photos/val`, or `data/photos/train (training pairs)`."""
+    name = shards if isinstance(shards, str) else "::".join(shards)
+    return f"{name} ({note})" if note else name
+
+
+def _place(location: str) -> str:
+    return location if is_remote(location) else os.path.realpath(location)
