@@ -168,8 +168,8 @@ def test_class_folders_become_labelled_sets(tmp_path):
 
 def test_large_images_are_resized_on_request(tmp_path):
     caption_zip(tmp_path / "p.zip")
-    make_shards(tmp_path / "p.zip", tmp_path / "small", size=24)
-    make_shards(tmp_path / "p.zip", tmp_path / "whole")
+    make_shards(tmp_path / "p.zip", tmp_path / "small", size=24, holdout=0)
+    make_shards(tmp_path / "p.zip", tmp_path / "whole", holdout=0)
     for name, expected in (("small", 24), ("whole", 40)):
         raw = list(read_shard(tmp_path / name / "00000.tar", {}))
         assert len(raw) == 20 and all(decode_image(r, 10_000).size == (expected, expected) for r in raw)
@@ -178,7 +178,7 @@ def test_large_images_are_resized_on_request(tmp_path):
 def test_the_command_prints_json_and_exits_with_two_for_wrong_input(tmp_path, capsys):
     caption_zip(tmp_path / "p.zip")
     with pytest.raises(SystemExit) as done:
-        make_shards_command([str(tmp_path / "p.zip"), str(tmp_path / "out"), "--json"])
+        make_shards_command([str(tmp_path / "p.zip"), str(tmp_path / "out"), "--json", "--holdout", "0"])
     assert done.value.code == 0
     assert json.loads(capsys.readouterr().out)["samples"] == {"all": 20}
     for source, message in (

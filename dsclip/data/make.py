@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import zipfile
@@ -13,16 +12,20 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from dsclip.data.caption_table import CAPTIONS, read_tables
 from dsclip.data.reader import IMAGE_EXTENSIONS, BadSample, RawSample, decode_image
+from dsclip.data.ready_recipe import RECIPE, Made, folder_of, write_recipe
 from dsclip.data.shards import MANIFEST, ShardWriter
+from dsclip.data.tokenizer import load_tokenizer
 from dsclip.data.train_tokenizer import train_tokenizer
 from dsclip.errors import UserError
 
-CAPTIONS = "captions.tsv"
 SPLIT_NAMES = ("train", "val", "valid", "validation", "test")
 CLASS_TEMPLATE = "a photo of a {}."
 MAX_PIXELS = 64_000_000
 JPEG_QUALITY = 92
+HOLDOUT = 0.1  # of sets without splits of their own
+MEASURED_CAPTIONS = 2000  # for the context length of the recipe
 
 
 @dataclass
@@ -33,6 +36,8 @@ class Summary:
     skipped: dict[str, int] = field(default_factory=dict)
     classes: list[str] | None = None
     tokenizer: str | None = None
+    recipe: str | None = None
+    sides: list[int] = field(default_factory=list, repr=False)  # of the images as they are stored
 
     def skip(self, reason: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
@@ -69,78 +74,97 @@ def make_shards(
     out: Path,
     *,
     shard_size: int = 1000,
-    holdout: float = 0.0,
+    holdout: float | None = None,
     size: int | None = None,
     tokenizer_size: int | None = None,
+    tokenizer: str | None = None,
+    encoding: str = "utf-8",
 ) -> Summary:
-    """Writes shards of everything in `source` below `out`; raises UserError when there is nothing to write.
+    """Writes shards of everything in `source` below `out`, with a recipe; raises UserError when there is nothing to write.
 
-    captions.tsv (filepath<TAB>caption, several rows an image allowed) gives image-caption pairs, split into `train` and
-    `val` by a hash of the path when `holdout` is a share. Class folders, also below train/ and test/, become one set a
-    split, with labels. size: resize the shorter side to this, if it is larger, and store JPEG. tokenizer_size: also
-    train a tokenizer with so many tokens on the captions (not those of a held-out split), in `out`/tokenizer.
+    captions.tsv (filepath<TAB>caption, several rows an image allowed) gives image-caption pairs; class folders, labelled
+    images. Where `source` has splits of its own (train/, val/, test/) they are kept, and a holdout is refused; otherwise
+    that share of the images, by a hash of the path, becomes `val` (None: a tenth) and the rest `train`; 0 keeps all in
+    one set. size: resize the shorter side to this, if it is larger, and store JPEG. tokenizer_size: train a tokenizer with
+    so many tokens on the captions (not those of a held-out split), in `out`/tokenizer; tokenizer: the recipe uses this
+    one. encoding: of captions.tsv. Each sample's .json has its captions and image_id, a hash that equal image files share.
     """
+    if tokenizer is not None:
+        load_tokenizer(tokenizer)  # one that is missing is an error now
     files = Source(source)
     summary = Summary()
-    captions = [n for n in files.names if PurePosixPath(n).name == CAPTIONS]
-    if captions:
-        splits = _from_captions(files, captions[0], holdout, summary)
-    else:
-        splits = _from_classes(files, holdout, summary)
+    tables = [n for n in files.names if PurePosixPath(n).name == CAPTIONS]
+    splits = _from_captions(files, tables, encoding, summary) if tables else _from_classes(files, summary)
+    splits = _split(files, splits, holdout)
+    for name in ("", *splits):
+        _refuse_existing(folder_of(out, name))
     for name, items in splits.items():
         if items:
-            folder = out / name if name else out
-            _refuse_existing(folder)
-            summary.samples[name or "all"] = _write(files, items, folder, shard_size, size, summary)
+            summary.samples[name] = _write(files, items, folder_of(out, name), shard_size, size, summary)
     if not sum(summary.samples.values()):
         raise UserError(f"{source}: no image could be used ({summary.skipped or 'there are none'})")
+    seen = [items for split, items in splits.items() if split in ("", "train")] or list(splits.values())
+    captions = [caption for items in seen for item in items for caption in item.captions]
     if tokenizer_size is not None:
-        seen = [items for split, items in splits.items() if split in ("", "train")] or list(splits.values())
-        folder = out / "tokenizer"
-        train_tokenizer(
-            (caption for items in seen for item in items for caption in item.captions), folder, tokenizer_size
-        )
-        summary.tokenizer = str(folder)
+        summary.tokenizer = str(out / "tokenizer")
+        train_tokenizer(captions, out / "tokenizer", tokenizer_size)
+    used = tokenizer or summary.tokenizer
+    tokens = _usual_length(load_tokenizer(used), captions) if used else 0
+    side = sorted(summary.sides)[len(summary.sides) // 2]
+    recipe = write_recipe(Made(out, summary.samples, summary.classes is not None, side, tokens, used or "demo"))
+    summary.recipe = None if recipe is None else str(recipe)
     return summary
 
 
+def _usual_length(tokenizer, captions: list[str]) -> int:
+    """Tokens that 99 of 100 captions don't exceed, of a few looked at."""
+    step = max(1, len(captions) // MEASURED_CAPTIONS)
+    ids = tokenizer(captions[::step], 77)
+    lengths = (ids == tokenizer.eot_token_id).int().argmax(dim=1).sort().values + 1
+    return int(lengths[(len(lengths) * 99) // 100])
+
+
 def _refuse_existing(folder: Path) -> None:
-    if (folder / MANIFEST).exists() or list(folder.glob("*.tar")):
+    if (folder / MANIFEST).exists() or (folder / RECIPE).exists() or list(folder.glob("*.tar")):
         raise UserError(f"{folder} holds shards already; choose another folder or remove them")
 
 
-def _split_of(name: str, holdout: float) -> str:
+def _split(files: Source, splits: dict[str, list[_Item]], holdout: float | None) -> dict[str, list[_Item]]:
+    """The source's own splits, or a share of its images held out."""
+    if set(splits) != {""}:
+        if holdout:
+            own = ", ".join(f"{name}/" for name in splits)
+            raise UserError(
+                f"{files.path} has splits of its own ({own}), which --holdout would mix; leave it out, or give one of these "
+                "folders as SRC"
+            )
+        return splits
+    holdout = HOLDOUT if holdout is None else holdout
     if not holdout:
-        return ""
-    share = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
-    return "val" if share < holdout else "train"
+        return splits
+    parts: dict[str, list[_Item]] = {"train": [], "val": []}
+    for item in splits[""]:
+        share = int.from_bytes(blake2b(item.name.encode(), digest_size=8).digest(), "big") / 2**64
+        parts["val" if share < holdout else "train"].append(item)
+    return parts
 
 
-def _from_captions(files: Source, table: str, holdout: float, summary: Summary) -> dict[str, list[_Item]]:
-    captions: dict[str, list[str]] = {}
-    known, base = set(files.names), PurePosixPath(table).parent
-    text = files.read(table).decode("utf-8", errors="replace")
-    reader = csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-    header = next(reader, [])
-    if "filepath" not in header or "caption" not in header:
-        raise UserError(f"{table}: the first line must be `filepath<TAB>caption`, and it is {header!r}")
-    path_column, caption_column = header.index("filepath"), header.index("caption")
-    for row in reader:
-        if len(row) <= max(path_column, caption_column) or not row[caption_column].strip():
-            summary.skip("no caption")
-            continue
-        name = (base / row[path_column]).as_posix()
-        if name not in known:
-            summary.skip("missing image")
-            continue
-        captions.setdefault(name, []).append(row[caption_column].strip())
-    splits: dict[str, list[_Item]] = {}
-    for name, sentences in captions.items():
-        splits.setdefault(_split_of(name, holdout), []).append(_Item(name, sentences))
+def _from_captions(files: Source, tables: list[str], encoding: str, summary: Summary) -> dict[str, list[_Item]]:
+    """By split: one table, or one in each split's folder."""
+    folders = [PurePosixPath(table).parent.name for table in tables]
+    if len(tables) > 1 and (len(set(folders)) < len(folders) or any(f not in SPLIT_NAMES for f in folders)):
+        raise UserError(
+            f"{files.path} has {len(tables)} files {CAPTIONS} ({', '.join(tables[:3])}); keep one, or one in each of train/, "
+            "val/ and test/"
+        )
+    splits = {}
+    for table, folder in zip(tables, folders, strict=True):
+        captions = read_tables(files.read(table), table, encoding, set(files.names), summary.skip)
+        splits[folder if len(tables) > 1 else ""] = [_Item(name, texts) for name, texts in captions.items()]
     return splits
 
 
-def _from_classes(files: Source, holdout: float, summary: Summary) -> dict[str, list[_Item]]:
+def _from_classes(files: Source, summary: Summary) -> dict[str, list[_Item]]:
     images = [n for n in files.names if n.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "/" in n]
     parts = [PurePosixPath(n).parts for n in images]
     depth = next((d for d in (0, 1) if parts and all(len(p) > d + 1 and p[d] in SPLIT_NAMES for p in parts)), None)
@@ -155,8 +179,7 @@ def _from_classes(files: Source, holdout: float, summary: Summary) -> dict[str, 
     for name, p in zip(images, parts, strict=True):
         label = classes.index(p[class_at])
         caption = CLASS_TEMPLATE.replace("{}", summary.classes[label])
-        split = p[depth] if depth is not None else _split_of(name, holdout)
-        splits.setdefault(split, []).append(_Item(name, [caption], label))
+        splits.setdefault(p[depth] if depth is not None else "", []).append(_Item(name, [caption], label))
     return splits
 
 
@@ -167,10 +190,9 @@ def _write(files: Source, items: list[_Item], folder: Path, shard_size: int, siz
     written = 0
     with ShardWriter(folder, shard_size, classes=summary.classes, templates=templates) as writer:
         for item, members in _usable(files, items, size, summary):
-            if len(item.captions) == 1:
-                members["txt"] = item.captions[0].encode()
-            else:
-                members["json"] = json.dumps({"caption": item.captions}, ensure_ascii=False).encode()
+            caption = item.captions if len(item.captions) > 1 else item.captions[0]
+            text = {"caption": caption, "image_id": members.pop("image_id").decode()}
+            members["json"] = json.dumps(text, ensure_ascii=False).encode()
             if item.label is not None:
                 members["cls"] = str(item.label).encode()
             writer.write(f"{written:08d}", members)
@@ -190,9 +212,11 @@ def _usable(files: Source, items: list[_Item], size: int | None, summary: Summar
         except BadSample as reason:
             summary.skip(str(reason))
             continue
+        image_id = blake2b(content, digest_size=8).hexdigest().encode()
         if size is not None and min(image.size) > size:
             extension, content = "jpg", _resized(image, size)
-        yield item, {extension: content}
+        summary.sides.append(min(*image.size, size or image.width))
+        yield item, {extension: content, "image_id": image_id}
 
 
 def _resized(image: Image.Image, size: int) -> bytes:
