@@ -47,7 +47,7 @@ class Case:
         self.bias = torch.tensor(-2.0, dtype=dtype) if name == "sigmoid" else None
         self.image_valid = torch.ones(total, 4, dtype=torch.bool) if tokens else None
         self.text_valid = self._lengths(total, generator) if tokens else None
-        self.keys = self.hard = self.hard_owner = self.hard_valid = self.queue = None
+        self.keys = self.hard = self.hard_owner = self.hard_valid = self.queue = self.queue_valid = None
         self.hard_counts = torch.zeros(total, dtype=torch.int64)
         if extras:
             self.keys = torch.randint(0, max(2, total // 2), (total,), generator=generator)
@@ -58,6 +58,7 @@ class Case:
             queue_keys = torch.randint(0, max(2, total // 2), (3,), generator=generator)
             self.queue = (unit(3, *self.image.shape[1:], seed=seed + 3, dtype=dtype),
                           unit(3, *self.text.shape[1:], seed=seed + 4, dtype=dtype), queue_keys)  # fmt: skip
+            self.queue_valid = self._lengths(3, generator) if tokens else None
 
     @staticmethod
     def _lengths(count, generator):
@@ -74,6 +75,7 @@ class Case:
             if self.hard_valid is not None:
                 extra["hard_valid"] = self.hard_valid[chosen]
             extra |= dict(zip(("queue_image", "queue_text", "queue_keys"), self.queue, strict=True))
+            extra["queue_text_valid"] = self.queue_valid
         return Pairs(
             self.image[mine], self.text[mine], self.log_scale, self.bias, cut(self.image_valid), cut(self.text_valid),
             cut(self.keys), **extra,
@@ -96,22 +98,21 @@ class Case:
             "hard": self.hard,
         }
         leaves = {k: v.double().clone().requires_grad_() for k, v in leaves.items() if v is not None}
+        queue = None if self.queue is None else (*(q.double() for q in self.queue[:2]), self.queue[2])
         similar = reference.cosine
         if self.name == "filip":
-            all_valid = {4: lambda x: torch.ones(len(x), 4, dtype=torch.bool)}
 
             def valid(x):
                 known = {id(leaves["text"]): self.text_valid, id(leaves.get("hard")): self.hard_valid}
+                known |= {} if queue is None else {id(queue[1]): self.queue_valid}
                 return known.get(id(x), torch.ones(x.shape[:2], dtype=torch.bool))
 
             def similar(x, y):
                 return reference.late_interaction(x, y, valid(x), valid(y))
 
-            del all_valid
         value = reference.loss(
             self.name, leaves["image"], leaves["text"], leaves["log_scale"], leaves.get("bias"), options, similar,
-            self.keys, leaves.get("hard"), self.hard_owner,
-            None if self.queue is None else (*(q.double() for q in self.queue[:2]), self.queue[2]),
+            self.keys, leaves.get("hard"), self.hard_owner, queue,
         )  # fmt: skip
         value.backward()
         zero = torch.zeros((), dtype=torch.float64)

@@ -24,7 +24,7 @@ from dsclip.engine.micro_batch import Cutter, MicroBatch, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
 from dsclip.engine.schedule import learning_rate
 from dsclip.errors import UserError
-from dsclip.losses import LossGrads, Negatives, Pairs, checked, find_loss
+from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss
 from dsclip.losses.observe import FeatureStatistics, feature_statistics
 from dsclip.model import ClipConfig
 from dsclip.model.blocks import compile_blocks
@@ -87,6 +87,7 @@ class ContrastiveEngine:
         self._cutter = Cutter(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss
         self._loss = find_loss(settings.name, settings.plugin)
+        check_options(self._loss, settings)
         self._negatives = Negatives(
             settings.duplicates, "own" if settings.hard_negatives == "own" else "global", settings.filter_margin,
             settings.beta, settings.label_smoothing,
@@ -219,7 +220,7 @@ class ContrastiveEngine:
             # The average may overflow in bf16 where the weights did not; no later step would be finite with that queued.
             if not all_finite(image, text, self.group):
                 return
-        self.queue.push(image, text, pairs.keys, self.group)
+        self.queue.push(image, text, pairs.keys, self.group, pairs.text_valid)
 
     def _metrics(self, grads: LossGrads, lr: float, reason: str | None, batch: dict) -> StepMetrics:
         hard = torch.tensor(len(batch.get("hard_owner", ())), device=self.device)

@@ -17,7 +17,10 @@ FILE = "queue.safetensors"
 
 
 class FeatureQueue:
-    """A ring of the last `queue_size` pairs. `shape_image`, `shape_text`: the shape of one sample's features."""
+    """A ring of the last `queue_size` pairs. `shape_image`, `shape_text`: the shape of one sample's features.
+
+    Captions of token-wise features [T, d] keep which of their tokens exist.
+    """
 
     def __init__(self, loss: LossSection, shape_image: tuple, shape_text: tuple, device: torch.device):
         self.size, self._warmup_steps = loss.queue_size, loss.queue_warmup_steps
@@ -32,6 +35,8 @@ class FeatureQueue:
             "text": torch.zeros(self.size, *shape_text, device=device),
             "keys": torch.zeros(self.size, dtype=torch.int64, device=device),
         }
+        if len(shape_text) == 2:
+            self._tensors["text_valid"] = torch.zeros(self.size, shape_text[0], dtype=torch.bool, device=device)
         self.filled = self._next = 0
 
     def negatives(self, step: int) -> dict[str, Tensor]:
@@ -45,11 +50,19 @@ class FeatureQueue:
         """The shape of one queued sample's features, of `image` or `text`."""
         return tuple(self._tensors[kind].shape[1:])
 
-    def push(self, image: Tensor, text: Tensor, keys: Tensor | None, group: Collectives) -> None:
-        """Adds the pairs of all ranks in place of the oldest ones. Collective. image, text: this rank's features."""
+    def push(
+        self, image: Tensor, text: Tensor, keys: Tensor | None, group: Collectives, text_valid: Tensor | None = None
+    ) -> None:
+        """Adds the pairs of all ranks in place of the oldest ones. Collective. image, text: this rank's features.
+
+        text_valid [n, T] bool: the tokens that exist, of token-wise features.
+        """
         if keys is None:
             keys = torch.zeros(len(image), dtype=torch.int64, device=image.device)
-        for name, x in (("image", image), ("text", text), ("keys", keys)):
+        new = {"image": image, "text": text, "keys": keys}
+        if "text_valid" in self._tensors:
+            new["text_valid"] = text_valid
+        for name, x in new.items():
             gathered = group.all_gather(x.contiguous())[-self.size :]
             places = (self._next + torch.arange(len(gathered), device=x.device)) % self.size
             self._tensors[name][places] = gathered.to(self._tensors[name].dtype)
@@ -66,7 +79,7 @@ class FeatureQueue:
         return {"filled": self.filled, "next": self._next}
 
     def load(self, folder: Path, state: dict | None) -> None:
-        """Restores what `save` wrote."""
+        """Restores what `save` wrote. A token-wise queue of an earlier version, without `text_valid`, fills anew."""
         if state is None:
             return  # the run had no queue before: it fills anew
         tensors = load_file(str(folder / FILE), device=str(self._tensors["image"].device))
@@ -75,4 +88,5 @@ class FeatureQueue:
                 f"{folder} holds a queue of {len(tensors['image'])} pairs and loss.queue_size is {self.size}; "
                 "resume with the same size"
             )
-        self._tensors, self.filled, self._next = tensors, state["filled"], state["next"]
+        if tensors.keys() == self._tensors.keys():
+            self._tensors, self.filled, self._next = tensors, state["filled"], state["next"]

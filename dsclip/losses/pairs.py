@@ -54,7 +54,7 @@ class Pairs:
     where a token exists. log_scale, bias []: log s and SigLIP's logit bias. keys [n] int64: equal keys mark
     duplicates. hard_text [m, d] (or [m, T, d]): hard-negative captions, m may differ between ranks; hard_owner [m]: the
     row of this rank that each belongs to. queue_image, queue_text [Q, d], queue_keys [Q]: features of earlier steps,
-    the same on every rank, negatives only.
+    the same on every rank, negatives only; with token-wise losses queue_text_valid [Q, T] bool, all images have all tokens.
     """
 
     image: Tensor
@@ -70,6 +70,7 @@ class Pairs:
     queue_image: Tensor | None = None
     queue_text: Tensor | None = None
     queue_keys: Tensor | None = None
+    queue_text_valid: Tensor | None = None
 
 
 @dataclass(frozen=True)

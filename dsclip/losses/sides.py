@@ -88,7 +88,7 @@ def gather_sides(pairs: Pairs, group: Group, own_logits) -> Sides:
     queue_image = queue_text = None
     if pairs.queue_image is not None and len(pairs.queue_image):
         queue_image = Side(pairs.queue_image, key=pairs.queue_keys)
-        queue_text = Side(pairs.queue_text, key=pairs.queue_keys)
+        queue_text = Side(pairs.queue_text, pairs.queue_text_valid, key=pairs.queue_keys)
     mine = (first, first + n)
     return Sides(
         all_image.part(*mine), all_text.part(*mine), all_image, all_text, hard, all_hard, queue_image, queue_text

@@ -17,7 +17,7 @@ from dsclip.data.sources import Reader
 from dsclip.engine import Collectives
 from dsclip.engine.collectives import launched_ranks
 from dsclip.errors import UserError
-from dsclip.losses import find_loss
+from dsclip.losses import check_options, find_loss
 from dsclip.model import ClipConfig, resolve_preset
 from dsclip.plan import Estimate, plan_batch
 from dsclip.plan.advice import describe_choice
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """Reads and checks all input on every rank alike; raises UserError before anything is built or written."""
     recipe = load_recipe(arguments.config, arguments.overrides)
-    find_loss(recipe.loss.name, recipe.loss.plugin)
+    check_options(find_loss(recipe.loss.name, recipe.loss.plugin), recipe.loss)
     world_size = launched_ranks()[1]
     ds_config = load_ds_config(arguments.ds_config, recipe, world_size)
     tokenizer = load_tokenizer(recipe.data.tokenizer)

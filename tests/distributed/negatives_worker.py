@@ -76,6 +76,9 @@ def reference(weights: dict, name: str, options: dict, batch: dict, queue) -> di
     )
     bias = torch.nn.Parameter(torch.tensor(LossSection().init_bias).double())
     token_wise = name == "filip"
+    if queue is not None:
+        queue_valid = queue.get("queue_text_valid")
+        queue = (queue["queue_image"].double(), queue["queue_text"].double(), queue["queue_keys"])
     image, text = model(batch["images"], batch["tokens"], token_wise=token_wise)
     hard = hard_owner = None
     if options.get("hard_negatives", "none") != "none":
@@ -84,6 +87,8 @@ def reference(weights: dict, name: str, options: dict, batch: dict, queue) -> di
     similar = loss_reference.cosine
     if token_wise:
         valid = {id(text): model.valid_tokens(batch["tokens"]), id(hard): model.valid_tokens(batch["hard_tokens"])}
+        if queue is not None:
+            valid[id(queue[1])] = queue_valid
 
         def similar(x, y):
             everything = (torch.ones(z.shape[:2], dtype=torch.bool) for z in (x, y))
@@ -96,8 +101,6 @@ def reference(weights: dict, name: str, options: dict, batch: dict, queue) -> di
         options.get("filter_margin"), options.get("beta", 0.0), options.get("label_smoothing", 0.0),
     )  # fmt: skip
     keys = batch["keys"] if negatives.duplicates != "negative" else None
-    if queue is not None:
-        queue = (queue["queue_image"].double(), queue["queue_text"].double(), queue["queue_keys"])
     loss = loss_reference.loss(name, image, text, log_scale, bias, negatives, similar, keys, hard, hard_owner, queue)
     loss.backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
@@ -116,7 +119,9 @@ def case(name: str, options: dict, outer: int, group: Collectives) -> dict:
         generator = torch.Generator().manual_seed(11)
         shapes = [engine.queue.negatives_shape(kind) for kind in ("image", "text")]
         old = [torch.nn.functional.normalize(torch.randn(6, *s, generator=generator), dim=-1) for s in shapes]
-        engine.queue.push(*old, torch.arange(6), Collectives.single())
+        lengths = torch.tensor([1, 4, CONTEXT, 2, 9, 5])
+        valid = torch.arange(CONTEXT) < lengths[:, None] if name == "filip" else None
+        engine.queue.push(*old, torch.arange(6), Collectives.single(), valid)
         queue = {k: v.clone() for k, v in engine.queue.negatives(0).items()}
     weights = full_weights(engine)
     ours = engine.accumulate(part_of(batch, group))
@@ -132,6 +137,24 @@ def case(name: str, options: dict, outer: int, group: Collectives) -> dict:
     engine.deepspeed.step()
     engine.close()
     return result
+
+
+def second_losses_by_chunk(group: Collectives) -> list[float]:
+    """The loss of a second step, against the queue of the first, for three chunk sizes: FILIP sees real tokens alone."""
+    seen = []
+    for chunk in (None, 2, 1):
+        recipe = Recipe(
+            batch=BatchSection(GLOBAL_BATCH, None, chunk), optim=OPTIM, train=TrainSection(seed=SEED, steps=10),
+            loss=LossSection(name="filip", queue_size=GLOBAL_BATCH, queue_warmup_steps=0),
+        )  # fmt: skip
+        engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), CONFIG)
+        batch = whole_batch()
+        batch["tokens"] = batch["tokens"].clamp(max=48)
+        batch["tokens"][torch.arange(GLOBAL_BATCH), torch.arange(GLOBAL_BATCH) + 2] = 49  # chunks of unequal length
+        engine.train_step(part_of(batch, group))
+        seen.append(engine.train_step(part_of(batch, group)).loss)
+        engine.close()
+    return seen
 
 
 def second_backward(group: Collectives) -> str:
@@ -158,7 +181,7 @@ def main(out: str) -> None:
         results.append(
             {"loss_name": name, "option": option, "outer": outer, **case(name, OPTIONS[option], outer, group)}
         )
-    results.append({"second_backward": second_backward(group)})
+    results.append({"second_backward": second_backward(group), "by_chunk": second_losses_by_chunk(group)})
     if group.rank == 0:
         with open(out, "w") as f:
             json.dump(results, f)

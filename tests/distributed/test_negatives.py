@@ -14,6 +14,7 @@ def results(request, tmp_path_factory):
     run_ranks(WORKERS / "negatives_worker.py", request.param, out, timeout_s=600)
     *cases, misuse = json.loads(out.read_text())
     assert "called twice after one forward" in misuse["second_backward"]
+    assert misuse["by_chunk"] == pytest.approx([misuse["by_chunk"][0]] * 3, rel=1e-6), "FILIP with a queue"
     return cases
 
 
