@@ -1,4 +1,4 @@
-"""DeepSpeed, imported with two corrections: what it prints, and how its checkpoints name an enum."""
+"""DeepSpeed, imported with three corrections: what it prints, how its checkpoints name an enum, what it releases."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 
 import deepspeed  # noqa: E402  (after the choice of accelerator)
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 
 # Its INFO lines and torch's repeated deprecation warnings bury what a user wants to read.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -22,5 +23,27 @@ warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scat
 
 # Python 3.11.0 to 3.11.3 pickle an enum through getattr, which no checkpoint that is loaded may refer to.
 ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (ZeroStageEnum, (self.value,))
+
+
+def _forget_releases_with_the_trace() -> None:
+    """ZeRO-3 caches which weights to release after a module, by the place of the module in the trace, and for good.
+
+    A trace without a backward (the first micro-batch of several, an evaluation of one tower) says "release all" for places
+    that a later trace has too: in 0.19.8 all its weights are then gathered twice a step. The cache goes with the trace.
+    """
+    name = "_PartitionedParameterCoordinator__params_to_release"
+    cells = getattr(PartitionedParameterCoordinator, name).__closure__ or ()
+    cached = [cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "cache_clear")]
+    clear_trace = PartitionedParameterCoordinator._clear_trace_structures
+
+    def clear_trace_and_releases(self) -> None:
+        clear_trace(self)
+        for function in cached:
+            function.cache_clear()
+
+    PartitionedParameterCoordinator._clear_trace_structures = clear_trace_and_releases
+
+
+_forget_releases_with_the_trace()
 
 __all__ = ["deepspeed"]

@@ -89,8 +89,8 @@ def estimate(
 def passes(parameters: int, batch: BatchSection, ds_config: dict, world_size: int, outer: int) -> tuple[int, int]:
     """(all-gathers, gradient reductions) of a step, in passes over all parameters.
 
-    ZeRO-3 gathers a block for each forward and each backward: 3k − 1; 1 where a single forward's weights are kept until
-    its backward, and with persisted parameters. ZeRO-1 and 2 gather once, after the optimizer's step.
+    ZeRO-3 gathers a block for each forward and each backward: 3k − 1; k where weights are kept until a backward, and 1 with
+    persisted parameters. ZeRO-1 and 2 gather once, after the optimizer's step.
     """
     if world_size == 1:
         return 0, 0
@@ -101,7 +101,7 @@ def passes(parameters: int, batch: BatchSection, ds_config: dict, world_size: in
     if zero.get("stage3_param_persistence_threshold", 1e5) >= parameters:
         return 1, reductions
     keeps = min(zero.get("stage3_max_live_parameters", 1e9), zero.get("stage3_max_reuse_distance", 1e9)) >= parameters
-    return (1 if keeps and outer == 1 else 3 * outer - 1), reductions
+    return (outer if keeps else 3 * outer - 1), reductions
 
 
 @cache

@@ -15,6 +15,7 @@ from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, 
 WIDE = replace(CONFIG, vision_width=128, vision_mlp_width=512, vision_layers=3)
 
 
+EVALUATED = (("image", "", ""), ("image text", "", ""), ("", "image", ""), ("", "", "image"), ("", "", "text image"))
 KEEP = {
     "nothing": {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
     "until backward": {"stage3_max_reuse_distance": 10**9, "stage3_max_live_parameters": 10**9},
@@ -22,7 +23,17 @@ KEEP = {
 }
 
 
-def bytes_per_step(chunk_size: int | None, outer: int, keep: str, group: Collectives) -> dict:
+def evaluate(engine, batch: dict, towers: str) -> None:
+    if "image" in towers:
+        engine.encode_image(batch["images"])
+    if "text" in towers:
+        engine.encode_text(batch["tokens"])
+
+
+def bytes_per_step(
+    chunk_size: int | None, outer: int, keep: str, group: Collectives, evaluated: tuple[str, ...] = ("", "", "")
+) -> dict:
+    """evaluated: the towers that an evaluation uses before each of the three steps, the last of which is counted."""
     settings = ds_config(3, True, group.world_size)
     settings["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True, "debug": False}
     settings["zero_optimization"] |= KEEP[keep]
@@ -37,7 +48,12 @@ def bytes_per_step(chunk_size: int | None, outer: int, keep: str, group: Collect
     parameters = engine.module.parameter_count()
     gathers, reductions = passes(parameters, recipe.batch, settings, group.world_size, outer)
     for step in range(2):  # the first steps record ZeRO's trace
+        evaluate(engine, local_part(global_batch(step), group), evaluated[step])
         engine.train_step(local_part(global_batch(step), group))
+    if evaluated[2]:
+        evaluate(engine, local_part(global_batch(2), group), evaluated[2])
+        engine.train_step(local_part(global_batch(2), group))  # which finds the trace invalid, and records it anew
+        engine.train_step(local_part(global_batch(2), group))
     dist.comms_logger.comms_dict.clear()
     engine.train_step(local_part(global_batch(2), group))
     totals = {}
@@ -48,6 +64,7 @@ def bytes_per_step(chunk_size: int | None, outer: int, keep: str, group: Collect
         "chunk_size": chunk_size,
         "outer": outer,
         "keep": keep,
+        "evaluated": evaluated,
         "planned": [gathers, reductions],
         "parameter_bytes": 2 * parameters,
         "bytes": totals,
@@ -67,6 +84,8 @@ def main(out: str) -> None:
     results = [bytes_per_step(size, 1, "nothing", group) for size in (None, 3, 1)]
     results += [bytes_per_step(None, outer, keep, group) for outer in (2, 3) for keep in KEEP]
     results.append(bytes_per_step(None, 1, "until backward", group))
+    for evaluated in EVALUATED:
+        results += [bytes_per_step(None, outer, "until backward", group, evaluated) for outer in (1, 2)]
     share = share_held_while_building(group)
     results = [result | {"share_held_while_building": share} for result in results]
     if group.rank == 0:

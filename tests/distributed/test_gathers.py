@@ -46,6 +46,16 @@ def test_outer_micro_batches_cost_three_gathers_each_but_the_first(results):
         assert 0 < gathers <= 3 * result["outer"] - 1 and reductions == result["outer"]
 
 
+def test_weights_kept_until_backward_are_gathered_once_a_backward(results):
+    """Also after a first forward without a backward, and whichever towers an evaluation ran, and when."""
+    kept = [r for r in results if r["keep"] == "until backward"]
+    assert {(r["outer"], *r["evaluated"]) for r in kept} >= {
+        (outer, *towers) for outer in (1, 2) for towers in (("", "", ""), ("image", "", ""), ("", "", "text image"))
+    }
+    for result in kept:
+        assert times(result) == (result["outer"], result["outer"]), (result["outer"], result["evaluated"])
+
+
 def test_persisted_parameters_and_coalesced_reduction_cost_one_of_each(results):
     persistent = [r for r in results if r["keep"] == "always"]
     assert len(persistent) == 2
