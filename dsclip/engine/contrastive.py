@@ -5,7 +5,8 @@ Symbols: n samples of this rank, N of all ranks, D embedding width, k outer micr
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dsclip.engine.collectives import Collectives
 from dsclip.engine.consolidate import DEEPSPEED_TAG
 from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.finite import all_finite, one_if_finite, skip_reason
+from dsclip.engine.gradient_sums import GradientSums
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import Cutter, MicroBatch, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
@@ -164,11 +166,15 @@ class ContrastiveEngine:
         by_micro = split_gradients(micro, grads)
         # ZeRO averages over ranks, and each rank holds the gradient of the global loss: hence the world size.
         factor = self.group.world_size * one_if_finite(grads)
-        with self._reduction():
+        with self._reduction() as sums:
             self._backward(kept_graph, by_micro[-1], factor, last=len(micro) == 1)
             del kept_graph, cached
             for index, m in enumerate(micro[:-1]):
+                if sums is not None:
+                    sums.take()
                 self._backward(self._features(m), by_micro[index], factor, last=index == len(micro) - 2)
+            if sums is not None:
+                sums.give()
         self.deepspeed.set_gradient_accumulation_boundary(True)
         return grads, micro, pairs
 
@@ -202,9 +208,14 @@ class ContrastiveEngine:
                 extra["hard_text"] = extra["hard_text"].bfloat16()
         return Pairs(image, text, self.scalars.log_scale.detach(), _detached(self.scalars.bias), **extra)
 
-    def _reduction(self):
+    @contextmanager
+    def _reduction(self) -> Iterator[GradientSums | None]:
         """One gradient reduction a step instead of one a micro-batch, if the recipe asks for it."""
-        return self.deepspeed.coalesce_grad_reduction() if self.recipe.batch.coalesce_reduction else nullcontext()
+        if not self.recipe.batch.coalesce_reduction:
+            yield None
+            return
+        with self.deepspeed.coalesce_grad_reduction():
+            yield GradientSums(list(self.module.parameters()))
 
     def _backward(self, features, grads, factor: Tensor, *, last: bool) -> None:
         surrogate = sum((f * g).sum() for f, g in zip(features, grads, strict=True)) * factor

@@ -59,7 +59,7 @@ def estimate(
     ds_config = resolve_persistence(ds_config, batch)
     state = state_bytes(parameters, block, ds_config, world_size, machine.device)
     if batch.coalesce_reduction:
-        state["gradients"] += BF16 * parameters
+        state["gradients"] += (BF16 + FP32) * parameters  # of a micro-batch, and their sum
     losses = loss_bytes(config, batch.global_batch_size, world_size, loss, machine.device)
     if loss.queue_momentum is not None:
         sharded = ds_config["zero_optimization"]["stage"] == 3

@@ -124,6 +124,19 @@ def gradient_case(case: dict, group: Collectives) -> dict:
     return result
 
 
+def coalesced_case(stage: int, group: Collectives) -> dict:
+    """bf16 gradients of one sample after the other, reduced once, against those that ZeRO adds up in float32."""
+    gradients = {}
+    for special in (None, "coalesced"):
+        outer = GLOBAL_BATCH // group.world_size
+        engine = build(stage, outer=outer, chunks=1, patch_dropout=0.5, bf16=True, group=group, special=special)
+        engine.accumulate(local_part(global_batch(0), group))
+        gradients[special] = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
+        engine.deepspeed.step()
+        engine.close()
+    return {"difference": relative(gradients["coalesced"], {n: g.double() for n, g in gradients[None].items()})}
+
+
 def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
     """Several whole steps: parameters and temperature against float64 AdamW on the same batches."""
     engine = build(stage, outer=2, chunks=2, patch_dropout=0.5, bf16=False, group=group)
@@ -143,6 +156,7 @@ def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
     ours = full_weights(engine)
     expected = {n: p.detach() for n, p in model.named_parameters()}
     result = {
+        "still": [n for n in ours if torch.equal(ours[n].double(), start[n])],
         "parameters": relative(ours, expected),
         "moved": relative({n: ours[n] - start[n] for n in ours}, {n: expected[n] - start[n] for n in ours}),
         "log_scale": abs(engine.scalars.log_scale.item() - scale.item()),
@@ -163,6 +177,8 @@ def main(out: str) -> None:
             continue  # compiling takes a while, and no rank compiles anything else than a single one does
         case = dict(stage=stage, outer=3, chunks=2, patch_dropout=0.5, bf16=False, special=special)
         results.append({"kind": "gradient", **case, **gradient_case(case, group)})
+    for stage in (2, 3):
+        results.append({"kind": "coalesced", "stage": stage, **coalesced_case(stage, group)})
     for stage in (1, 2, 3):
         results.append({"kind": "adamw", "stage": stage, **adamw_case(stage, group)})
     if group.rank == 0:
