@@ -68,6 +68,12 @@ def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
         ("train: {name: ../evil}", "`train.name` is '../evil'"),
         ("data: {crop_scale: [0.9]}", "`data.crop_scale` is [0.9]"),
         ("optim: {beta1: 1.5, warmup_steps: 0}", "must be in [0, 1)"),
+        ("train: {seed: -1}\noptim: {warmup_steps: 0}", "`train.seed` is -1; it must be between 0 and 2^63 - 1"),
+        ("batch: {global_batch_size: 1000000000000}", "takes batches of up to 16777216 pairs"),
+        (
+            "model: {vision_layers: 100000}\noptim: {warmup_steps: 0}",
+            "`model.vision_layers` is 100000; dsclip takes towers",
+        ),
     ],
 )
 def test_bad_recipes_are_refused_with_the_reason(tmp_path, text, message):

@@ -139,7 +139,10 @@ def test_the_tool_prints_the_keys_others_rely_on():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--gpu B9000", "--peak-tflops"),
+        ("--gpu B9000", "Known: B200, H200"),
+        ("--gpu B9000 --memory-gb 40", "--peak-tflops"),
+        ("--batch 0", "--batch is 0"),
+        ("--batch 64 --chunk-size 128", "--chunk-size 128 exceeds"),
         ("--gpus 0", "--gpus is 0"),
         ("--efficiency 0", "--efficiency"),
         ("--efficiency nan", "--efficiency"),

@@ -20,6 +20,8 @@ from dsclip.config.schema import Recipe
 from dsclip.errors import UserError, did_you_mean
 
 MAX_RECIPE_BYTES = 1 << 20
+MAX_BATCH = 1 << 24  # a hundred times the largest published; beyond it even the features of a step fill machines
+MAX_LAYERS = 1000  # beyond it a typing error; building such towers, even without memory, takes minutes
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -240,6 +242,19 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
         (
             loss.queue_momentum is None or (loss.queue_size and 0 <= loss.queue_momentum < 1),
             f"`loss.queue_momentum` is {loss.queue_momentum}; it needs `loss.queue_size` and must be in [0, 1)",
+        ),
+        (0 <= train.seed < 2**63, f"`train.seed` is {train.seed}; it must be between 0 and 2^63 - 1"),
+        (
+            batch.global_batch_size <= MAX_BATCH,
+            f"`batch.global_batch_size` is {batch.global_batch_size}; dsclip takes batches of up to {MAX_BATCH} pairs",
+        ),
+        *(
+            (
+                not layers or layers <= MAX_LAYERS,
+                f"`model.{name}` is {layers}; dsclip takes towers of up to {MAX_LAYERS}",
+            )
+            for name in ("vision_layers", "text_layers")
+            for layers in [getattr(recipe.model, name)]
         ),
         (data.max_negatives > 0, f"`data.max_negatives` is {data.max_negatives}; it must be greater than 0"),
         (data.retries >= 0, f"`data.retries` is {data.retries}; it must not be negative"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 
 from dsclip.config.schema import BatchSection, LossSection
@@ -24,23 +25,49 @@ def advice(
     free = replace(batch, samples_per_forward=None, chunk_size=None, checkpointing="auto", accumulation="auto")
     stage_3 = _with(ds_config, stage=3)
     offloaded = _with(stage_3, offload_optimizer={"device": "cpu"})
-    tries = {
-        "leave samples_per_forward, chunk_size and checkpointing to accumulation: auto": lambda: peak(free),
-        "shard the parameters: ds_configs/zero3_bf16.json": lambda: peak(free, stage_3),
-        "keep the optimizer in host memory: ds_configs/zero3_offload_bf16.json": lambda: peak(free, offloaded),
-    }
-    for factor in (2, 4, 8, 16, 32):
-        ranks = world_size * factor
-        if batch.global_batch_size % ranks == 0:
-            tries[f"{ranks} GPUs with ZeRO-3"] = lambda ranks=ranks: peak(free, stage_3, ranks)
+    zero = ds_config["zero_optimization"]
+    tries = {"leave samples_per_forward, chunk_size and checkpointing to accumulation: auto": lambda: peak(free)}
+    if zero["stage"] < 3:
+        tries["shard the parameters: ds_configs/zero3_bf16.json"] = lambda: peak(free, stage_3)
+    small = 50_000_000  # a tenth of DeepSpeed's default
+    buckets = _with(ds_config, reduce_bucket_size=small)
+    if zero.get("reduce_bucket_size", 5e8) > small:
+        tries[f"smaller reduction buckets: zero_optimization.reduce_bucket_size {small} in the JSON"] = lambda: peak(
+            free, buckets
+        )
+    if machine.device == "cuda":  # a CPU's ranks share one memory, in which the optimizer is already
+        if not zero.get("offload_optimizer"):
+            offload = "keep the optimizer in host memory: ds_configs/zero3_offload_bf16.json"
+            tries[offload] = lambda: peak(free, offloaded)
+        for factor in (2, 4, 8, 16, 32):
+            ranks = world_size * factor
+            if batch.global_batch_size % ranks == 0:
+                tries[f"{ranks} GPUs with ZeRO-3"] = lambda ranks=ranks: peak(free, stage_3, ranks)
     found = []
     for change, attempt in tries.items():
         result = attempt()
         if result.fits:
-            found.append(f"{change} ({result.peak_mb / 1e3:.1f} GB: {describe_choice(result)})")
+            found.append(f"{change} ({_peak(result)})")
         if len(found) == 3:
             break
+    for size in _smaller_batches(batch.global_batch_size, world_size):
+        result = peak(replace(free, global_batch_size=size))
+        if result.fits:
+            found.append(f"a global batch of {size}, with fewer negatives ({_peak(result)})")
+            break
     return found
+
+
+def _smaller_batches(batch: int, world_size: int) -> Iterator[int]:
+    """The batch halved again and again, in sizes that the ranks can share."""
+    local = batch // world_size
+    while local > 1:
+        local //= 2
+        yield local * world_size
+
+
+def _peak(result: Estimate) -> str:
+    return f"{result.peak_mb / 1e3:.1f} GB: {describe_choice(result)}"
 
 
 def describe_choice(found: Estimate) -> str:

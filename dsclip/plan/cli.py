@@ -15,12 +15,16 @@ from dsclip.model import resolve_preset
 from dsclip.plan.advice import advice, describe_choice
 from dsclip.plan.choose import plan_batch
 from dsclip.plan.estimate import Estimate, parameter_counts
-from dsclip.plan.machine import USABLE, Machine, cpu, datasheet_tflops, gpu, this_machine
+from dsclip.plan.machine import USABLE, Machine, named_gpu, this_machine
 
 EXAMPLE = (
-    "python tools/plan.py --preset ViT-H-14 --ds_config ds_configs/zero3_bf16.json --gpus 64 --batch 32768 --gpu H100 "
-    "--memory-gb 80"
+    "python tools/plan.py --preset ViT-H-14 --ds_config ds_configs/zero3_bf16.json --gpus 64 --batch 32768 --gpu H100"
 )
+
+FLAGS = {
+    "batch.global_batch_size": "--batch", "batch.samples_per_forward": "--samples-per-forward",
+    "batch.chunk_size": "--chunk-size", "batch.checkpointing": "--checkpointing", "batch.memory_gb": "--memory-gb",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--chunk-size", "--micro-batch", type=int, help="samples in a block at a time; default: planned")
     p.add_argument("--checkpointing", choices=("auto", "none", "selective", "full", "offload"))
     p.add_argument("--gpu", help="plan for a GPU by name, such as H100, and not for this machine")
-    p.add_argument("--memory-gb", type=float, help="memory of a rank, 10⁹ bytes (default: this machine's, or 80)")
+    p.add_argument(
+        "--memory-gb", type=float, help="memory of a rank, 10⁹ bytes (default: the GPU's; of a CPU what is free)"
+    )
     p.add_argument("--peak-tflops", type=float, help="bf16 peak of a rank (default: by the device's name)")
     p.add_argument("--efficiency", type=float, help="share of the peak that training reaches (default: 0.4 on GPUs)")
     p.add_argument("--bandwidth", type=float, help="GB/s of a rank's collectives (default: 50 on GPUs)")
@@ -53,16 +59,16 @@ def plan(arguments: argparse.Namespace) -> tuple[dict, str]:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be greater than 0")
     if a.efficiency is not None and a.efficiency > 1:
         raise UserError(f"--efficiency is {a.efficiency}; it is a share of the peak, at most 1")
-    sizes = {
-        "global_batch_size": a.batch, "samples_per_forward": a.samples_per_forward, "chunk_size": a.chunk_size,
-        "checkpointing": a.checkpointing, "memory_gb": a.memory_gb,
-    }  # fmt: skip
-    overrides = [f"batch.{key}={value}" for key, value in sizes.items() if value is not None]
     preset = [f"model.preset={a.preset}"] if a.config is None else []
-    recipe = load_recipe(a.config or "demo", preset + a.overrides + overrides)
+    given = {key: flag for key, flag in FLAGS.items() if _value(a, flag) is not None}
+    overrides = [f"{key}={_value(a, flag)}" for key, flag in given.items()]
+    try:
+        recipe = load_recipe(a.config or "demo", preset + a.overrides + overrides)
+        ds_config = load_ds_config(a.ds_config, recipe, a.gpus)
+    except UserError as error:
+        raise UserError(_by_flags(str(error), given)) from error
     own = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
     config = resolve_preset(recipe.model.preset, **own, **({} if a.config is None else _vocabulary(recipe)))
-    ds_config = load_ds_config(a.ds_config, recipe, a.gpus)
     machine = _machine(a)
     batch, found = plan_batch(
         config, recipe.batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens
@@ -84,6 +90,17 @@ def plan(arguments: argparse.Namespace) -> tuple[dict, str]:
     return result, table(result, found, machine, a.gpus, a.text_tokens or config.context_length)
 
 
+def _value(a: argparse.Namespace, flag: str):
+    return getattr(a, flag.removeprefix("--").replace("-", "_"))
+
+
+def _by_flags(message: str, given: dict[str, str]) -> str:
+    """A message about recipe keys in the words of who gave them as flags."""
+    for key, flag in given.items():
+        message = message.replace(f"`{key}`", flag).replace(key, flag)
+    return message
+
+
 def _vocabulary(recipe: Recipe) -> dict:
     """The rows of the token embedding; CLIP's where the tokenizer isn't at hand."""
     try:
@@ -94,37 +111,45 @@ def _vocabulary(recipe: Recipe) -> dict:
 
 def _machine(a: argparse.Namespace) -> Machine:
     if a.gpu is not None:
-        if datasheet_tflops(a.gpu) is None and a.peak_tflops is None:
-            raise UserError(f"the peak of a `{a.gpu}` is not known here; give --peak-tflops")
-        machine = gpu(a.memory_gb or 80, datasheet_tflops(a.gpu))
-    elif a.memory_gb is not None and this_machine().device == "cpu":
-        machine = cpu(a.memory_gb)
+        machine = named_gpu(a.gpu, a.memory_gb, a.peak_tflops)
     else:
-        machine = this_machine()
-        if machine.device == "cpu":  # its ranks share one memory
-            machine = replace(machine, memory_gb=machine.memory_gb / a.gpus)
-    given = {"tflops": a.peak_tflops, "efficiency": a.efficiency, "gigabytes_per_second": a.bandwidth}
+        machine = this_machine(a.gpus)
+    given = {
+        "tflops": a.peak_tflops,
+        "memory_gb": a.memory_gb,
+        "efficiency": a.efficiency,
+        "gigabytes_per_second": a.bandwidth,
+    }
     return replace(machine, **{k: v for k, v in given.items() if v is not None})
 
 
 def table(result: dict, found: Estimate, machine: Machine, ranks: int, tokens: int) -> str:
     """The plan for people."""
-    device = "a GPU" if machine.device == "cuda" else "this machine's CPU"
-    lines = [f"{result['parameters'] / 1e6:.0f} M parameters on {ranks} x {device}: {describe_choice(found)}", ""]
+    device = (
+        f"{ranks} × {machine.name}" if machine.device == "cuda" else f"{_count(ranks, 'rank')} of this machine's CPU"
+    )
+    lines = [f"{result['parameters'] / 1e6:.0f} M parameters on {device}: {describe_choice(found)}", ""]
     lines += [f"  {name.replace('_', ' '):18} {size:12,.0f} MB" for name, size in found.parts.items() if size >= 0.5]
     limit = f"of {result['memory_mb']:,.0f} MB, {USABLE:.0%} of which a plan may use"
     lines += [f"  {'peak':18} {found.peak_mb:12,.0f} MB  {limit}", ""]
-    passes = f"{found.gathers_per_step} all-gathers of the parameters ({found.gathered_mb_per_step:,.0f} MB)"
-    lines.append(
-        f"a step   {passes}, {found.reductions_per_step} reductions of the gradients ({found.reduced_mb_per_step:,.0f} MB)"
+    gathers = f"{_count(found.gathers_per_step, 'all-gather')} of the parameters ({found.gathered_mb_per_step:,.0f} MB)"
+    reductions = (
+        f"{_count(found.reductions_per_step, 'reduction')} of the gradients ({found.reduced_mb_per_step:,.0f} MB)"
     )
+    lines.append(f"a step   {gathers}, {reductions}")
     again = f"{found.recomputed_gflops_per_sample:,.1f} computed again"
     lines.append(f"a sample {found.gflops_per_sample:,.1f} GFLOPs, and {again}; captions of up to {tokens} tokens")
     rate = f"{machine.efficiency:.0%} of {machine.tflops:,.1f} TFLOP/s a rank, {machine.gigabytes_per_second:g} GB/s"
-    lines.append(f"expected {found.samples_per_second:,.0f} samples/s at {rate}")
+    lines.append(
+        f"expected {found.samples_per_second:,.{0 if found.samples_per_second >= 10 else 2}f} samples/s at {rate}"
+    )
     if not found.fits:
         lines += ["", "It does not fit. What would:"]
         lines += [f"  - {c}" for c in result["changes"]] or [
-            "  - nothing known here: use more GPUs, or a smaller model"
+            "  - nothing known here, and no batch is small enough: take a smaller model or more memory"
         ]
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dsclip.errors import UserError, did_you_mean
+from dsclip.plan.free_memory import free_bytes
+
 USABLE = 0.9  # of the memory: the rest is for the CUDA context, fragments and the loader
-# Dense bf16 in 10¹² operations a second, from the vendors' data sheets; the first name that occurs in the device's.
-DATASHEET_TFLOPS = {"H200": 989, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
+# Memory in 10⁹ bytes and dense bf16 in 10¹² operations a second, from the vendors' data sheets.
+GPUS = {
+    "B200": (180, 2250), "H200": (141, 989), "GH200": (96, 989), "H100": (80, 989), "A100": (80, 312), "L40S": (48, 362),
+    "L40": (48, 181), "A40": (48, 150), "A30": (24, 165), "L4": (24, 121), "A10": (24, 125), "A6000": (48, 155),
+    "4090": (24, 165), "3090": (24, 71),
+}  # fmt: skip
 CPU_TFLOPS_A_THREAD = 0.35  # measured with AMX; cores without it reach a tenth, but the order of plans is the same
 # A CPU process after its first step, beside tensors (threads, packed weights, compiled ops, more of the libraries'
 # pages): measured with torch's CPU and CUDA builds, in GB and as a share of what the imports took.
@@ -29,43 +37,59 @@ class Machine:
     tflops: float  # peak in bf16
     efficiency: float  # the share of the peak that training reaches
     gigabytes_per_second: float  # of a rank's collectives
+    name: str = "GPU"
 
 
-def this_machine() -> Machine:
-    """The machine of this process, whose memory the ranks on it share."""
+def this_machine(ranks: int | None = None) -> Machine:
+    """The machine of this process. A CPU's ranks (default: those the launcher started here) share the memory that is free."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
-        return gpu(device.total_memory / 1e9, datasheet_tflops(device.name))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return cpu(_memory_bytes() / 1e9 / ranks)
+        return gpu(device.total_memory / 1e9, datasheet_tflops(device.name), device.name)
+    importlib.import_module(
+        "dsclip.engine"
+    )  # before memory is read: the plan counts the libraries as used by this process
+    ranks = ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return cpu(free_bytes() / 1e9 / ranks + _resident_gb())
 
 
-def gpu(memory_gb: float, tflops: float | None) -> Machine:
+def named_gpu(name: str, memory_gb: float | None = None, tflops: float | None = None) -> Machine:
+    """A GPU by its name, such as H100 or A100-40GB, with the memory and the peak of its data sheet where none are given."""
+    known = _data_sheet(name)
+    sizes = [float(size) for size in re.findall(r"(\d+)\s?GB", name, re.IGNORECASE)]
+    if memory_gb is None:  # the smaller of the two: `GH200 480GB` counts the host's memory
+        memory_gb = min([*sizes, *([known[0]] if known else [])], default=None)
+    tflops = tflops or (known and known[1])
+    if not memory_gb or not tflops:
+        raise UserError(
+            f"--gpu {name} is not known here.{did_you_mean(name.upper(), list(GPUS))} Known: {', '.join(GPUS)}. "
+            "For another one give --memory-gb and --peak-tflops."
+        )
+    return gpu(memory_gb, tflops, name)
+
+
+def gpu(memory_gb: float, tflops: float | None, name: str = "GPU") -> Machine:
     """A GPU, with the rates of a well-connected cluster (400 Gbit/s a GPU) and an efficiency that CLIP training reaches."""
-    return Machine("cuda", memory_gb, CUDA_WORKSPACE_GB, tflops or DATASHEET_TFLOPS["A100"], 0.4, 50)
+    return Machine("cuda", memory_gb, CUDA_WORKSPACE_GB, tflops or GPUS["A100"][1], 0.4, 50, name)
 
 
 def cpu(memory_gb: float) -> Machine:
     """The CPU cores of this process."""
     importlib.import_module("dsclip.engine")  # its libraries are a good part of a small run's memory
     base = LIBRARIES_GB + (1 + LIBRARIES_SHARE) * _resident_gb()
-    return Machine("cpu", memory_gb, base, CPU_TFLOPS_A_THREAD * torch.get_num_threads(), 1, 2)
+    return Machine("cpu", memory_gb, base, CPU_TFLOPS_A_THREAD * torch.get_num_threads(), 1, 2, "CPU")
 
 
 def datasheet_tflops(name: str) -> float | None:
     """The bf16 peak of a GPU by its name, None if unknown."""
-    return next((value for known, value in DATASHEET_TFLOPS.items() if known in name), None)
+    known = _data_sheet(name)
+    return known and known[1]
+
+
+def _data_sheet(name: str) -> tuple[float, float] | None:
+    words = re.split(r"[^A-Z0-9]+", name.upper().replace("RTX", " "))
+    return next((GPUS[word] for word in words if word in GPUS), None)
 
 
 def _resident_gb() -> float:
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e9
-
-
-def _memory_bytes() -> int:
-    """The machine's memory, or what its container may use."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            total = min(total, int(text))
-    return total
