@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dsclip.config import load_recipe
 from dsclip.convert.model_card import model_card, results_of_run
 from dsclip.data.overlap import data_name, training_pairs
 from dsclip.errors import UserError
 from dsclip.losses import SingleRank
 from dsclip.model import create_model
 from dsclip.train.cli import parse_arguments
+from dsclip.train.data_warnings import data_warnings
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.run import make_plan
 from dsclip.train.watch import Watch
@@ -142,3 +144,19 @@ def test_every_number_says_what_it_was_measured_on(tmp_path):
     shutil.rmtree(tmp_path / "tb")
     (tmp_path / "metrics.jsonl").unlink()
     assert results_of_run(checkpoint) == ({}, {}) and "Not measured" in model_card(checkpoint, {}, {})
+
+
+@pytest.mark.parametrize(
+    "sizes, overrides, expected",
+    [
+        ([256], [], None),
+        ([100], [], "a global batch of 256 takes 256 samples of a set of 100, so images meet themselves"),
+        ([100], ["loss.duplicates=mask"], "told by equal captions"),
+        ([100], ["loss.duplicates=mask", "data.group_key=image_id"], None),
+        ([1000, 20], ["data.weights=[9,1]", "data.train_shards=[a,b]"], "takes 26 samples of a set of 20"),
+        ([1000, 30], ["data.weights=[9,1]", "data.train_shards=[a,b]"], None),
+    ],
+)
+def test_a_batch_that_holds_an_image_twice_is_warned_of(sizes, overrides, expected):
+    found = data_warnings(load_recipe("demo", overrides), sizes)
+    assert [expected in line for line in found] == ([] if expected is None else [True])

@@ -1,6 +1,6 @@
 """Writes webdataset shards from images with captions or classes.
 
-On a laptop:   python tools/make_shards.py photos.zip data/photos --holdout 0.2
+On a laptop:   python tools/make_shards.py photos.zip data/photos
 On a cluster:  run it once, on the file system that all nodes share.
 """
 

@@ -100,11 +100,12 @@ def merge_states(states: list[dict]) -> dict:
 
 
 class Loader:
-    """Iterates over batches and keeps the position of all streams of this rank."""
+    """Iterates over batches and keeps the position of all streams of this rank. set_samples: of each set that is mixed."""
 
     def __init__(self, settings: Settings, identity: dict, state: dict | None, problems: Counter):
         self._settings, self._identity, self._problems = settings, identity, problems
-        self._total = sum(s.total for s in settings.order.sets)
+        self.set_samples = [s.total for s in settings.order.sets]
+        self._total = sum(self.set_samples)
         first, stop = settings.streams
         self._batches, self._drawn = 0, [[0] * len(settings.order.sets)] * (stop - first)
         if state is not None:

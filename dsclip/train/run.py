@@ -22,6 +22,7 @@ from dsclip.model import ClipConfig, resolve_preset
 from dsclip.plan import Estimate, plan_batch
 from dsclip.plan.advice import describe_choice
 from dsclip.plan.machine import this_machine
+from dsclip.train.data_warnings import data_warnings
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.loop import train
 from dsclip.train.summary import console_summary, write_summary
@@ -64,7 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     loader = make_loader(plan, group, data_state)
     claim_run_folder(plan, group)
     watch = Watch(plan, engine)
-    watch.message(describe_plan(engine.plan))
+    for line in (describe_plan(engine.plan), *data_warnings(plan.recipe, loader.set_samples)):
+        watch.message(line)
     started = time.monotonic()
     outcome = train(plan.recipe, engine, loader, plan.evaluation, store, watch)
     watch.check_applied()
@@ -168,7 +170,8 @@ def describe(plan: Plan) -> str:
     with torch.device("meta"):
         parameters = Clip(plan.model).parameter_count()
     world_size = launched_ranks()[1]
-    batch = next(iter(make_loader(plan, Collectives(0, world_size), None)))
+    loader = make_loader(plan, Collectives(0, world_size), None)
+    batch = next(iter(loader))
     local = plan.recipe.batch.global_batch_size // world_size
     _, found = plan_batch(
         plan.model, plan.recipe.batch, plan.ds_config, world_size, this_machine(), loss=plan.recipe.loss
@@ -182,6 +185,7 @@ def describe(plan: Plan) -> str:
         f"a rank's step       {describe_plan(found)}",
         f"data                {plan.recipe.data.train_shards}: first caption {batch['captions'][0]!r}",
         *(f"evaluation          {task} on {name}, {len(plan.evaluation.sets[task])} samples" for task, name in plan.evaluation.names.items()),
+        *data_warnings(plan.recipe, loader.set_samples),
         "The settings fit together. Leave out --dry-run to train.",
     ])  # fmt: skip
 

@@ -37,8 +37,8 @@ def next_commands(summary: dict, run_dir: Path) -> list[tuple[str, str]]:
         )
     return commands + [
         ("convert", f"python tools/convert_hf.py {summary['checkpoint']} OUT --dtype bf16"),
-        ("your own data", "python tools/make_shards.py FOLDER_OR_ZIP data/mine --holdout 0.1 --tokenizer-size 4000"),
-        ("train on it", "deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json --config RECIPE.yaml"),
+        ("your own data", "python tools/make_shards.py FOLDER_OR_ZIP data/mine"),
+        ("train on it", "deepspeed launchers/train.py --config data/mine/recipe.yaml"),
     ]
 
 
