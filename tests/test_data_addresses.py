@@ -101,12 +101,14 @@ def test_a_proxy_is_asked_for_the_checked_address(folder, certificate, names, mo
         client.close()
 
     names("127.0.0.2")
+    http_source._proxy.cache_clear()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=proxy, args=(listener,), daemon=True).start()
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.delenv("no_proxy", raising=False)
         with pytest.raises(SourceError, match="403"):
             Reader(retries=0).read(f"https://{NAME}:8443/a.tar", 0, 12)
+    http_source._proxy.cache_clear()
     assert wanted == ["CONNECT 127.0.0.2:8443 HTTP/1.1"] or wanted == ["CONNECT 127.0.0.2:8443 HTTP/1.0"]
 
 

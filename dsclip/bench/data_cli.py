@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dsclip.bench.measure import environment, in_process, peak_mb, reset_peak
+from dsclip.bench.remote import bench_remote
 from dsclip.command_line import parser, run_tool, say
 from dsclip.data import ShardWriter, load_tokenizer, resolve_shards
 from dsclip.data.reader import IMAGE_EXTENSIONS, decode_image, read_shard
@@ -31,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
         "Samples a second and core of the whole input: dsclip, plain webdataset with PIL, and OpenCLIP where installed.",
         EXAMPLE,
     )
-    p.add_argument("--shards", default="demo", help="folder, glob or brace expression (default: demo)")
+    p.add_argument(
+        "--shards", help="folder, glob or brace expression (default: demo; with --latency-ms a set it writes)"
+    )
     p.add_argument("--tokenizer", default="demo", help="folder or hub name (default: demo)")
     p.add_argument("--image-size", type=int, default=224)
     p.add_argument("--resize", metavar="WxH", help="first write the images anew at this size, such as 1024x768")
@@ -40,7 +43,35 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "--plan", action="store_true", help="instead: a manifest, an epoch and a position at LAION-2B's scale"
     )
-    sys.exit(run_tool(lambda a: plan_at_scale() if a.plan else bench(a), p.parse_args(argv)))
+    remote = p.add_argument_group("shards far away: the first batch and the stalls, from a loopback server")
+    remote.add_argument("--latency-ms", type=float, metavar="MS", help="how late the server answers, such as 20")
+    remote.add_argument("--batch", type=int, default=1024, help="global batch (default: 1024)")
+    remote.add_argument("--workers", type=int, default=4, help="loader workers (default: 4)")
+    remote.add_argument("--batches", type=int, default=20, help="batches to take (default: 20)")
+    remote.add_argument(
+        "--shuffle-unit", type=int, help="data.shuffle_unit (default: 1; large sets read shards in sequence)"
+    )
+    remote.add_argument("--read-ahead-mb", type=int, default=512, help="data.read_ahead_mb (default: 512)")
+    sys.exit(run_tool(_chosen, p.parse_args(argv)))
+
+
+def _chosen(a: argparse.Namespace) -> tuple[dict, str]:
+    if a.plan:
+        return plan_at_scale()
+    if a.latency_ms is not None:
+        names = (
+            "latency_ms",
+            "batch",
+            "workers",
+            "batches",
+            "image_size",
+            "tokenizer",
+            "shuffle_unit",
+            "read_ahead_mb",
+        )
+        return bench_remote(a.shards, **{name: getattr(a, name) for name in names})
+    a.shards = a.shards or "demo"
+    return bench(a)
 
 
 def bench(arguments: argparse.Namespace) -> tuple[dict, str]:

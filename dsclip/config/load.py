@@ -258,6 +258,7 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
         ),
         (data.max_negatives > 0, f"`data.max_negatives` is {data.max_negatives}; it must be greater than 0"),
         (data.retries >= 0, f"`data.retries` is {data.retries}; it must not be negative"),
+        (data.read_ahead_mb >= 0, f"`data.read_ahead_mb` is {data.read_ahead_mb}; it must not be negative"),
         (
             data.weights is None or (data.weights and min(data.weights) >= 0 and 0 < sum(data.weights) < math.inf),
             f"`data.weights` is {data.weights}; give numbers that are not negative, not all 0",

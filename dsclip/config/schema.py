@@ -59,6 +59,7 @@ class DataSection:
     max_image_pixels: int = 64_000_000  # checked on the header, before decoding
     max_sample_bytes: int = 1 << 26  # of a sample in its shard; larger ones are not read
     retries: int = 5  # further attempts at a remote read, after pauses that double
+    read_ahead_mb: int = 512  # of remote shards, read and not yet used by a worker
     on_unreadable: str = "stop"  # stop | skip (its samples count as bad, data_journal.jsonl names it)
     trusted_hosts: list[str] = field(default_factory=list)  # host or host:port that may be private or plain http
 

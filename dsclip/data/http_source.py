@@ -58,7 +58,7 @@ def _send(location: str, method: str, headers: dict, trusted: tuple[str, ...]) -
     if parts.scheme != "https" and not (by_name and parts.scheme == "http"):
         raise RefusedAddress(f"only https is read; data.trusted_hosts can allow {parts.netloc}")
     hosts = [parts.hostname] if by_name else public_addresses(parts.hostname, port)
-    proxy = None if proxy_bypass(parts.hostname) else getproxies().get(parts.scheme)
+    proxy = _proxy(parts.scheme, parts.hostname)
     target = parts.path + (f"?{parts.query}" if parts.query else "")
     if proxy and parts.scheme == "http":
         target = location  # a proxy of plain http wants the whole address
@@ -99,6 +99,12 @@ def public_addresses(host: str, port: int) -> list[str]:
 def is_public(address: str) -> bool:
     """Whether it lies outside of this machine, its network and its cloud's own services."""
     return ipaddress.ip_address(address.split("%")[0]).is_global
+
+
+@lru_cache(maxsize=256)
+def _proxy(scheme: str, host: str) -> str | None:
+    """From the environment, which takes as long to read as half a request."""
+    return None if proxy_bypass(host) else getproxies().get(scheme)
 
 
 @lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dsclip.config.schema import DataSection
+from dsclip.data.open_shards import check_copies_fit
 from dsclip.data.order import Order, SetOrder, check_split, default_streams
 from dsclip.data.reader import SampleReader
 from dsclip.data.shards import open_shards
@@ -42,7 +43,8 @@ def build_loader(
     """This rank's endless iterable over its n = N / world_size samples of every global batch.
 
     A batch: images uint8 [n, 3, S, S], tokens int64 [n, L], sample_ids int64 [n], keys int64 [n] (equal for duplicates),
-    captions (n strings), read and bad (samples read and skipped, by reason, for this batch), journal (shards that failed);
+    captions (n strings), read and bad (samples read and skipped, by reason, for this batch), journal (shards that failed), seconds and waited
+    (of all workers for this batch, and of these for remote bytes);
     with hard_negatives also hard_tokens [m, L] and hard_owner [m], the sample of each; with flips or colour jitter
     augmentation [n, 6], see `augment`; epoch (passes over the data so far); state (JSON: the position after this batch). That state, or those of all ranks of another run
     put together by `merge_states`, continues with exactly the next batch, on any number of ranks and workers. Raises
@@ -56,6 +58,7 @@ def build_loader(
         if not shards.samples.sum():
             reasons = ", ".join(f"{n} {reason}" for reason, n in shards.problems.items()) or "they are empty"
             raise UserError(f"there is no sample in {spec} ({reasons})")
+        check_copies_fit(shards, reader)
     options = dict(global_batch=global_batch_size, streams=streams, seed=seed, window=data.shuffle_window,
                    unit=data.shuffle_unit, resampled=data.resampled)  # fmt: skip
     order = Order([SetOrder(s.samples, **options) for s in sets], data.weights, streams, seed)
@@ -151,7 +154,8 @@ class Loader:
             batch[name] = [x for p in parts for x in p[name]]
         bad = sum((Counter(p["bad"]) for p in parts), Counter()) + self._problems
         self._problems = Counter()
-        batch |= {"read": sum(p["read"] for p in parts), "bad": dict(bad), "seconds": sum(p["seconds"] for p in parts)}
+        batch |= {"read": sum(p["read"] for p in parts), "bad": dict(bad)}
+        batch |= {name: sum(p[name] for p in parts) for name in ("seconds", "waited")}
         if "hard_owner" in parts[0]:
             sizes = [len(p["sample_ids"]) for p in parts]
             owners = [torch.from_numpy(p["hard_owner"] + sum(sizes[:i])) for i, p in enumerate(parts)]

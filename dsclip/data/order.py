@@ -87,7 +87,7 @@ class SetOrder:
     ):  # fmt: skip
         self.total = int(sizes.sum())
         self._batch, self._streams, self._quota = global_batch, streams, global_batch // streams
-        self._seed, self._window, self.resampled = seed, window, resampled
+        self._seed, self.window, self.resampled = seed, window, resampled
         self._shard_ends = np.cumsum(sizes)
         if unit is None:
             unit = 1 if self.total <= LARGEST_FULL_SHUFFLE else int(sizes.max(initial=1))
@@ -103,24 +103,14 @@ class SetOrder:
         epoch = self.epoch_of(stream, drawn)
         first = self._drawn_before(stream, epoch)
         length = self._drawn_before(stream, epoch + 1) - first
-        number, inside = divmod(drawn - first, self._window)
-        size = min(self._window, length - number * self._window)
-        place = number * self._window + int(self._shuffled(epoch, stream, number, size)[inside])
+        number, inside = divmod(drawn - first, self.window)
+        size = min(self.window, length - number * self.window)
+        place = number * self.window + int(self._shuffled(epoch, stream, number, size)[inside])
         units, ends = self._epoch(epoch)
         place += self._offset(stream, epoch)
         unit = int(np.searchsorted(ends, place, side="right"))
         inside = place - (int(ends[unit - 1]) if unit else 0)
         return (*self._locate(int(self._unit_starts[units[unit]]) + inside), epoch)
-
-    def rest_of_window(self, stream: int, drawn: int) -> list[tuple[int, int, int]]:
-        """The draws from here to the end of the shuffle window: what a remote shard is read for at a time."""
-        if self.resampled:
-            inside = drawn % self._window
-            return [self.draw(stream, drawn + i) for i in range(self._window - inside)]
-        epoch = self.epoch_of(stream, drawn)
-        first, after = self._drawn_before(stream, epoch), self._drawn_before(stream, epoch + 1)
-        end = min(first + ((drawn - first) // self._window + 1) * self._window, after)
-        return [self.draw(stream, d) for d in range(drawn, end)]
 
     def epoch_of(self, stream: int, drawn: int) -> int:
         """The epoch in which a stream is that has drawn so many samples."""
@@ -155,13 +145,13 @@ class SetOrder:
 
     def _resample(self, stream: int, drawn: int) -> tuple[int, int, int]:
         """OpenCLIP's --dataset-resampled: windows from places drawn with replacement; nothing is an epoch."""
-        number, inside = divmod(drawn, self._window)
+        number, inside = divmod(drawn, self.window)
         start, order = self._resampled(stream, number)
         return (*self._locate((start + int(order[inside])) % self.total), number)
 
     def _resampled_window(self, stream: int, number: int) -> tuple[int, np.ndarray]:
         rng = np.random.default_rng([self._seed, _RESAMPLE, stream, number])
-        return int(rng.integers(self.total)), rng.permutation(self._window)
+        return int(rng.integers(self.total)), rng.permutation(self.window)
 
     def _locate(self, sample: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._shard_ends, sample, side="right"))

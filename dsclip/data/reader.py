@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,26 +12,15 @@ from hashlib import blake2b
 
 from PIL import Image
 
-from dsclip.data.order import Recent
-from dsclip.data.shard_cache import local_copy
+from dsclip.data.open_shards import OpenShards
 from dsclip.data.shards import LOCAL, ShardSet, short_name
-from dsclip.data.sources import Reader, SourceError, is_remote
-from dsclip.data.tar_index import (
-    SUFFIX,
-    DamagedTar,
-    ShardIndex,
-    from_bytes,
-    members_of,
-    scan_file,
-)  # fmt: skip
+from dsclip.data.sources import Reader
+from dsclip.data.tar_index import DamagedTar, members_of, scan_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MEMBER_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", "neg.txt")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MOST_TEXT_BYTES = 1 << 20  # of a .txt, .json, .cls or .neg.txt member
-MOST_INDEX_BYTES = 1 << 28
-OPEN_INDEXES = 512
-GAP = 1 << 16  # two reads of a remote shard with fewer bytes between them become one
 
 
 class BadSample(Exception):
@@ -61,44 +49,19 @@ class SampleReader:
     shards: ShardSet
     reader: Reader = LOCAL
     most_bytes: int = 1 << 26
-    _indexes: object = field(init=False, repr=False)
+    opened: OpenShards = field(init=False, repr=False)
 
     def __post_init__(self):
-        self._indexes = Recent(self._open_index, OPEN_INDEXES)
+        self.opened = OpenShards(self.shards, self.reader)
 
     def read(self, shard: int, position: int) -> RawSample:
         """The sample. Raises BadSample, and SourceError when its shard can't be read at all."""
-        location, index = self._indexes(shard)
-        start, size = self._range(index, position)
-        return self._sample(shard, self.reader.read(location, start, size), size)
+        start, size = self.locate(shard, position)
+        return self.sample(shard, self.opened(shard).read(start, size), size)
 
-    def read_many(self, places: list[tuple[int, int]]) -> list[RawSample | Exception]:
-        """The samples of (shard, position) pairs, neighbours in one read; what `read` would raise stands in its place."""
-        found: list[RawSample | Exception | None] = [None] * len(places)
-        ranges = []
-        for number, (shard, position) in enumerate(places):
-            try:
-                location, index = self._indexes(shard)
-                ranges.append((location, *self._range(index, position), number, shard))
-            except (BadSample, SourceError) as error:
-                found[number] = error
-        for run in _runs(sorted(ranges)):
-            location, start = run[0][0], run[0][1]
-            try:
-                content = self.reader.read(location, start, run[-1][1] + run[-1][2] - start)
-            except SourceError as error:
-                content = error
-            for _, first, size, number, shard in run:
-                if isinstance(content, SourceError):
-                    found[number] = content
-                    continue
-                try:
-                    found[number] = self._sample(shard, content[first - start : first - start + size], size)
-                except BadSample as error:
-                    found[number] = error
-        return found
-
-    def _range(self, index: ShardIndex, position: int) -> tuple[int, int]:
+    def locate(self, shard: int, position: int) -> tuple[int, int]:
+        """(first byte, bytes) of a sample. Raises as `read`."""
+        index = self.opened(shard).index
         if position >= len(index):
             raise BadSample("missing sample")  # the manifest promised more than the shard holds
         start, size = int(index.starts[position]), int(index.sizes[position])
@@ -106,7 +69,8 @@ class SampleReader:
             raise BadSample("sample too large")
         return start, size
 
-    def _sample(self, shard: int, content: bytes, size: int) -> RawSample:
+    def sample(self, shard: int, content: bytes, size: int) -> RawSample:
+        """The sample in these bytes, of which there should be `size`. Raises BadSample."""
         if len(content) < size:
             raise BadSample("missing sample")
         try:
@@ -114,38 +78,6 @@ class SampleReader:
         except DamagedTar as error:
             raise BadSample("damaged sample") from error
         return RawSample(self.shards.name(shard), key, members)
-
-    def _open_index(self, shard: int) -> tuple[str, ShardIndex]:
-        location = self.shards.locations[shard]
-        recorded = int(self.shards.shard_bytes[shard])
-        index = None
-        try:
-            sidecar = f"{self.shards.indexes[shard]}/{location.rpartition('/')[2]}{SUFFIX}"
-            if is_remote(sidecar) or os.path.isfile(sidecar):
-                content = self.reader.read_all(sidecar, MOST_INDEX_BYTES)
-                index = from_bytes(content, sidecar, recorded if recorded >= 0 else None)
-        except SourceError:
-            pass  # a remote shard without a sidecar
-        if index is None:
-            if is_remote(location):
-                location = local_copy(location, self.reader, recorded)
-            try:
-                index = scan_file(location)
-            except OSError as error:
-                raise SourceError(f"{location}: {error.strerror}") from error
-        return location, index
-
-
-def _runs(ranges: list[tuple]) -> Iterator[list[tuple]]:
-    """Ranges (location, start, size, …) in groups that lie close together."""
-    run: list[tuple] = []
-    for entry in ranges:
-        if run and (entry[0] != run[-1][0] or entry[1] - (run[-1][1] + run[-1][2]) > GAP):
-            yield run
-            run = []
-        run.append(entry)
-    if run:
-        yield run
 
 
 def read_shard(location: str, bad: dict[str, int]) -> Iterator[RawSample]:

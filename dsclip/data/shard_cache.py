@@ -1,16 +1,22 @@
-"""Local copies of remote shards that have no index: fetched once, found again by address and size."""
+"""Local copies of remote shards that have no index: fetched once a machine, found again by address and size."""
 
 from __future__ import annotations
 
+import fcntl
+import math
 import os
-import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 from dsclip.data.sources import Reader, SourceError, redact
+from dsclip.errors import UserError
 
 PIECE = 1 << 24
-MOST_BYTES = int(float(os.environ.get("DSCLIP_SHARD_CACHE_GB", "50")) * 1e9)
+DEFAULT_GB = 50.0
+_ABANDONED_S = 86400  # a part that nobody has written to for a day
 
 
 def cache_folder() -> Path:
@@ -18,39 +24,74 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DSCLIP_CACHE") or Path.home() / ".cache" / "dsclip") / "shards"
 
 
+def most_bytes() -> int:
+    """What all copies may take: DSCLIP_SHARD_CACHE_GB. Raises UserError when that is no size."""
+    given = os.environ.get("DSCLIP_SHARD_CACHE_GB")
+    try:
+        size = DEFAULT_GB if given is None else float(given)
+    except ValueError:
+        size = math.nan
+    if not 0 <= size < math.inf:
+        raise UserError(
+            f"the environment variable DSCLIP_SHARD_CACHE_GB is {given!r}; give a number of gigabytes, such as 50"
+        )
+    return int(size * 1e9)
+
+
 def local_copy(location: str, reader: Reader, expected_bytes: int) -> str:
     """The path of a copy of a remote shard. Raises SourceError when it isn't as long as its manifest says.
 
-    The name is a hash of address and size: two sets with equal file names never meet. The oldest copies give way when
-    all take more than DSCLIP_SHARD_CACHE_GB (default 50).
+    The name is a hash of address and size: two sets with equal file names never meet. The copies used longest ago give
+    way when all take more than `most_bytes()`, also while another run uses them: `read_copy` then says so.
     """
     size = reader.size(location)
     if expected_bytes >= 0 and size != expected_bytes:
         raise SourceError(f"{redact(location)} has {size:,} bytes and its manifest says {expected_bytes:,}")
     folder = cache_folder()
-    final = folder / f"{sha256(f'{location} {size}'.encode()).hexdigest()}.tar"
-    if final.is_file():
-        os.utime(final)
-        return str(final)
     folder.mkdir(parents=True, exist_ok=True)
-    _make_room(folder, size)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            for start in range(0, size, PIECE):
-                stream.write(reader.read(location, start, min(PIECE, size - start)))
-        os.replace(temporary, final)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    digest = sha256(f"{location} {size}".encode()).hexdigest()
+    final, part = folder / f"{digest}.tar", folder / f"{digest}.part"
+    with _alone(folder / f"{digest[:2]}.lock"):
+        try:
+            os.utime(final)
+        except FileNotFoundError:
+            _make_room(folder, size)
+            with part.open("wb") as stream:
+                for start in range(0, size, PIECE):
+                    stream.write(reader.read(location, start, min(PIECE, size - start)))
+            os.replace(part, final)
     return str(final)
 
 
+def read_copy(path: str, start: int, length: int) -> bytes:
+    """Up to `length` bytes of a copy. Raises FileNotFoundError when it gave way: then fetch it again."""
+    with open(path, "rb", buffering=0) as stream:
+        return os.pread(stream.fileno(), length, start)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process of this machine at a time; the others then find the copy."""
+    with path.open("wb") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: two may fetch the same
+            pass
+        yield
+
+
 def _make_room(folder: Path, needed: int) -> None:
-    copies = sorted(folder.glob("*.tar"), key=lambda p: p.stat().st_mtime)
-    total = needed + sum(p.stat().st_size for p in copies)
-    for path in copies:
-        if total <= MOST_BYTES:
+    found = []
+    for path in [*folder.glob("*.tar"), *folder.glob("*.part")]:
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # another process removed it
+            continue
+        if path.suffix == ".tar" or time.time() - status.st_mtime > _ABANDONED_S:
+            found.append((status.st_mtime, status.st_size, path))
+    total = needed + sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= most_bytes():
             break
-        total -= path.stat().st_size
+        total -= size
         path.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dsclip.config.schema import DataSection
+from dsclip.data.ahead import ReadAhead, Threads
 from dsclip.data.augment import draw_augmentation
 from dsclip.data.order import Draw, Order
 from dsclip.data.reader import (
@@ -118,7 +119,7 @@ class Worker:
 
     def __init__(self, settings: Settings, drawn: dict[int, list[int]], slots: torch.Tensor | None = None):
         self._s, self._drawn, self._slots = settings, drawn, slots
-        self._ahead: dict[tuple, RawSample | Exception] = {}  # of remote shards, read a window at a time
+        self._ahead: dict[int, ReadAhead] = {}  # of data sets with remote shards
         self._bad_by_shard: Counter = Counter()
         self._reasons: Counter = Counter()
         self._journaled: set[tuple] = set()
@@ -133,8 +134,26 @@ class Worker:
 
     def parts(self) -> Iterator[dict]:
         """Endless parts of quota · streams samples each. Their images are a tensor, or the number of a slot."""
+        threads = self._read_ahead()
+        try:
+            yield from self._parts()
+        finally:
+            if threads is not None:
+                threads.close()
+
+    def _read_ahead(self) -> Threads | None:
+        remote = [k for k, r in enumerate(self._s.readers) if any(map(is_remote, r.shards.locations))]
+        if not remote:
+            return None
+        threads, share = Threads(), self._s.data.read_ahead_mb * 1_000_000 // len(remote)
+        for k in remote:
+            drawn = {stream: counts[k] for stream, counts in self._drawn.items()}
+            self._ahead[k] = ReadAhead(self._s.readers[k], self._s.order.sets[k], drawn, self._s.quota, share, threads)
+        return threads
+
+    def _parts(self) -> Iterator[dict]:
         for number in itertools.count():
-            started = time.monotonic()
+            started, waited = time.monotonic(), self._waited
             samples, skipped, read = [], Counter(), self._read
             size, slot = self._s.image_size, number % SLOTS
             if self._slots is None:
@@ -145,7 +164,16 @@ class Worker:
                 for _ in range(self._s.quota):
                     samples.append(self._next_good(stream, images[len(samples)], skipped))
             given = images if self._slots is None else slot
-            yield self._part(given, samples, self._read - read, skipped, time.monotonic() - started)
+            part = self._part(given, samples, self._read - read, skipped, time.monotonic() - started)
+            if number == 0:
+                for ahead in self._ahead.values():
+                    ahead.fill()
+            yield part | {"waited": self._waited - waited}
+
+    @property
+    def _waited(self) -> float:
+        """Seconds in which this worker waited for bytes of remote shards."""
+        return sum(ahead.waited_s for ahead in self._ahead.values())
 
     def _next_good(self, stream: int, image: torch.Tensor, skipped: Counter) -> tuple:
         """The stream's next usable sample, its picture written to `image`; the others are counted."""
@@ -171,27 +199,17 @@ class Worker:
     def _fetch(self, stream: int, draw: Draw) -> RawSample:
         samples = self._s.readers[draw.data_set]
         if not is_remote(samples.shards.locations[draw.shard]):
-            found = self._reading(lambda: samples.read(draw.shard, draw.position))
+            try:
+                return samples.read(draw.shard, draw.position)
+            except SourceError as error:
+                found = error
         else:
-            drawn = self._drawn[stream][draw.data_set] - 1
-            key = (stream, draw.data_set, drawn)
-            if key not in self._ahead:
-                window = self._s.order.sets[draw.data_set].rest_of_window(stream, drawn)
-                content = samples.read_many([(shard, position) for shard, position, _ in window])
-                self._ahead |= {(stream, draw.data_set, drawn + i): raw for i, raw in enumerate(content)}
-            found = self._ahead.pop(key)
+            found, size = self._ahead[draw.data_set].take(stream, self._drawn[stream][draw.data_set] - 1)
         if isinstance(found, SourceError):
             self._unreadable(samples.shards.name(draw.shard), found)
         if isinstance(found, Exception):
             raise found
-        return found
-
-    @staticmethod
-    def _reading(read):
-        try:
-            return read()
-        except SourceError as error:
-            return error
+        return samples.sample(draw.shard, found, size)
 
     def _unreadable(self, shard: str, error: SourceError) -> None:
         """A shard that can't be read after all attempts: the end of the run, or a gap that the journal tells of."""

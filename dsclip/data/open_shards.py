@@ -1,0 +1,134 @@
+"""Shards that are open: where their samples lie, and how their bytes are read. Safe for several threads."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsclip.data.shard_cache import local_copy, most_bytes, read_copy
+from dsclip.data.shards import ShardSet
+from dsclip.data.sources import MissingSource, Reader, SourceError, is_remote
+from dsclip.data.tar_index import SUFFIX, ShardIndex, from_bytes, scan_file
+from dsclip.errors import UserError
+
+MOST_INDEX_BYTES = 1 << 28
+MOST_ENTRIES = 8_000_000  # samples whose places are kept, 16 bytes each
+
+
+@dataclass
+class OpenShard:
+    """A shard and its index. copy: where a remote one was copied to, for want of an index."""
+
+    location: str
+    index: ShardIndex
+    reader: Reader
+    copy: str | None = None
+
+    def read(self, start: int, length: int) -> bytes:
+        """Up to `length` bytes from `start`. Raises SourceError."""
+        if self.copy is None:
+            return self.reader.read(self.location, start, length)
+        try:
+            return read_copy(self.copy, start, length)
+        except FileNotFoundError:  # it gave way to another run's copies
+            self.copy = local_copy(self.location, self.reader, self.index.shard_bytes)
+            return read_copy(self.copy, start, length)
+
+
+class OpenShards:
+    """The open shards of a set, by number; those opened longest ago are closed first."""
+
+    def __init__(self, shards: ShardSet, reader: Reader):
+        self._shards, self._reader = shards, reader
+        self._lock, self._entries = threading.Lock(), 0
+        self._found: dict[int, Future] = {}
+
+    def __reduce__(self):  # loader workers may be spawned; they open shards themselves
+        return OpenShards, (self._shards, self._reader)
+
+    def __call__(self, shard: int) -> OpenShard:
+        """The shard, opened by one thread while others that want it wait. Raises SourceError, and UserError."""
+        with self._lock:
+            found = self._found.get(shard)
+            mine = found is None
+            if mine:
+                found = self._found[shard] = Future()
+        if mine:
+            try:
+                opened = open_shard(self._shards, shard, self._reader)
+            except BaseException as error:
+                with self._lock:
+                    del self._found[shard]
+                found.set_exception(error)
+            else:
+                found.set_result(opened)
+                self._account(shard, len(opened.index))
+        return found.result()
+
+    def _account(self, shard: int, entries: int) -> None:
+        with self._lock:
+            self._entries += entries
+            for old in list(self._found):
+                if self._entries <= MOST_ENTRIES or old == shard:
+                    break
+                if self._found[old].done():
+                    self._entries -= len(self._found.pop(old).result().index)
+
+
+def open_shard(shards: ShardSet, shard: int, reader: Reader) -> OpenShard:
+    """With the index beside the manifest, or else by walking the headers of the shard or of a copy of it."""
+    location, recorded = shards.locations[shard], int(shards.shard_bytes[shard])
+    try:
+        index = read_index(sidecar(shards, shard), reader, recorded)
+    except SourceError:
+        index = None
+    copy = None
+    if index is None:
+        copy = local_copy(location, reader, recorded) if is_remote(location) else None
+        try:
+            index = scan_file(copy or location)
+        except OSError as error:
+            raise SourceError(f"{location}: {error.strerror}") from error
+    return OpenShard(location, index, reader, copy)
+
+
+def sidecar(shards: ShardSet, shard: int) -> str:
+    """Where the shard's index would be."""
+    return f"{shards.indexes[shard]}/{shards.locations[shard].rpartition('/')[2]}{SUFFIX}"
+
+
+def read_index(path: str, reader: Reader, shard_bytes: int) -> ShardIndex | None:
+    """The index, or None where there is none. shard_bytes: as the manifest says, −1 when it doesn't. Raises UserError."""
+    if is_remote(path):
+        content = reader.read_all(path, MOST_INDEX_BYTES)
+    else:
+        try:
+            content = Path(path).read_bytes()
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+        except OSError as error:
+            raise SourceError(f"{path}: {error.strerror}") from error
+    return from_bytes(content, path, shard_bytes if shard_bytes >= 0 else None)
+
+
+def check_copies_fit(shards: ShardSet, reader: Reader) -> None:
+    """Raises UserError for remote shards without indexes of which the cache holds only a part: each would be copied again and again."""
+    remote = [i for i, location in enumerate(shards.locations) if is_remote(location)]
+    needed = sum(max(0, int(shards.shard_bytes[i])) for i in remote)
+    if not remote or needed <= most_bytes():
+        return
+    try:
+        if read_index(sidecar(shards, remote[0]), reader, -1) is not None:
+            return
+    except MissingSource:
+        pass
+    except SourceError:  # said when it is read for good
+        return
+    folder = shards.locations[remote[0]].rpartition("/")[0]
+    raise UserError(
+        f"the shards in {folder} have no indexes, so they would be copied whole: {needed / 1e9:,.1f} GB, and "
+        f"DSCLIP_SHARD_CACHE_GB allows {most_bytes() / 1e9:,.1f} GB. Write indexes with tools/index_shards.py {folder} OUT and "
+        "train on OUT, or raise DSCLIP_SHARD_CACHE_GB"
+    )
