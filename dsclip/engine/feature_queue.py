@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from dsclip.config.schema import LossSection
 from dsclip.engine.collectives import Collectives
 from dsclip.errors import UserError
-from dsclip.losses.tile_size import free_bytes
 
 FILE = "queue.safetensors"
 
@@ -25,10 +25,10 @@ class FeatureQueue:
     def __init__(self, loss: LossSection, shape_image: tuple, shape_text: tuple, device: torch.device):
         self.size, self._warmup_steps = loss.queue_size, loss.queue_warmup_steps
         needed = 4 * self.size * (torch.Size(shape_image).numel() + torch.Size(shape_text).numel() + 2)
-        if needed > free_bytes(device):
+        if needed > _free_bytes(device):
             raise UserError(
                 f"loss.queue_size {self.size} needs {needed / 2**30:.1f} GiB on every rank and "
-                f"{free_bytes(device) / 2**30:.1f} GiB are free; choose a smaller queue"
+                f"{_free_bytes(device) / 2**30:.1f} GiB are free; choose a smaller queue"
             )
         self._tensors = {
             "image": torch.zeros(self.size, *shape_image, device=device),
@@ -90,3 +90,14 @@ class FeatureQueue:
             )
         if tensors.keys() == self._tensors.keys():
             self._tensors, self.filled, self._next = tensors, state["filled"], state["next"]
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that can be allocated now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):  # counts the page cache, which gives way
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

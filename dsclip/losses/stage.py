@@ -1,6 +1,6 @@
 """The loss stage: gather features, statistics in tiles, gather those, gradients in tiles. No autograd, no N×N matrix.
 
-Symbols as in DESIGN.md §1: N global batch, n pairs of this rank, d embedding width, S = s·I·Tᵀ. The stage is the same
+Symbols: N global batch, n pairs of this rank, d embedding width, S = s·I·Tᵀ. The stage is the same
 for every similarity (cosine, late interaction) and every criterion (cross-entropy, sigmoid).
 """
 
@@ -16,7 +16,7 @@ from dsclip.losses.masks import masks
 from dsclip.losses.pairs import LossGrads, Negatives, Pairs
 from dsclip.losses.sides import Side, Sides, gather_sides
 from dsclip.losses.similarity import row_products
-from dsclip.losses.tile_size import Scratch, free_bytes, tile_shape
+from dsclip.losses.tile_size import Scratch, tile_shape
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def contrast(
 ) -> LossGrads:
     """The loss of the global batch and its exact gradients for this rank's features. Collective.
 
-    tile_entries: largest number of similarities held at a time; None chooses it from free memory.
+    tile_entries: largest number of similarities held at a time; None: what is fast on the device.
     """
     scratch = Scratch()
     criterion = criterion(negatives, pairs.bias, scratch)
@@ -38,7 +38,6 @@ class _Stage:
         self.negatives, self.group = negatives, group
         self.scale = pairs.log_scale.exp().to(torch.promote_types(pairs.image.dtype, torch.float32))
         self.tile_entries = tile_entries
-        self.free_bytes = free_bytes(pairs.image.device)
         # One rank's block of images × texts is also its block of texts × images: half of the products fall away.
         self.alone = group.world_size == 1
         self.masked = torch.zeros((), dtype=torch.int64, device=pairs.image.device)
@@ -166,9 +165,8 @@ class _Stage:
         return row_weights, col_weights
 
     def _tiles(self, rows: Side, cols: Side) -> Iterator[tuple[slice, slice, Side, Side]]:
-        height, width = tile_shape(
-            len(rows), len(cols), self.similarity.cells(rows, cols), self.tile_entries, self.free_bytes, rows.features
-        )
+        cells = self.similarity.cells(rows, cols)
+        height, width = tile_shape(len(rows), len(cols), cells, self.tile_entries, rows.features.device)
         for top in range(0, len(rows), height):
             row_slice = slice(top, min(top + height, len(rows)))
             r = rows.part(row_slice.start, row_slice.stop)

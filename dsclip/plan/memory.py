@@ -127,7 +127,7 @@ def loss_bytes(config: ClipConfig, batch: int, world_size: int, loss: LossSectio
     local, hard = batch // world_size, 0 if loss.hard_negatives == "none" else 1
     gathered = (2 + hard) * batch if world_size > 1 else 0
     features = FP32 * numbers * (gathered + (2 + hard) * 3 * local)
-    tile = min((CUDA_ENTRIES if device == "cuda" else CPU_ENTRIES)[1], local * batch)
+    tile = min(CUDA_ENTRIES if device == "cuda" else CPU_ENTRIES, local * batch)
     return {"features": features, "queue": 2 * FP32 * numbers * loss.queue_size, "loss_tiles": 4 * FP32 * tile}
 
 

@@ -1,0 +1,25 @@
+"""The size of tiles follows from the shapes alone, so that a resumed run sums as the first one did."""
+
+import inspect
+
+import pytest
+import torch
+
+from dsclip.losses.tile_size import CPU_ENTRIES, CUDA_ENTRIES, tile_shape
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("device", "entries"), [(CPU, CPU_ENTRIES), (CUDA, CUDA_ENTRIES)])
+@pytest.mark.parametrize("cells", [1, 50 * 77])
+def test_a_tile_fills_a_fixed_number_of_entries(device, entries, cells):
+    height, width = tile_shape(1 << 20, 1 << 20, cells, None, device)
+    assert 0.8 * entries <= height * width * cells <= entries
+
+
+def test_small_blocks_are_one_tile():
+    assert tile_shape(256, 1024, 1, None, CPU) == (256, 1024)
+
+
+def test_nothing_but_shapes_and_device_decides():
+    assert list(inspect.signature(tile_shape).parameters) == ["rows", "cols", "cells", "entries", "device"]
