@@ -53,6 +53,23 @@ def test_a_machine_without_a_compiler_goes_on_unfused(monkeypatch):
     assert torch.allclose(lse, logits.logsumexp(1)) and not fused._state["usable"]
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_memory_that_runs_out_is_no_missing_compiler(monkeypatch, wrapped):
+    def exhausted(function):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError as error:
+            if wrapped:
+                raise RuntimeError("backend failed") from error
+            raise
+
+    monkeypatch.setattr(fused, "_compiled", exhausted)
+    monkeypatch.setattr(fused, "_state", {"usable": True})
+    with pytest.raises(RuntimeError if wrapped else torch.OutOfMemoryError):
+        fused.log_sum_exp(torch.randn(3, 4), None, 1)
+    assert fused._state["usable"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_fused_loss_equals_the_plain_one(monkeypatch):

@@ -2,7 +2,7 @@
 
 Plain operations pass over a tile eleven times, which a CPU's caches hide and a GPU's memory does not. The functions are
 the reference written in one expression, compiled by torch; the plain path in `cross_entropy` is what they are tested
-against. They are used on CUDA, and no more in a process in which they could not be compiled.
+against. They are used on CUDA, and no more in a process in which they could not be compiled; out of memory stays an error.
 """
 
 from __future__ import annotations
@@ -61,8 +61,19 @@ def _run(function: Callable, *arguments):
         try:
             return _compiled(function)(*arguments)
         except Exception as error:  # no compiler on this machine: the same numbers, more slowly
+            if _out_of_memory(error):  # the plain functions need more of it
+                raise
             _state["usable"] = False
             warnings.warn(
                 f"the loss runs unfused: torch.compile failed ({type(error).__name__}: {error})", stacklevel=2
             )
     return function(*arguments)
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one that it was raised from, says that memory ran out."""
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -2,7 +2,7 @@
 
 Under ZeRO-3 a stage is a leaf module: its weights are gathered before `forward` and once more before the backward of
 its outputs. With the chunks inside the stage, the number of gathers and of gradient reductions does not depend on how
-finely the batch is cut. DESIGN.md §1 has the measurements.
+finely the batch is cut. docs/how_it_works.md has the measurements.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class _LayerMajor(torch.autograd.Function):
             grads = list(torch.autograd.grad(output, inputs, output_grad))
             chunk_grads.append(grads.pop(0) if leaf.requires_grad else None)
             del leaf, output
-            if len(output_grads) == 1:
-                totals = [grad.to_dense() if grad.is_sparse else grad for grad in grads]
+            if len(output_grads) == 1 and not any(grad.is_sparse for grad in grads):
+                totals = grads
             else:
                 _add_in_float32(totals, grads)
         param_grads = [total.to(p.dtype) for total, p in zip(totals, params, strict=True)]

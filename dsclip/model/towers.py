@@ -39,7 +39,7 @@ class VisionEmbed(Stage):
             positions = positions.expand(len(patches), -1, -1)
         else:
             patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
-            positions = positions[kept]
+            positions = look_up(positions, kept)
         tokens = self.patch_embedding(patches) + positions
         first = (self.class_embedding + self.position_embedding[0]).expand(len(tokens), 1, -1)
         return self.ln_pre(torch.cat([first, tokens], dim=1))
@@ -125,6 +125,14 @@ class TextHead(Stage):
             return F.pad(embedded, (0, 0, 0, self.context_length - tokens.shape[1]))
         last = tokens.gather(1, ends[:, None, None].expand(-1, 1, tokens.shape[-1])).squeeze(1)
         return unit_rows(self.projection(self.ln_final(last)))
+
+
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of table [R, W] by index [...], in its dtype, [..., W]; their gradients are added up in float32 or wider.
+
+    table[index] adds them in bf16: with 512 samples that keep half of 49 patches it was 1.5 % off, and this 0.17 %.
+    """
+    return F.embedding(index, table.to(torch.promote_types(table.dtype, torch.float32))).to(table.dtype)
 
 
 def unit_rows(x: Tensor) -> Tensor:

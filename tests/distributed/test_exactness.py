@@ -10,7 +10,7 @@ from tests.distributed.launch import WORKERS, run_ranks
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def results(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("exactness") / "results.json"
-    run_ranks(WORKERS / "exactness_worker.py", request.param, out)
+    run_ranks(WORKERS / "exactness_worker.py", request.param, out, timeout_s=900)
     return json.loads(out.read_text())
 
 

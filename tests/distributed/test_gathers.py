@@ -12,7 +12,7 @@ RANKS = 2
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("gathers") / "results.json"
-    run_ranks(WORKERS / "gathers_worker.py", RANKS, out)
+    run_ranks(WORKERS / "gathers_worker.py", RANKS, out, timeout_s=600)
     return json.loads(out.read_text())
 
 
