@@ -1,45 +1,127 @@
-"""Batches on the device before they are asked for: copied and augmented beside the step that is running."""
+"""Batches on the device before they are asked for: put together, copied and augmented beside the step that is running."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
+from queue import Empty, Full, Queue
+from typing import Any
 
 import torch
 
 from dsclip.data.augment import augment
 
+LOOK_S = 0.1  # how often a thread that waits looks whether it is still wanted
+
 
 def on_device(batches: Iterator[dict], device: torch.device) -> Iterator[dict]:
     """The same batches with their tensors on `device` and their images augmented.
 
-    On a GPU the next batch is copied from pinned memory on a stream of its own while the current one trains. Positions
-    stay with their batches.
+    On a GPU a thread puts the next batch together in pinned memory, and it is copied on a stream of its own, while the
+    current one trains. Positions stay with their batches.
     """
     if device.type != "cuda":
         for batch in batches:
             yield _augmented(batch)
         return
-    side = torch.cuda.Stream(device)
+    yield from pipelined(in_background(batches), CudaLane(device))
+
+
+def pipelined(batches: Iterable, lane) -> Iterator:
+    """Batch i is given out when the copy of batch i + 1 is queued, and waits for its own copy alone.
+
+    lane.queue(batch) starts a copy and returns what lane.ready turns into the batch for the step.
+    """
     ahead = None
     for batch in batches:
-        with torch.cuda.stream(side):
-            copied = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-            following = (_augmented(copied), batch)  # the pinned memory lives as long as its copy
+        following = lane.queue(batch)
         if ahead is not None:
-            yield _ready(ahead[0], side)
+            yield lane.ready(ahead)
         ahead = following
+    if ahead is not None:
+        yield lane.ready(ahead)
+
+
+class CudaLane:
+    """Copies on a stream of its own. An event behind each copy is what the step's stream waits for."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def queue(self, batch: dict) -> tuple[dict, torch.cuda.Event, dict]:
+        """(the batch on the device, the event that ends its copy, the pinned batch, which must live until then)."""
+        with torch.cuda.stream(self._stream):
+            copied = {k: v.to(self._device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+            copied = _augmented(copied)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        return copied, done, batch
+
+    def ready(self, queued: tuple[dict, torch.cuda.Event, dict]) -> dict:
+        """The batch for the current stream, which waits for this copy and keeps its memory from the next ones."""
+        batch, done, _ = queued
+        main = torch.cuda.current_stream(self._device)
+        main.wait_event(done)
+        for value in batch.values():
+            if torch.is_tensor(value):
+                value.record_stream(main)
+        return batch
+
+
+def in_background(items: Iterator) -> Iterator:
+    """The same items, each made by a thread while the one before is in use; an error is raised where its item was due.
+
+    The first is made by the caller's thread: it starts the loader's workers, and those are forked from the main thread.
+    """
+    try:
+        yield next(items)
+    except StopIteration:
+        return
+    made: Queue[tuple[Any, BaseException | None]] = Queue(maxsize=1)
+    unwanted = threading.Event()
+
+    def put(item, error: BaseException | None = None) -> bool:
+        while not unwanted.is_set():
+            try:
+                made.put((item, error), timeout=LOOK_S)
+                return True
+            except Full:
+                continue
+        return False
+
+    def make() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(None, StopIteration())
+        except BaseException as error:  # of whatever kind: it is the consumer's
+            put(None, error)
+
+    thread = threading.Thread(target=make, name="dsclip batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        unwanted.set()
+        _drain(made)
+        thread.join(timeout=10 * LOOK_S)
+
+
+def _drain(queue: Queue) -> None:
+    try:
+        while True:
+            queue.get_nowait()
+    except Empty:
+        pass
 
 
 def _augmented(batch: dict) -> dict:
     numbers = batch.pop("augmentation", None)
     return batch if numbers is None else batch | {"images": augment(batch["images"], numbers)}
-
-
-def _ready(batch: dict, side: torch.cuda.Stream) -> dict:
-    """The batch for the main stream, which waits for its copy and keeps its memory from the side stream."""
-    main = torch.cuda.current_stream()
-    main.wait_stream(side)
-    for value in batch.values():
-        if torch.is_tensor(value):
-            value.record_stream(main)
-    return batch
