@@ -36,6 +36,25 @@ def load_init(path: str | Path, config: ClipConfig) -> tuple[dict[str, Tensor], 
     return weights, scale
 
 
+def load_init_once(path: str | Path, config: ClipConfig, group) -> tuple[dict[str, Tensor] | None, float]:
+    """What `load_init` returns, read by rank 0 alone: the others get None and the scale. Collective.
+
+    What rank 0 finds wrong is a UserError on every rank. group: `dsclip.engine.Collectives`.
+    """
+    weights = scale = problem = None
+    if group.rank == 0:
+        try:
+            weights, scale = load_init(path, config)
+        except UserError as error:
+            problem = str(error)
+        except Exception as error:  # a damaged file raises what its reader likes, and the other ranks wait
+            problem = f"model.init={path} could not be read ({type(error).__name__}: {error}); it may be damaged"
+    scale, problem = group.broadcast_object((scale, problem))
+    if problem:
+        raise UserError(problem)
+    return weights, scale
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], float, ClipConfig | None]:
     if path.is_dir() and (path / "config.json").is_file():
         config, weights, scale = load_hf_folder(path)

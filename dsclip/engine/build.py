@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dsclip.config.schema import OptimSection
-from dsclip.engine.collectives import launched_ranks
+from dsclip.engine.collectives import Collectives, launched_ranks
 from dsclip.engine.quiet_deepspeed import deepspeed
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig, Stage
@@ -41,11 +41,13 @@ def _address_of_a_single_process() -> None:
 
 
 def build_model(config: ClipConfig, ds_config: dict, seed: int, state_dict: dict | None = None) -> Clip:
-    """The model in the engine's dtype. Under ZeRO-3 no rank ever holds a full copy.
+    """The model in the engine's dtype. Collective.
 
-    state_dict: weights to start from, the same on every rank.
+    state_dict: weights to start from, on rank 0; what the others give isn't looked at. Under ZeRO-3 a rank holds one
+    module at a time beside its shards, and rank 0 the state_dict; under ZeRO-1 and 2 `initialize` broadcasts rank 0's.
     """
     torch.manual_seed(seed)
+    given = Collectives.current().broadcast_object(state_dict is not None)
     if ds_config["zero_optimization"]["stage"] < 3:
         model = Clip(config)
         if state_dict is not None:
@@ -53,7 +55,7 @@ def build_model(config: ClipConfig, ds_config: dict, seed: int, state_dict: dict
         return model
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = Clip(config)
-    if state_dict is not None:
+    if given:
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
                 if dist.get_rank() == 0:

@@ -66,6 +66,7 @@ class ContrastiveEngine:
     batch["sample_ids"] [n] int64; by the recipe's loss also batch["keys"] [n] int64 (duplicates), and
     batch["hard_tokens"] [m, L] with batch["hard_owner"] [m] (hard negatives). Its gradient equals that of a single
     process with the N samples in one batch, for every number of ranks, ZeRO stage, outer micro-batch and chunk size.
+    state_dict, init_scale: weights and logit scale to start from; those of rank 0 count.
     `recipe` is the one given with its batch section planned (`batch.accumulation`), and `plan` what that will take.
     """
 
@@ -101,7 +102,7 @@ class ContrastiveEngine:
         self.scalars = LossScalars(
             settings, recipe.optim, recipe.train.steps, self.device, has_bias=self._loss.has_bias
         )
-        if init_scale is not None:
+        if (init_scale := self.group.broadcast_object(init_scale)) is not None:
             self.scalars.set_scale(init_scale)
         self.queue = self._momentum = None
         if settings.queue_size:

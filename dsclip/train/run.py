@@ -39,7 +39,7 @@ class Plan:
     tokenizer: object
     run_dir: Path
     resume: Path | None
-    init: tuple | None  # (state dict, logit scale) to start from
+    init: str | None  # the weights to start from
     evaluation: Evaluation  # its sets open and checked
 
 
@@ -51,11 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         if rank == 0:
             print(describe(plan))
         return
-
-    from dsclip.engine.contrastive import ContrastiveEngine
-
-    state_dict, init_scale = plan.init or (None, None)
-    engine = ContrastiveEngine(plan.recipe, plan.ds_config, plan.model, state_dict=state_dict, init_scale=init_scale)
+    engine = build_engine(plan)
     group, plan = engine.group, replace(plan, recipe=engine.recipe, ds_config=engine.ds_config)
     store = CheckpointStore(plan.run_dir, plan.recipe.train.keep_checkpoints, plan.tokenizer)
     data_state = None
@@ -90,13 +86,22 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     overrides = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
     vocabulary = dict(vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
     model = resolve_preset(recipe.model.preset, **overrides, **vocabulary)
-    init = None
-    if recipe.model.init and not resume:
-        from dsclip.convert.init import load_init
-
-        init = load_init(recipe.model.init, model)
+    init = None if resume else recipe.model.init
     evaluation = Evaluation(recipe, model, tokenizer)
     return Plan(recipe, ds_config, model, tokenizer, run_dir, resume, init, evaluation)
+
+
+def build_engine(plan: Plan):
+    """The engine, with the weights of `model.init`, which rank 0 reads. Collective."""
+    from dsclip.convert.init import load_init_once
+    from dsclip.engine.build import init_distributed
+    from dsclip.engine.contrastive import ContrastiveEngine
+
+    init_distributed()
+    weights = scale = None
+    if plan.init:
+        weights, scale = load_init_once(plan.init, plan.model, Collectives.current())
+    return ContrastiveEngine(plan.recipe, plan.ds_config, plan.model, state_dict=weights, init_scale=scale)
 
 
 def evaluation_shards(recipe: Recipe) -> tuple:
@@ -167,6 +172,10 @@ def describe(plan: Plan) -> str:
 
     from dsclip.model import Clip
 
+    if plan.init:
+        from dsclip.convert.init import load_init
+
+        load_init(plan.init, plan.model)
     with torch.device("meta"):
         parameters = Clip(plan.model).parameter_count()
     world_size = launched_ranks()[1]
