@@ -11,9 +11,24 @@ from collections.abc import Callable
 from dsclip.errors import UserError
 
 
+class Parser(argparse.ArgumentParser):
+    """With --json among its arguments, what is wrong with them is said in JSON too."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's; `error` needs to know what was given."""
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str):
+        """Prints usage and message, and ends the process with exit code 2."""
+        if "--json" in self._given:
+            print_error(message, 2)
+        super().error(message)
+
+
 def parser(description: str, example: str) -> argparse.ArgumentParser:
     """A parser whose help ends with an example; it has `--json`."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         description=description,
         epilog=f"example:\n  {example}\n\nexit codes: 0 done, 1 failed, 2 wrong input",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -25,23 +40,37 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
 
 
 def run_tool(tool: Callable[[argparse.Namespace], tuple[dict, str]], arguments: argparse.Namespace) -> int:
-    """Calls the tool, prints its (result, text for people), and returns the exit code."""
+    """Calls the tool, prints its (result, text for people), and returns the exit code.
+
+    With --json an error is an object too: {"error": the sentence, "exit_code": 1, 2 or 130}.
+    """
     try:
         result, text = tool(arguments)
-    except UserError as error:
-        print(f"dsclip: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dsclip: interrupted", file=sys.stderr)
-        return 130
-    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        print(f"dsclip: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except Exception:
-        print(f"dsclip failed:\n{traceback.format_exc()}", file=sys.stderr)
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        return report_error(error, as_json=arguments.json)
     print(json.dumps(result) if arguments.json else text)
     return 0
+
+
+def report_error(error: BaseException, *, as_json: bool) -> int:
+    """Says what went wrong, on standard error and, if asked, as JSON on standard output; returns the exit code."""
+    if isinstance(error, UserError):
+        message, code = str(error), 2
+    elif isinstance(error, FileExistsError | FileNotFoundError | NotADirectoryError | PermissionError):
+        message, code = f"{error.filename or ''}: {error.strerror or error}", 2
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = "interrupted", 130
+    else:
+        message, code = f"{type(error).__name__}: {error}", 1
+    say(f"dsclip failed:\n{''.join(traceback.format_exception(error))}" if code == 1 else f"dsclip: {message}")
+    if as_json:
+        print_error(message, code)
+    return code
+
+
+def print_error(message: str, exit_code: int) -> None:
+    """An error as a JSON object on standard output."""
+    print(json.dumps({"error": message, "exit_code": exit_code}), flush=True)
 
 
 def say(text: str) -> None:

@@ -1,10 +1,12 @@
 """Recipes are read strictly: what can't be obeyed is refused with one clear sentence."""
 
 import dataclasses
+import json
 
 import pytest
 
 from dsclip.config import Recipe, dump_recipe, load_recipe, packaged_recipes
+from dsclip.config.synonyms import CONVERTED, EPOCHS, MEANS
 from dsclip.errors import UserError
 
 
@@ -48,7 +50,8 @@ def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("optim: {learning_rate: 1}", "unknown key `optim.learning_rate`"),
+        ("optim: {learning_rate: 1}", "unknown key `optim.learning_rate`. Did you mean `optim.lr`?"),
+        ("learning_rate: 1", "unknown section `learning_rate`. Did you mean `optim.lr`?"),
         ("optim: {warmup_step: 1}", "Did you mean `warmup_steps`"),
         ("optimm: {lr: 1}", "unknown section `optimm`. Did you mean `optim`"),
         ("optim:\n  lr: 1\n  lr: 2", "line 3: key `lr` stands here twice"),
@@ -87,6 +90,17 @@ def test_bad_recipes_are_refused_with_the_reason(tmp_path, text, message):
     "override, message",
     [
         ("lr=1", "write section.key=value"),
+        ("lr=1e-3", "Did you mean `optim.lr`?"),
+        ("learning_rate=1e-3", "Did you mean `optim.lr`?"),
+        ("train.learning_rate=1e-3", "Did you mean `optim.lr`?"),
+        ("optim.wd=0.1", "Did you mean `optim.weight_decay`?"),
+        ("optim.warmup=10", "Did you mean `optim.warmup_steps`?"),
+        ("train.batch_size=64", "Did you mean `batch.global_batch_size`?"),
+        ("train.lr=1e-3", "Did you mean `optim.lr`?"),
+        ("data.num_workers=2", "Did you mean `data.workers`?"),
+        ("train.accum_freq=4", "Set `batch.global_batch_size` to all samples of a step"),
+        ("train.precision=amp", "The DeepSpeed JSON decides"),
+        ("epochs=3", "Set `train.steps`: 3 × samples / 256, the global batch"),
         ("optim.lr", "write section.key=value"),
         ("optim.lrr=1", "Did you mean `lr`"),
         ("optim.lr=[1", "`optim.lr=[1`"),
@@ -101,3 +115,16 @@ def test_bad_overrides_are_refused(override, message):
 def test_unknown_recipe_names_suggest_packaged_ones():
     with pytest.raises(UserError, match="Did you mean `demo`"):
         load_recipe("demmo")
+
+
+def test_epochs_are_converted_with_the_batch_and_the_samples_of_the_data(tmp_path):
+    shards = [{"name": f"{i}.tar", "samples": 500} for i in range(2)]
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": shards}))
+    for override in ("train.epochs=10", "num_epochs=10"):
+        with pytest.raises(UserError, match="`train.steps=157`: 10 × 1000 samples / a global batch of 64"):
+            load_recipe("demo", [f"data.train_shards={tmp_path}", "batch.global_batch_size=64", override])
+
+
+def test_every_synonym_stands_for_a_key_that_exists():
+    known = {f"{s}.{key}" for s, keys in dataclasses.asdict(Recipe()).items() for key in keys}
+    assert set(MEANS.values()) <= known and not {word for word in MEANS if word in EPOCHS or word in CONVERTED}

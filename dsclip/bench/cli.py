@@ -52,6 +52,7 @@ def bench_step(arguments: argparse.Namespace) -> tuple[dict, str]:
     matrix product measured in the same run.
     """
     a = arguments
+    resolve_preset(a.preset)  # here an unknown one is a sentence; in a process of its own a trace
     trainers = ["dsclip", "transformers"] + (["open_clip"] if importlib.util.find_spec("open_clip") else [])
     best: dict[tuple[str, str], dict] = {}
     for _ in range(a.repeats):

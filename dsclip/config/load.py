@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from dsclip.config.schema import Recipe
+from dsclip.config.synonyms import suggestion
 from dsclip.errors import UserError, did_you_mean
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -68,7 +69,7 @@ def load_recipe(name_or_path: str = "demo", overrides: list[str] = ()) -> Recipe
         raise UserError(f"{source} holds no sections; a recipe starts like `model:` or `data:`")
     for override in overrides:
         _apply(tree, override)
-    recipe = _build(Recipe, tree, source, "")
+    recipe = _build(Recipe, tree, source, "", tree)
     check_values(recipe, source)
     return recipe
 
@@ -120,7 +121,8 @@ def _apply(tree: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     parts = key.split(".")
     if not equals or len(parts) != 2 or not all(parts):
-        raise UserError(f"`{override}` is no override; write section.key=value, such as optim.lr=1e-3")
+        meant = suggestion(key, None, _plain(value), tree) if equals and len(parts) == 1 else ""
+        raise UserError(f"`{override}` is no override; write section.key=value, such as optim.lr=1e-3.{meant}")
     section = tree.setdefault(parts[0], {})
     if section is None:
         section = tree[parts[0]] = {}
@@ -129,7 +131,15 @@ def _apply(tree: dict, override: str) -> None:
     section[parts[1]] = parse_yaml(value, f"`{override}`") if value else ""
 
 
-def _build(cls, tree: dict, source: str, where: str):
+def _plain(text: str):
+    """The value of an override that is about to be refused; its text where it is no YAML."""
+    try:
+        return parse_yaml(text, "")
+    except UserError:
+        return text
+
+
+def _build(cls, tree: dict, source: str, where: str, whole: dict):
     hints = typing.get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     values = {}
@@ -137,11 +147,12 @@ def _build(cls, tree: dict, source: str, where: str):
         name = f"{where}{key}"
         if key not in known:
             kind = "key" if where else "section"
-            raise UserError(f"{source}: unknown {kind} `{name}`.{did_you_mean(key, known)} Known: {', '.join(known)}")
+            meant = suggestion(key, where.rstrip(".") or None, value, whole)
+            raise UserError(f"{source}: unknown {kind} `{name}`.{meant} Known: {', '.join(known)}")
         if dataclasses.is_dataclass(hints[key]):
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{source}: `{name}` is a section; write its keys below it, indented")
-            values[key] = _build(hints[key], value or {}, source, f"{name}.")
+            values[key] = _build(hints[key], value or {}, source, f"{name}.", whole)
         else:
             values[key] = _convert(value, hints[key], name, source)
     return cls(**values)

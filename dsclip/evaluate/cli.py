@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dsclip.checkpoint import read_checkpoint
-from dsclip.command_line import parser, say
+from dsclip.command_line import parser, report_error, say
 from dsclip.data import build_eval_dataset, load_tokenizer
 from dsclip.data.inspect_cli import add_remote, reader_of
 from dsclip.data.overlap import data_name, training_pairs
@@ -33,13 +33,12 @@ def main(argv: list[str] | None = None) -> None:
     rank = launched_ranks()[0]
     try:
         result = evaluate(arguments)
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        code = 2 if isinstance(error, UserError) else 1
         if rank == 0:
-            say(f"dsclip: {error}")
-        code = 2
-    except Exception:
-        say(f"dsclip: rank {rank} failed:\n{traceback.format_exc()}")
-        code = 1
+            code = report_error(error, as_json=arguments.json)
+        elif code == 1:
+            say(f"dsclip: rank {rank} failed:\n{traceback.format_exc()}")
     else:
         if rank == 0:
             _report(result, arguments)

@@ -30,7 +30,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="how to run: a DeepSpeed JSON, or the name of one in ds_configs/ (default: zero3_bf16)",
     )  # fmt: skip
     parser.add_argument(
-        "--config", default="demo", help="what to train: a packaged recipe or a YAML file (default: demo)"
+        "--config", help="what to train: a packaged recipe or a YAML file (default: demo, the embedded data set's)"
     )
     parser.add_argument(
         "--resume", default="none", metavar="auto|none|PATH",
@@ -51,6 +51,10 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's large CPU tensors
     rank = launched_ranks()[0]
+    if arguments.config is None:
+        arguments.config = "demo"
+        if rank == 0:
+            print(f"dsclip: {without_config(arguments.overrides)}", file=sys.stderr, flush=True)
     try:
         from dsclip.train.run import run
 
@@ -70,3 +74,17 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # without the teardown that needs the other ranks; the launcher stops those
+
+
+def without_config(overrides: list[str]) -> str:
+    """What a run without --config trains: said, because its sizes are the demo's, also with shards of one's own."""
+    text = "no --config is given: the recipe is `demo`, a small model for the embedded data set"
+    keys = {override.partition("=")[0] for override in overrides}
+    if "data.train_shards" not in keys:
+        return f"{text}."
+    left = ["model.preset", "batch.global_batch_size", "train.steps", "data.tokenizer", "eval.zeroshot_shards"]
+    kept = ", ".join(key for key in left if key not in keys)
+    return (
+        f"WARNING: {text}, and `data.train_shards` alone is yours: {kept or 'all else'} and more stay the demo's. "
+        "tools/make_shards.py writes a recipe for a data set; give it with --config."
+    )
