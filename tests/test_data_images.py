@@ -147,3 +147,16 @@ def test_batches_arrive_on_the_device_in_order_and_augmented(device):
     for i, batch in taken:
         assert batch["state"] == i and batch["tokens"].tolist() == [i] and batch["images"].device.type == device
         assert torch.equal(batch["images"].cpu(), (images + i).flip(3)) and "augmentation" not in batch
+
+
+def test_jpegs_that_only_pillow_reads_are_used_and_counted():
+    """Stray bytes between segments, as cameras and scrapers leave them: libjpeg-turbo's strict interface refuses the file."""
+    whole = photograph(96, 64, 0)
+    strays = [whole[:-2] + b"\x12\x34\x56" * 5 + whole[-2:], whole.replace(b"\xff\xda", b"\x01\x02\xff\xda", 1)]
+    fast, out, expected = FastImages(32, [0.5, 1.0], 10**6), *torch.empty(2, 3, 32, 32, dtype=torch.uint8)
+    fast(RawSample("a", "b", {"jpg": whole}), np.random.default_rng(1), expected)
+    assert fast.slow_decoded == 0
+    for content in strays:
+        fast(RawSample("a", "b", {"jpg": content}), np.random.default_rng(1), out)
+        assert (out.float() - expected.float()).abs().mean() < 4
+    assert fast.slow_decoded == 2

@@ -5,7 +5,10 @@ import json
 from PIL import Image
 
 from dsclip.bench.data_cli import plan_at_scale
-from dsclip.data import ShardWriter, read_manifest
+from dsclip.config.schema import DataSection
+from dsclip.data import ShardWriter, build_loader, load_tokenizer, read_manifest
+from dsclip.data.check import check_data
+from dsclip.data.shards import LOCAL
 from dsclip.data.tar_index import from_bytes
 from tests.distributed.launch import run_command
 from tests.shard_files import jpeg, sample, write_set, write_tar
@@ -74,6 +77,23 @@ def test_check_data_counts_by_reason_and_fails_for_ci(tmp_path):
     code, output = run("tools/check_data.py", tmp_path / "a.tar", "--max-bad", "0.1")
     assert code == 0 and "within the allowed 10.00%" in output
     assert run("tools/check_data.py", tmp_path / "none")[0] == 2
+
+
+def test_check_data_accepts_and_refuses_what_training_does(tmp_path, demo):
+    """Stray bytes in a JPEG, a sample over the limit, and missing group keys, against a loader with the same settings."""
+    stray = jpeg(1)[:-2] + b"\x12\x34\x56" * 5 + jpeg(1)[-2:]
+    members = {f"{i:03d}": sample(i) | {"json": json.dumps({"caption": "a", "place": i}).encode()} for i in range(8)}
+    members |= {"100": {"jpg": stray, "json": members["001"]["json"]}, "101": members["002"] | {"png": bytes(9000)}}
+    members |= {"102": {"jpg": jpeg(1), "json": b'{"caption": "no place"}'}}
+    write_tar(tmp_path / "a.tar", members)
+    data = DataSection(
+        train_shards=str(tmp_path), workers=0, max_bad_fraction=1.0, max_sample_bytes=8000, group_key="place"
+    )
+    report = check_data(str(tmp_path), LOCAL, data=data, image_size=16)
+    loader = build_loader(data, tokenizer=load_tokenizer("demo"), image_size=16, context_length=16, global_batch_size=9, seed=0)  # fmt: skip
+    batch = next(iter(loader))
+    assert report.usable == 9 and report.bad == batch["bad"] == {"sample too large": 1, "no group key": 1}
+    assert report.slow_decoded == batch["slow_decoded"] == 1
 
 
 def test_check_data_finds_shards_that_are_not_those_of_the_manifest(tmp_path):

@@ -1,4 +1,4 @@
-"""Checks every sample of a data set as training would read it; exit code 1 when too many are bad.
+"""Makes every sample of a data set as training does with the same settings; exit code 1 when too many are bad.
 
 Example:  python tools/check_data.py data/photos --sheet pairs.png
 """

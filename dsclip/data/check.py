@@ -1,7 +1,8 @@
-"""Looks at every sample of a data set as training would, and reports what it finds."""
+"""Makes every sample of a data set as training does, and reports what it finds."""
 
 from __future__ import annotations
 
+import io
 import itertools
 import textwrap
 from collections import Counter
@@ -10,8 +11,11 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
+from dsclip.config.schema import DataSection
+from dsclip.data.prepare import Preparer
 from dsclip.data.reader import BadSample, RawSample, SampleReader, decode_image, image_bytes, read_captions
 from dsclip.data.shards import ShardSet, open_shards
 from dsclip.data.sources import Reader, SourceError, is_remote
@@ -36,6 +40,7 @@ class Report:
     captions: int = 0
     duplicate_images: int = 0
     duplicate_captions: int = 0
+    slow_decoded: int = 0
 
     def problem(self, shard: str, reason: str, count: int = 1) -> None:
         """Counts what is wrong with a shard or one of its samples."""
@@ -51,22 +56,29 @@ class Report:
         return {
             "samples": self.samples, "usable": self.usable, "bad": dict(self.bad), "captions": self.captions,
             "duplicate_images": self.duplicate_images, "duplicate_captions": self.duplicate_captions, **spread,
+            "slow_decoded": self.slow_decoded,
             "worst_shards": {name: dict(reasons) for name, reasons in worst},
         }  # fmt: skip
 
 
 def check_data(
-    spec: str, reader: Reader, *, caption_key: str = "caption", max_image_pixels: int = 64_000_000, most: int | None = None,
-    sheet: Path | None = None,
+    spec: str, reader: Reader, *, data: DataSection | None = None, image_size: int = 224, hard_negatives: bool = False,
+    most: int | None = None, sheet: Path | None = None,
 ) -> Report:  # fmt: skip
-    """Reads every sample (or the first `most`), and writes a contact sheet of 32 pairs spread over them."""
+    """Makes every sample (or the first `most`) as training does with these `data` settings, once with one crop.
+
+    Writes a contact sheet of 32 pairs spread over them.
+    """
+    data = data or DataSection()
     shards = open_shards(spec, reader)
     total = int(shards.samples.sum())
     if not total:
         raise UserError(f"there is no sample in {spec}")
     report = Report(samples=total)
     _check_files(shards, reader, report)
-    samples = SampleReader(shards, reader)
+    samples = SampleReader(shards, reader, data.max_sample_bytes)
+    prepare = Preparer(data, image_size, 0, hard_negatives)
+    crop = torch.empty(3, image_size, image_size, dtype=torch.uint8)
     seen_images, seen_captions, pictures = set(), set(), []
     places = ((s, p) for s, count in enumerate(shards.samples.tolist()) for p in range(count))
     looked = min(total, most or total)
@@ -74,14 +86,17 @@ def check_data(
     for number, (shard, position) in enumerate(itertools.islice(places, looked)):
         try:
             raw = samples.read(shard, position)
-            image, captions = decode_image(raw, max_image_pixels), read_captions(raw, caption_key)
+            prepare(raw, 0, crop)
         except (BadSample, SourceError) as error:
             report.problem(shards.name(shard), str(error) if isinstance(error, BadSample) else "unreadable shard")
             continue
-        _count(report, raw, image, captions, seen_images, seen_captions)
+        captions = read_captions(raw, data.caption_key)
+        _count(report, raw, captions, seen_images, seen_captions)
         if number in wanted:
+            image = decode_image(raw, data.max_image_pixels)
             image.thumbnail((CELL, CELL))
             pictures.append((image, captions[0]))
+    report.slow_decoded = prepare.slow_decoded
     if sheet is not None:
         contact_sheet(pictures).save(sheet)
     return report
@@ -115,13 +130,12 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def _count(
-    report: Report, raw: RawSample, image: Image.Image, captions: list[str], images: set, sentences: set
-) -> None:
+def _count(report: Report, raw: RawSample, captions: list[str], images: set, sentences: set) -> None:
     report.usable += 1
-    report.widths.append(image.width)
-    report.heights.append(image.height)
     content = image_bytes(raw)
+    with Image.open(io.BytesIO(content)) as image:  # its header
+        report.widths.append(image.width)
+        report.heights.append(image.height)
     report.image_bytes.append(len(content))
     digest = blake2b(content, digest_size=8).digest()
     report.duplicate_images += digest in images

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from dsclip.command_line import parser, run_tool, say
+from dsclip.config.schema import DataSection
 from dsclip.data.check import Report, check_data
 from dsclip.data.index import index_shards, problem_counts
 from dsclip.data.sources import Reader
@@ -35,11 +36,17 @@ def index_main(argv: list[str] | None = None) -> None:
 def check_main(argv: list[str] | None = None) -> None:
     """tools/check_data.py."""
     p = parser(
-        "Reads every sample as training would and reports failures, sizes, captions and duplicates.", CHECK_EXAMPLE
+        "Makes every sample as training does with these settings and reports failures, sizes, captions and duplicates.",
+        CHECK_EXAMPLE,
     )
     p.add_argument("shards", metavar="SHARDS", help="as data.train_shards")
     p.add_argument("--caption-key", default="caption", help="key of captions in .json (default: caption)")
-    p.add_argument("--max-image-pixels", type=int, default=64_000_000)
+    p.add_argument("--group-key", help="as data.group_key")
+    p.add_argument("--hard-negatives", metavar="KEY", help="read hard negatives too; KEY as data.negative_key")
+    p.add_argument("--decoder", choices=["fast", "exact"], default="fast", help="as data.decoder (default: fast)")
+    p.add_argument("--image-size", type=int, default=224, help="of the crops (default: 224)")
+    p.add_argument("--max-image-pixels", type=int, default=64_000_000, help="as data.max_image_pixels")
+    p.add_argument("--max-sample-bytes", type=int, default=1 << 26, help="as data.max_sample_bytes")
     p.add_argument("--max-samples", type=int, help="look at the first so many (default: all)")
     p.add_argument(
         "--max-bad", type=float, default=0.0, metavar="SHARE", help="exit code 1 above this share (default: 0)"
@@ -89,9 +96,15 @@ def run_check(arguments: argparse.Namespace) -> int:
             a.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg") or not a.sheet.parent.is_dir()
         ):
             raise UserError(f"--sheet {a.sheet}: give a .png or .jpg file in a folder that exists")
+        if min(a.image_size, a.max_image_pixels, a.max_sample_bytes) < 1:
+            raise UserError("--image-size, --max-image-pixels and --max-sample-bytes must be at least 1")
+        data = DataSection(
+            caption_key=a.caption_key, group_key=a.group_key, decoder=a.decoder, max_image_pixels=a.max_image_pixels,
+            max_sample_bytes=a.max_sample_bytes, negative_key=a.hard_negatives or "negatives",
+        )  # fmt: skip
         report = check_data(
-            a.shards, reader_of(a), caption_key=a.caption_key, max_image_pixels=a.max_image_pixels, most=a.max_samples,
-            sheet=a.sheet,
+            a.shards, reader_of(a), data=data, image_size=a.image_size, hard_negatives=a.hard_negatives is not None,
+            most=a.max_samples, sheet=a.sheet,
         )  # fmt: skip
         share = report.bad.total() / max(1, min(report.samples, a.max_samples or report.samples))
         verdict["failed"] = share > a.max_bad
@@ -108,6 +121,7 @@ def text(report: Report, share: float, arguments: argparse.Namespace) -> str:
     lines += [
         f"  {report.duplicate_images:8,} repeated images",
         f"  {report.duplicate_captions:8,} repeated captions",
+        f"  {report.slow_decoded:8,} JPEGs with errors, which only Pillow reads",
         "",
     ]
     lines.append(f"{'':14}" + "".join(f"{name:>10}" for name in ("least", "5 %", "median", "95 %", "most")))

@@ -44,7 +44,7 @@ def build_loader(
 
     A batch: images uint8 [n, 3, S, S], tokens int64 [n, L], sample_ids int64 [n], keys int64 [n] (equal for duplicates),
     captions (n strings), read and bad (samples read and skipped, by reason, for this batch), journal (shards that failed), seconds and waited
-    (of all workers for this batch, and of these for remote bytes);
+    (of all workers for this batch, and of these for remote bytes), slow_decoded (JPEGs that only Pillow could read);
     with hard_negatives also hard_tokens [m, L] and hard_owner [m], the sample of each; with flips or colour jitter
     augmentation [n, 6], see `augment`; epoch (passes over the data so far); state (JSON: the position after this batch). That state, or those of all ranks of another run
     put together by `merge_states`, continues with exactly the next batch, on any number of ranks and workers. Raises
@@ -155,7 +155,7 @@ class Loader:
         bad = sum((Counter(p["bad"]) for p in parts), Counter()) + self._problems
         self._problems = Counter()
         batch |= {"read": sum(p["read"] for p in parts), "bad": dict(bad)}
-        batch |= {name: sum(p[name] for p in parts) for name in ("seconds", "waited")}
+        batch |= {name: sum(p[name] for p in parts) for name in ("seconds", "waited", "slow_decoded")}
         if "hard_owner" in parts[0]:
             sizes = [len(p["sample_ids"]) for p in parts]
             owners = [torch.from_numpy(p["hard_owner"] + sum(sizes[:i])) for i, p in enumerate(parts)]

@@ -16,20 +16,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dsclip.config.schema import DataSection
 from dsclip.data.ahead import ReadAhead, Threads
-from dsclip.data.augment import draw_augmentation
 from dsclip.data.order import Draw, Order
-from dsclip.data.reader import (
-    BadSample,
-    RawSample,
-    SampleReader,
-    decode_image,
-    read_captions,
-    read_group,
-    read_negatives,
-)
+from dsclip.data.prepare import Preparer
+from dsclip.data.reader import BadSample, RawSample, SampleReader
 from dsclip.data.sources import SourceError, is_remote, redact
 from dsclip.data.tokenizer import Tokenizer
-from dsclip.data.transforms import train_image
 from dsclip.errors import UserError
 
 PREFETCH = 2  # parts that torch's loader asks of a worker ahead of time
@@ -125,11 +116,7 @@ class Worker:
         self._journaled: set[tuple] = set()
         self._journal: list[dict] = []
         self._read = self._negatives = self._bad_in_a_row = 0
-        self._fast = None
-        if settings.data.decoder == "fast":
-            from dsclip.data.fast_image import FastImages  # its libraries are wheels that the exact way can do without
-
-            self._fast = FastImages(settings.image_size, settings.data.crop_scale, settings.data.max_image_pixels)
+        self._prepare = Preparer(settings.data, settings.image_size, settings.seed, settings.hard_negatives)
         self._total = sum(s.total for s in settings.order.sets)
 
     def parts(self) -> Iterator[dict]:
@@ -153,7 +140,7 @@ class Worker:
 
     def _parts(self) -> Iterator[dict]:
         for number in itertools.count():
-            started, waited = time.monotonic(), self._waited
+            started, waited, slow = time.monotonic(), self._waited, self._prepare.slow_decoded
             samples, skipped, read = [], Counter(), self._read
             size, slot = self._s.image_size, number % SLOTS
             if self._slots is None:
@@ -168,7 +155,7 @@ class Worker:
             if number == 0:
                 for ahead in self._ahead.values():
                     ahead.fill()
-            yield part | {"waited": self._waited - waited}
+            yield part | {"waited": self._waited - waited, "slow_decoded": self._prepare.slow_decoded - slow}
 
     @property
     def _waited(self) -> float:
@@ -181,7 +168,7 @@ class Worker:
             draw = self._s.order.next(stream, self._drawn[stream])
             self._read += 1
             try:
-                sample = self._prepare(self._fetch(stream, draw), draw, image)
+                sample = self._prepare(self._fetch(stream, draw), draw.round, image)
             except BadSample as reason:
                 shard = self._s.readers[draw.data_set].shards.name(draw.shard)
                 skipped[str(reason)] += 1
@@ -193,6 +180,7 @@ class Worker:
                 self._judge(skipped)
                 continue
             self._bad_in_a_row = 0
+            self._negatives += len(sample[3])
             self._judge_negatives()
             return sample
 
@@ -225,22 +213,6 @@ class Worker:
         if (shard, what) not in self._journaled:
             self._journaled.add((shard, what))
             self._journal.append({"shard": shard, "what": what, "detail": redact(detail)})
-
-    def _prepare(self, raw: RawSample, draw: Draw, image: torch.Tensor) -> tuple:
-        data = self._s.data
-        captions = read_captions(raw, data.caption_key)
-        sample_id = raw.sample_id
-        rng = np.random.Generator(np.random.PCG64([self._s.seed, draw.round, sample_id % 2**63]))
-        caption = captions[int(rng.integers(len(captions)))]
-        negatives = read_negatives(raw, data.negative_key, data.max_negatives) if self._s.hard_negatives else []
-        self._negatives += len(negatives)
-        key = read_group(raw, data.group_key, caption)
-        if self._fast is not None:
-            self._fast(raw, rng, image)
-        else:
-            picture = decode_image(raw, data.max_image_pixels)
-            image.copy_(train_image(picture, self._s.image_size, data.crop_scale, rng))
-        return caption, sample_id, key, negatives, draw_augmentation(data, rng)
 
     def _part(self, images, samples: list[tuple], read: int, bad: Counter, seconds: float) -> dict:
         captions, sample_ids, keys, negatives, augmentation = zip(*samples, strict=True)
