@@ -86,8 +86,8 @@ class _LayerMajor(torch.autograd.Function):
             grads = list(torch.autograd.grad(output, inputs, output_grad))
             chunk_grads.append(grads.pop(0) if leaf.requires_grad else None)
             del leaf, output
-            if len(output_grads) == 1 and not any(grad.is_sparse for grad in grads):
-                totals = grads
+            if len(output_grads) == 1:
+                totals = [_dense(grad) if grad.is_sparse else grad for grad in grads]
             else:
                 _add_in_float32(totals, grads)
         param_grads = [total.to(p.dtype) for total, p in zip(totals, params, strict=True)]
@@ -131,6 +131,14 @@ def _add_in_float32(totals: list[Tensor | None], grads: list[Tensor]) -> None:
             totals[i].index_add_(0, grad._indices()[0], grad._values().to(totals[i].dtype))
         else:
             totals[i].add_(grad)
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """A sparse gradient as a dense one in its dtype, with the values of equal rows added up in float32."""
+    rows, place = grad._indices()[0].unique(return_inverse=True)
+    values = grad._values().to(_wide(grad))
+    sums = values.new_zeros(len(rows), *grad.shape[1:]).index_add_(0, place, values)
+    return torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device).index_copy_(0, rows, sums.to(grad.dtype))
 
 
 def _wide(grad: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, 
 WIDE = replace(CONFIG, vision_width=128, vision_mlp_width=512, vision_layers=3)
 
 
-EVALUATED = (("image", "", ""), ("image text", "", ""), ("", "image", ""), ("", "", "image"), ("", "", "text image"))
+EVALUATED = (("image", "", ""), ("", "image", ""), ("", "", "text image"))
 KEEP = {
     "nothing": {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
     "until backward": {"stage3_max_reuse_distance": 10**9, "stage3_max_live_parameters": 10**9},
