@@ -11,10 +11,12 @@ import torch
 from dsclip.bench.evaluation import measure, write_small_images
 from dsclip.data import ShardWriter, build_eval_dataset
 from dsclip.data.reader import IMAGE_EXTENSIONS, read_shard
+from dsclip.data.sources import Reader
 from dsclip.data.text_members import read_texts
 from dsclip.errors import UserError
 from dsclip.evaluate import hard_negatives, retrieval, zeroshot
 from dsclip.losses import SingleRank
+from tests.http_shards import serve
 from tests.shard_files import jpeg, write_tar
 from tests.thread_ranks import ThreadRanks
 
@@ -63,6 +65,7 @@ def results(dataset, group) -> list[dict]:
 def test_opening_reads_no_image(tmp_path):
     dataset = build_eval_dataset(write(tmp_path, broken=range(SAMPLES)), image_size=16)
     assert len(dataset) == SAMPLES and not dataset.bad
+    assert dataset.captions is dataset.captions and dataset.labels is dataset.labels, "not built anew for each sample"
     assert dataset.captions[3] == ["caption 3", "again 3"] and dataset.negatives[3] == ["wrong 3"]
     assert dataset.labels == [i % 5 for i in range(SAMPLES)] and dataset.classes[4] == "c4"
 
@@ -155,3 +158,15 @@ def test_the_bench_opens_the_set_it_wrote(tmp_path):
     found = measure(str(tmp_path), image_size=32, decode=50)
     assert found["samples"] == 300 and 0 < found["open_s"] <= found["first_image_s"]
     assert found["images_per_second"] > 0
+
+
+def test_a_copy_of_a_remote_shard_that_gave_way_is_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSCLIP_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "set")
+    with serve(tmp_path / "set") as (_, address, host):
+        dataset = build_eval_dataset(f"{address}/manifest.json", image_size=16, reader=Reader((host,)))
+        copies = list((tmp_path / "cache" / "shards").glob("*.tar"))
+        assert len(dataset) == SAMPLES and copies
+        for copy in copies:
+            copy.unlink()
+        assert dataset.image(0).shape == (3, 16, 16) and len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1

@@ -18,6 +18,7 @@ from dsclip.convert.weights import from_hf, to_hf
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
 
+TRAINING_DATA = "training_data.json"  # so that results on training pairs are known for what they are
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,6 +47,7 @@ def export_hf(
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
     _write_json(temporary / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
     _write_json(temporary / "preprocessor_config.json", hf_preprocessor(checkpoint.config))
+    _write_json(temporary / TRAINING_DATA, {"train_shards": checkpoint.recipe.get("data", {}).get("train_shards")})
     (temporary / "README.md").write_text(model_card(checkpoint, metrics or {}, data or {}), encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)
@@ -112,6 +114,13 @@ def hf_preprocessor(c: ClipConfig) -> dict:
         "image_mean": list(c.image_mean),
         "image_std": list(c.image_std),
     }
+
+
+def training_data(path: Path) -> str | list[str] | None:
+    """The training shards of a folder that dsclip wrote; None for others."""
+    found = _read_json(path / TRAINING_DATA) if (path / TRAINING_DATA).is_file() else {}
+    shards = found.get("train_shards") if isinstance(found, dict) else None
+    return shards if isinstance(shards, str | list) else None
 
 
 def load_hf_folder(path: Path) -> tuple[ClipConfig, dict[str, Tensor], float]:

@@ -73,6 +73,8 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     """{"task", "metrics", ...} of the model on the data; the same on every number of ranks."""
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    if arguments.output and (arguments.output.is_dir() or not os.access(arguments.output.resolve().parent, os.W_OK)):
+        raise UserError(f"--output {arguments.output}: no file can be written there")
     device, group = _join_ranks(arguments)
     config, weights, tokenizer_dir, train_shards = load_model(arguments.model)
     tokenizer = load_tokenizer(arguments.tokenizer or str(tokenizer_dir))
@@ -133,13 +135,13 @@ def _training_pairs(shards: str, train_shards, reader: Reader) -> str | None:
 def load_model(path: Path) -> tuple[ClipConfig, dict, Path, str | list[str] | None]:
     """(configuration, float32 weights, tokenizer folder, training shards) of a checkpoint, a run or a HuggingFace folder.
 
-    A HuggingFace folder doesn't say what it was trained on.
+    Folders of others don't say what they were trained on: None.
     """
     if (path / "config.json").is_file():
-        from dsclip.convert.hf import load_hf_folder  # convert comes after evaluate in the pipeline
+        from dsclip.convert.hf import load_hf_folder, training_data  # convert comes after evaluate in the pipeline
 
         config, weights, _ = load_hf_folder(path)
-        return config, weights, path, None
+        return config, weights, path, training_data(path)
     checkpoint = read_checkpoint(path)
     train_shards = checkpoint.recipe.get("data", {}).get("train_shards")
     return checkpoint.config, checkpoint.state_dict, checkpoint.tokenizer_dir, train_shards

@@ -37,5 +37,6 @@ def test_the_command_that_make_shards_prints_trains_and_evaluates_held_out_pairs
         assert f"| retrieval | {out}/val | image_to_text_recall@1 |" in card.read_text()
 
     capsys.readouterr()
-    evaluate_command(["--model", str(run), "--task", "retrieval", "--data", str(out / "train")])
-    assert f"retrieval of {run} on {out}/train (training pairs)" in capsys.readouterr().out
+    for model in (run, tmp_path / "hf"):
+        evaluate_command(["--model", str(model), "--task", "retrieval", "--data", str(out / "train")])
+        assert f"retrieval of {model} on {out}/train (training pairs)" in capsys.readouterr().out
