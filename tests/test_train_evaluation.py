@@ -103,6 +103,7 @@ def test_labelled_images_without_captions_and_broken_ones_take_no_part_in_retrie
         results = planned.evaluation.run(engine, seen)
     assert results["retrieval"]["images"] == results["retrieval"]["captions"] == 5
     assert planned.evaluation.sets["retrieval"].bad == {"undecodable image": 1}
+    assert results["retrieval"]["left_out"] == 1 and any("1 undecodable image" in line for line in seen.messages)
     assert set(seen.pictures) == {"eval/retrieval", "eval/similarity"}
     assert seen.names == {"retrieval": f"{tmp_path}/0.tar (training pairs)"}
 

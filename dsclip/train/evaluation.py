@@ -88,6 +88,10 @@ class Evaluation:
                 self._show_pictures(engine, watch)
             else:
                 results[task] = hard_negatives(*inputs, **shared)
+            if dataset.bad:
+                results[task]["left_out"] = dataset.bad.total()
+                reasons = ", ".join(f"{count} {reason}" for reason, count in dataset.bad.items())
+                watch.message(f"left out of {self.names[task]}: {reasons}")
         watch.evaluated(engine.step, results, self.names)
         return results
 
