@@ -4,6 +4,14 @@
 class UserError(Exception):
     """Bad input. The message says what was found, where, and what to do about it."""
 
+    exit_code = 2
+
+
+class RunFailed(UserError):
+    """A run that came to nothing although its input was accepted; also a sentence, but exit code 1."""
+
+    exit_code = 1
+
 
 def did_you_mean(word: str, known: list[str]) -> str:
     """A hint such as ' Did you mean `lr`?', or an empty string when nothing is close."""

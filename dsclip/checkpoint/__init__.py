@@ -1,13 +1,18 @@
 """Checkpoints: written atomically, verified before they are read."""
 
+from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint
+from dsclip.checkpoint.manifest import read_manifest
 from dsclip.checkpoint.read import Checkpoint, read_checkpoint
-from dsclip.checkpoint.store import CheckpointStore, complete_checkpoints, find_checkpoint, load_checkpoint
+from dsclip.checkpoint.store import CheckpointStore, find_checkpoint, load_checkpoint
 
 __all__ = [
     "Checkpoint",
     "CheckpointStore",
+    "Lineage",
     "complete_checkpoints",
     "find_checkpoint",
     "load_checkpoint",
+    "newest_checkpoint",
     "read_checkpoint",
+    "read_manifest",
 ]

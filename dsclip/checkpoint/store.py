@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint, step_of
 from dsclip.checkpoint.manifest import MANIFEST, read_manifest, verify, write_manifest
 from dsclip.errors import UserError
-
-STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
 class CheckpointStore:
     """`<run>/checkpoints/step_XXXXXXXX/`. A folder counts only when its manifest, written last, is there."""
 
-    def __init__(self, run_dir: Path, keep: int, tokenizer):
+    def __init__(self, run_dir: Path, keep: int, tokenizer, lineage: Lineage | None = None, lock=None):
+        """lock: a run's lock, which must still be held when a checkpoint is written."""
         self.folder = run_dir / "checkpoints"
-        self._keep, self._tokenizer = keep, tokenizer
+        self._keep, self._tokenizer, self._lock = keep, tokenizer, lock
+        self._lineage = lineage or Lineage(run_dir.name)
 
-    def save(self, engine, data_state: dict, recipe: dict) -> Path:
-        """Saves step `engine.step`. Collective: ZeRO shards are written by every rank."""
+    def save(self, engine, data_state: dict, recipe: dict, counters: dict | None = None) -> Path:
+        """Saves step `engine.step`, with what the run counted so far. Collective: every rank writes its ZeRO shards.
+
+        Raises UserError when another run has taken over the folder.
+        """
         group = engine.group
+        self._check_lock(group)
         final = self.folder / f"step_{engine.step:08d}"
         temporary = final.with_name(final.name + ".tmp")
         if group.rank == 0:
@@ -37,27 +41,60 @@ class CheckpointStore:
             "zero_stage": engine.ds_config["zero_optimization"]["stage"],
             "model": asdict(engine.config),
             "recipe": recipe,
+            "lineage": asdict(self._lineage),
+            "counters": counters or {},
             "engine": engine.save(temporary),
             "data": group.all_gather_object(data_state),
         }
         group.barrier()
         write_manifest(temporary, state, group)
+        self._lineage = self._lineage.saved(engine.step)
         if group.rank == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+            _replace(final, temporary)
             self._remove_old()
         group.barrier()
         return final
 
+    def find(self, step: int) -> Path | None:
+        """The run's own complete checkpoint of a step, if it has one."""
+        path = self.folder / f"step_{step:08d}"
+        return path if step in self._lineage.steps and path in complete_checkpoints(self.folder) else None
+
+    def _check_lock(self, group) -> None:
+        lost = group.broadcast_object(self._lock is not None and not self._lock.held())
+        if lost:
+            raise UserError(
+                f"another run took over {self.folder.parent} while this one was stopped; nothing more is written there"
+            )
+
     def _remove_old(self) -> None:
-        for folder in complete_checkpoints(self.folder)[: -self._keep]:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Only checkpoints that lead to the present state count and are removed."""
+        own = [c for c in complete_checkpoints(self.folder) if step_of(c) in self._lineage.steps]
+        for folder in own[: -self._keep]:
+            aside = folder.rename(folder.with_name(folder.name + ".tmp"))  # half removed, it must not look complete
+            shutil.rmtree(aside, ignore_errors=True)
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; half-written ones have another name or no manifest."""
-    found = [p for p in folder.glob("step_*") if STEP_FOLDER.fullmatch(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: int(STEP_FOLDER.fullmatch(p.name).group(1)))
+def _replace(final: Path, temporary: Path) -> None:
+    """Puts a finished checkpoint into its place; one that stood there goes only afterwards."""
+    old = final.with_name(final.name + ".old.tmp")
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Removes what saves and removals that were killed left behind; returns the names of these folders."""
+    names = []
+    for path in sorted(folder.glob("step_*.tmp")):
+        final = folder / path.name.removesuffix(".tmp").removesuffix(".old")
+        if path.name.endswith(".old.tmp") and not final.exists():
+            path.rename(final)
+            continue
+        names.append(path.name)
+        shutil.rmtree(path, ignore_errors=True)
+    return names
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -69,9 +106,10 @@ def find_checkpoint(path: Path) -> Path:
         )
     if (path / MANIFEST).is_file():
         return path
-    for folder in (path / "checkpoints", path):
-        if complete := complete_checkpoints(folder):
-            return complete[-1]
+    if newest := newest_checkpoint(path):
+        return newest
+    if complete := complete_checkpoints(path):
+        return complete[-1]
     read_manifest(path)  # raises, with the reason
     raise UserError(f"{path} holds no complete checkpoint")
 
@@ -79,7 +117,8 @@ def find_checkpoint(path: Path) -> Path:
 def load_checkpoint(engine, path: Path, *, world_size: int) -> dict:
     """Verifies a checkpoint and loads it into the engine. Collective; returns its manifest.
 
-    Rank 0 verifies, and every rank fails or none. Raises UserError when it is damaged or from another world size.
+    Rank 0 verifies, and every rank fails or none. Raises UserError when it is damaged, of another kind of run, or from
+    another world size.
     """
     problem = manifest = None
     if engine.group.rank == 0:
@@ -112,3 +151,16 @@ def _check_fits(manifest: dict, engine, path: Path, world_size: int) -> None:
         raise UserError(
             f"{path} holds another model: {', '.join(different)} differ. Resume with the recipe of that run."
         )
+    had, needed = set(manifest["engine"].get("scalars", ())), set(engine.scalars.state())
+    if had != needed:
+        loss = manifest["recipe"].get("loss", {}).get("name", "another loss")
+        raise UserError(
+            f"{path} was trained with {loss}, which learns {_words(had)}, and loss.name {engine.recipe.loss.name} learns "
+            f"{_words(needed)}. Resume with the loss of that run, or start a new run from its weights with model.init={path}."
+        )
+
+
+def _words(scalars: set[str]) -> str:
+    return " and ".join(
+        {"log_scale": "a temperature", "bias": "a bias"}.get(s, s) for s in sorted(scalars, reverse=True)
+    )

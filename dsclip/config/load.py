@@ -187,7 +187,7 @@ def check_values(recipe: Recipe, source: str) -> None:
     positive = {
         "batch.global_batch_size": batch.global_batch_size, "batch.samples_per_forward": batch.samples_per_forward,
         "batch.chunk_size": batch.chunk_size, "batch.memory_gb": batch.memory_gb, "train.steps": train.steps, "train.log_every": train.log_every,
-        "train.save_every": train.save_every, "train.keep_checkpoints": train.keep_checkpoints,
+        "train.save_every": train.save_every, "train.save_minutes": train.save_minutes, "train.keep_checkpoints": train.keep_checkpoints,
         "eval.every_steps": recipe.eval.every_steps, "eval.batch_size": recipe.eval.batch_size,
         "eval.max_samples": recipe.eval.max_samples, "data.shuffle_window": recipe.data.shuffle_window,
         "data.shuffle_unit": recipe.data.shuffle_unit, "data.streams": recipe.data.streams,

@@ -123,6 +123,9 @@ class TrainSection:
     seed: int = 0
     log_every: int = 10  # steps between lines of metrics.jsonl and TensorBoard scalars
     save_every: int | None = None  # steps between checkpoints; the last step always saves
+    save_minutes: float | None = (
+        30.0  # minutes between checkpoints, looked at when metrics are logged; null: by steps only
+    )
     keep_checkpoints: int = 3
     compile: str = "auto"  # torch.compile of the blocks: on | off | auto (on a GPU)
     export_hf: bool = True  # convert the last checkpoint to a HuggingFace folder

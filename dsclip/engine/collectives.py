@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
+import re
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dsclip.errors import UserError
+
+_meetings = itertools.count()  # of this process group; the same on all ranks
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,22 @@ class Collectives:
             dist.all_reduce(x)
         return x
 
+    def meet(self, word: str, timeout_s: float) -> list[str] | None:
+        """What each rank says, in rank order, once all ranks come here; None when some don't within the time.
+
+        Unlike a collective it may be called while other ranks hang in one. All ranks that come call it equally often.
+        """
+        if self.world_size == 1:
+            return [word]
+        store, number = dist.distributed_c10d._get_default_store(), next(_meetings)
+        keys = [f"dsclip/meeting/{number}/{rank}" for rank in range(self.world_size)]
+        store.set(keys[self.rank], word)
+        try:
+            store.wait(keys, timedelta(seconds=timeout_s))
+        except RuntimeError:  # torch's DistStoreError
+            return None
+        return [store.get(key).decode() for key in keys]
+
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.world_size > 1:
@@ -68,8 +91,20 @@ class Collectives:
 
 
 def launched_ranks() -> tuple[int, int, int]:
-    """(rank, world size, local rank) that deepspeed, torchrun or plain python gave this process."""
-    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """(rank, world size, local rank) that deepspeed, torchrun or plain python gave this process.
+
+    Raises UserError when they are no numbers.
+    """
+    values = []
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        text = os.environ.get(name, str(default))
+        if not re.fullmatch(r"\d{1,9}", text) or (name == "WORLD_SIZE" and int(text) == 0):
+            raise UserError(
+                f"the environment variable {name} is {text!r} and must be a number; a launcher sets it (deepspeed, torchrun), "
+                "and without one it must not be set"
+            )
+        values.append(int(text))
+    return tuple(values)
 
 
 def shutdown_distributed() -> None:

@@ -76,12 +76,15 @@ class LossScalars:
         for name, parameter in self._named().items():
             moments = self._adamw.state.get(parameter, {})
             states[name] = {"value": parameter.item()} | {k: v.item() for k, v in moments.items()}
+        states["log_scale"]["start"] = self._start  # a schedule goes on from here, not from the recipe's temperature
         return states
 
     def load_state(self, states: dict[str, dict[str, float]]) -> None:
         """Restores what `state` returned, bit for bit."""
         for name, parameter in self._named().items():
             state = dict(states[name])
+            if name == "log_scale":
+                self._start = state.pop("start", self._start)
             with torch.no_grad():
                 parameter.fill_(state.pop("value"))
             if state:

@@ -50,19 +50,20 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's large CPU tensors
-    rank = launched_ranks()[0]
-    if arguments.config is None:
-        arguments.config = "demo"
-        if rank == 0:
-            print(f"dsclip: {without_config(arguments.overrides)}", file=sys.stderr, flush=True)
+    rank = 0
     try:
+        rank = launched_ranks()[0]
+        if arguments.config is None:
+            arguments.config = "demo"
+            if rank == 0:
+                print(f"dsclip: {without_config(arguments.overrides)}", file=sys.stderr, flush=True)
         from dsclip.train.run import run
 
         run(arguments)
         shutdown_distributed()
         return
     except UserError as error:
-        code = 2
+        code = error.exit_code
         print(f"dsclip: {error}" if rank == 0 else f"dsclip: rank {rank} stopped: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130

@@ -1,4 +1,4 @@
-"""The training loop: next batch, step, log, evaluate, save."""
+"""The training loop: next batch, step, log, save, evaluate."""
 
 from __future__ import annotations
 
@@ -7,42 +7,78 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsclip.config import Recipe
+from dsclip.train.guarded_evaluation import evaluate
 from dsclip.train.prefetch import on_device
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run ended. evaluation: {task: {metric: value}}."""
+    """Where a run ended. evaluation: {task: {metric: value}}; evaluation_errors: {"step", "error"} of those that failed."""
 
     step: int
     loss: float | None
     evaluation: dict
+    evaluation_errors: list[dict]
     checkpoint: Path
 
 
-def train(recipe: Recipe, engine, loader, evaluation, store, watch) -> Outcome:
-    """Steps until `train.steps`; every rank runs this in step with the others."""
-    settings, results, loss = recipe.train, {}, None
-    checkpoint = None
+def train(recipe: Recipe, engine, loader, evaluation, store, watch, data_state: dict | None = None) -> Outcome:
+    """Steps until `train.steps`; every rank runs this in step with the others.
+
+    data_state: the position in the data of the checkpoint that the run continues.
+    """
+    settings, results, errors, loss = recipe.train, {}, [], None
+    clock = SaveClock(settings.save_minutes, settings.log_every, engine.group)
     batches = on_device(iter(loader), engine.device)
+    checkpoint = None
+
+    def save() -> Path:
+        folder = store.save(engine, data_state, asdict(recipe), watch.counted())
+        clock.restart()
+        watch.message(f"step {engine.step}: saved {folder}")
+        return folder
+
+    def measure() -> dict:
+        found, error = evaluate(evaluation, engine, watch)
+        errors.extend([{"step": engine.step, "error": error}] * (error is not None))
+        return found
+
     while engine.step < settings.steps:
         started = time.monotonic()
         batch = next(batches)
         waited = time.monotonic() - started
         metrics = engine.train_step(batch)
-        loss = metrics.loss
+        loss, data_state = metrics.loss, batch["state"]
         watch.step(metrics, batch, waited, time.monotonic() - started)
 
         last = engine.step == settings.steps
+        # Saved before it is evaluated: an evaluation that fails must not cost the run.
+        if last or _due(engine.step, settings.save_every) or clock.due(engine.step):
+            checkpoint = save()
         if evaluation.due(engine.step, last):
-            results = evaluation.run(engine, watch)
-        if last or _due(engine.step, settings.save_every):
-            checkpoint = store.save(engine, batch["state"], asdict(recipe))
-            watch.message(f"step {engine.step}: saved {checkpoint}")
+            results = measure()
     if checkpoint is None:  # resumed at the end: nothing left to train
-        results = evaluation.run(engine, watch)
-        checkpoint = store.save(engine, next(batches)["state"], asdict(recipe))
-    return Outcome(engine.step, loss, results, checkpoint)
+        checkpoint = store.find(engine.step) or save()
+        results = measure()
+    return Outcome(engine.step, loss, results, errors, checkpoint)
+
+
+class SaveClock:
+    """Whether `minutes` have passed since the last checkpoint, by rank 0's clock; looked at every `every` steps."""
+
+    def __init__(self, minutes: float | None, every: int, group):
+        self._minutes, self._every, self._group = minutes, every, group
+        self.restart()
+
+    def restart(self) -> None:
+        """A checkpoint was saved."""
+        self._since = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Collective at every `every`-th step."""
+        if self._minutes is None or step % self._every:
+            return False
+        return self._group.broadcast_object(time.monotonic() - self._since >= 60 * self._minutes)
 
 
 def _due(step: int, every: int | None) -> bool:

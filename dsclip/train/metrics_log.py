@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
+
+SUPERSEDED = "metrics.superseded.jsonl"  # lines of steps that were made again after a resume
 
 # TensorBoard groups by what stands before the slash.
 GROUPS = {
@@ -30,7 +33,7 @@ _TAG = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in n
 
 
 class MetricsLog:
-    """Writes only when enabled (rank 0). After a resume at start_step, later entries of the earlier run are dropped."""
+    """Writes only when enabled (rank 0). After a resume at start_step, later entries of the earlier launch are put aside."""
 
     def __init__(self, run_dir: Path, enabled: bool, start_step: int = 0):
         self._file = self._writer = None
@@ -39,7 +42,9 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = Path(run_dir) / "metrics.jsonl"
-        drop_entries_after(path, start_step)
+        if dropped := drop_entries_after(path, start_step):
+            with path.with_name(SUPERSEDED).open("a", encoding="utf-8") as file:
+                file.writelines(dropped)
         self._file = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(Path(run_dir) / "tb"), purge_step=start_step + 1)
 
@@ -79,15 +84,19 @@ class MetricsLog:
             self._writer.close()
 
 
-def drop_entries_after(path: Path, step: int) -> None:
-    """Removes later entries, and a last line that a crash cut short, so that a resumed curve doesn't overlap."""
+def drop_entries_after(path: Path, step: int) -> list[str]:
+    """Takes out later entries, and a last line that a crash cut short, so that a resumed curve doesn't overlap; returns them."""
     if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return []
+    kept, dropped = [], []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            later = json.loads(line)["step"] > step
         except (ValueError, KeyError, TypeError):
-            continue
-    path.write_text("".join(kept), encoding="utf-8")
+            later = True
+        (dropped if later else kept).append(line + "\n")
+    if dropped:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+    return dropped

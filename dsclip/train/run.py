@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dsclip.checkpoint import CheckpointStore, complete_checkpoints, find_checkpoint, load_checkpoint
+from dsclip.checkpoint import CheckpointStore, load_checkpoint
 from dsclip.config import Recipe, dump_recipe, load_ds_config, load_recipe
-from dsclip.data import build_loader, load_tokenizer, merge_states, resolve_shards
+from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.loader import data_sets
 from dsclip.data.order import check_split, default_streams
 from dsclip.data.sources import Reader
 from dsclip.engine import Collectives
 from dsclip.engine.collectives import launched_ranks
-from dsclip.errors import UserError
+from dsclip.errors import RunFailed
 from dsclip.losses import check_options, find_loss
 from dsclip.model import ClipConfig, resolve_preset
 from dsclip.plan import Estimate, plan_batch
@@ -25,6 +24,8 @@ from dsclip.plan.machine import this_machine
 from dsclip.train.data_warnings import data_warnings
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.loop import train
+from dsclip.train.resume import Resumed, check_length
+from dsclip.train.run_folder import RunFolder, find_resume
 from dsclip.train.summary import console_summary, write_summary
 from dsclip.train.watch import Watch
 
@@ -51,22 +52,37 @@ def run(arguments: argparse.Namespace) -> None:
         if rank == 0:
             print(describe(plan))
         return
+
+    from dsclip.engine.build import init_distributed
+
+    init_distributed()
+    folder = RunFolder(plan.run_dir, arguments.resume, Collectives.current())
+    try:
+        init = None if folder.resume else plan.recipe.model.init
+        train_in(folder, replace(plan, resume=folder.resume, init=init))
+    finally:
+        folder.release()
+
+
+def train_in(folder: RunFolder, plan: Plan) -> None:
+    """The run itself, in a folder that it holds."""
     engine = build_engine(plan)
     group, plan = engine.group, replace(plan, recipe=engine.recipe, ds_config=engine.ds_config)
-    store = CheckpointStore(plan.run_dir, plan.recipe.train.keep_checkpoints, plan.tokenizer)
-    data_state = None
+    resumed = Resumed.nothing()
     if plan.resume:
-        manifest = load_checkpoint(engine, plan.resume, world_size=group.world_size)
-        data_state = merge_states(manifest["data"])
-    loader = make_loader(plan, group, data_state)
-    claim_run_folder(plan, group)
-    watch = Watch(plan, engine)
-    for line in (describe_plan(engine.plan), *data_warnings(plan.recipe, loader.set_samples)):
+        resumed = Resumed(load_checkpoint(engine, plan.resume, world_size=group.world_size), plan.recipe)
+    loader = make_loader(plan, group, resumed.data_state)
+    folder.claim(plan.recipe, plan.ds_config, resumed.manifest)
+    store = CheckpointStore(
+        plan.run_dir, plan.recipe.train.keep_checkpoints, plan.tokenizer, folder.lineage, folder.lock
+    )
+    watch = Watch(plan, engine, resumed)
+    warnings = data_warnings(plan.recipe, loader.set_samples)
+    for line in (*folder.messages, *resumed.describe(plan.resume), describe_plan(engine.plan), *warnings):
         watch.message(line)
-    started = time.monotonic()
-    outcome = train(plan.recipe, engine, loader, plan.evaluation, store, watch)
+    outcome = train(plan.recipe, engine, loader, plan.evaluation, store, watch, resumed.data_state_of(group.rank))
     watch.check_applied()
-    finish(plan, engine, watch, outcome, seconds=time.monotonic() - started)
+    finish(plan, engine, watch, outcome)
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
@@ -83,6 +99,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         resolve_shards(shards, reader)
     run_dir = Path(recipe.train.output) / recipe.train.name
     resume = find_resume(arguments.resume, run_dir)
+    if resume:
+        check_length(resume, recipe.train.steps)
     overrides = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
     vocabulary = dict(vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
     model = resolve_preset(recipe.model.preset, **overrides, **vocabulary)
@@ -94,10 +112,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 def build_engine(plan: Plan):
     """The engine, with the weights of `model.init`, which rank 0 reads. Collective."""
     from dsclip.convert.init import load_init_once
-    from dsclip.engine.build import init_distributed
     from dsclip.engine.contrastive import ContrastiveEngine
 
-    init_distributed()
     weights = scale = None
     if plan.init:
         weights, scale = load_init_once(plan.init, plan.model, Collectives.current())
@@ -107,40 +123,6 @@ def build_engine(plan: Plan):
 def evaluation_shards(recipe: Recipe) -> tuple:
     """The shards of all evaluation tasks; None where a task is off."""
     return recipe.eval.zeroshot_shards, recipe.eval.retrieval_shards, recipe.eval.hard_negatives_shards
-
-
-def find_resume(resume: str, run_dir: Path) -> Path | None:
-    """The checkpoint to continue from, or None for a fresh run. Raises UserError for a run that exists already."""
-    own = complete_checkpoints(run_dir / "checkpoints")
-    if resume == "auto":
-        return own[-1] if own else None
-    if resume != "none":
-        return find_checkpoint(Path(resume))
-    if not _is_unused(run_dir):
-        raise UserError(
-            f"{run_dir} exists already. Continue it with --resume auto, or choose another folder with train.name=NAME."
-        )
-    return None
-
-
-def _is_unused(run_dir: Path) -> bool:
-    """Whether a run can begin here: no folder, or only what a run leaves that ended before its first logged step."""
-    if not run_dir.exists():
-        return True
-    begun = {"config.yaml", "ds_config.json", "metrics.jsonl", "tb"}
-    if not run_dir.is_dir() or any(p.name not in begun for p in run_dir.iterdir()):
-        return False
-    metrics = run_dir / "metrics.jsonl"
-    return not metrics.exists() or metrics.stat().st_size == 0
-
-
-def claim_run_folder(plan: Plan, group: Collectives) -> None:
-    """Rank 0 creates the run's folder and writes down how it was configured."""
-    if group.rank == 0:
-        plan.run_dir.mkdir(parents=True, exist_ok=True)
-        (plan.run_dir / "config.yaml").write_text(dump_recipe(plan.recipe))
-        (plan.run_dir / "ds_config.json").write_text(json.dumps(plan.ds_config, indent=2) + "\n")
-    group.barrier()
 
 
 def make_loader(plan: Plan, group: Collectives, state: dict | None):
@@ -199,12 +181,12 @@ def describe(plan: Plan) -> str:
     ])  # fmt: skip
 
 
-def finish(plan: Plan, engine, watch: Watch, outcome, seconds: float) -> None:
-    """The HuggingFace export and the summary, by rank 0; the others wait."""
+def finish(plan: Plan, engine, watch: Watch, outcome) -> None:
+    """The HuggingFace export and the summary, by rank 0; the others wait. Raises RunFailed when the last evaluation failed."""
     from dsclip.checkpoint import read_checkpoint
     from dsclip.convert import export_hf
 
-    group = engine.group
+    group, totals = engine.group, watch.totals()
     engine.close()
     if group.rank == 0:
         hf_export = None
@@ -216,17 +198,22 @@ def finish(plan: Plan, engine, watch: Watch, outcome, seconds: float) -> None:
         summary = {
             "steps": outcome.step,
             "samples": outcome.step * plan.recipe.batch.global_batch_size,
-            "seconds": round(seconds, 1),
             "loss": outcome.loss,
             "eval": outcome.evaluation,
+            "evaluation_errors": outcome.evaluation_errors,
             "eval_data": {task: getattr(plan.recipe.eval, f"{task}_shards") for task in outcome.evaluation},
             "eval_names": plan.evaluation.names,
             "checkpoint": str(outcome.checkpoint),
             "hf_export": None if hf_export is None else str(hf_export),
             "planned_memory_gb": engine.plan.peak_mb / 1e3,
-            **watch.totals(),
+            **totals,
         }
         watch.close()
         write_summary(plan.run_dir, summary)
         print(console_summary(summary, plan.run_dir))
     group.barrier()
+    if outcome.evaluation_errors and outcome.evaluation_errors[-1]["step"] == outcome.step:
+        raise RunFailed(
+            f"the run is complete and saved in {outcome.checkpoint}, but its last evaluation failed: "
+            f"{outcome.evaluation_errors[-1]['error']}. Correct that and continue with --resume auto, which evaluates again."
+        )

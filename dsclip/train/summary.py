@@ -12,9 +12,10 @@ from dsclip.train.progress import format_seconds
 def write_summary(run_dir: Path, summary: dict) -> None:
     """Writes both files.
 
-    summary: steps, samples, seconds, loss, eval {task: {metric: value}}, eval_data {task: shards}, eval_names {task: its data, and
-    whether they are training pairs}, checkpoint, hf_export,
-    samples_per_second, skipped_steps, bad_samples {reason: count}, samples_read, memory_gb and planned_memory_gb.
+    summary: steps, samples, seconds (of all launches), loss, eval {task: {metric: value}}, eval_data {task: shards},
+    eval_names {task: its data, and whether they are training pairs}, evaluation_errors, checkpoint, hf_export,
+    samples_per_second, skipped_steps, bad_samples {reason: count}, samples_read, memory_gb, planned_memory_gb,
+    launch {from_step, steps, seconds} and resumes [{step, changes {key: [old, new]}}].
     """
     run_dir = Path(run_dir)
     _write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -72,6 +73,8 @@ def markdown(summary: dict, run_dir: Path) -> str:
         ("memory a rank", _memory(summary)),
         ("skipped steps", summary.get("skipped_steps", 0)),
         ("bad samples", ", ".join(f"{n} {r}" for r, n in summary.get("bad_samples", {}).items()) or "none"),
+        *(("evaluation failed", f"step {e['step']}: {e['error']}") for e in summary.get("evaluation_errors", ())),
+        *(("resumed", _resumed(r)) for r in summary.get("resumes", ())),
         *result_rows(summary),
         ("checkpoint", f"`{summary['checkpoint']}`"),
         ("HuggingFace folder", f"`{summary['hf_export']}`" if summary["hf_export"] else "not written"),
@@ -86,9 +89,34 @@ def _memory(summary: dict) -> str:
     return "-" if used is None or planned is None else f"{used:.1f} GB, planned {planned:.1f} GB"
 
 
+def _done(summary: dict) -> str:
+    text = f"Done: {summary['steps']} steps"
+    if not summary.get("resumes"):
+        return f"{text} in {format_seconds(summary['seconds'])}."
+    launch = summary["launch"]
+    return f"{text}, {launch['steps']} of them in this launch, which took {format_seconds(launch['seconds'])}."
+
+
+def _notes(summary: dict) -> list[str]:
+    """What went wrong or changed on the way."""
+    notes = [f"  resumed     {_resumed(r)}" for r in summary.get("resumes", ())]
+    if summary.get("skipped_steps"):
+        notes.append(f"  skipped     {summary['skipped_steps']} steps, because something in them was not finite")
+    if bad := summary.get("bad_samples"):
+        notes.append(f"  bad samples {', '.join(f'{n} {reason}' for reason, n in bad.items())}")
+    return notes + [
+        f"  evaluation  failed at step {e['step']}: {e['error']}" for e in summary.get("evaluation_errors", ())
+    ]
+
+
+def _resumed(resume: dict) -> str:
+    changes = ", ".join(f"{key} {old} → {new}" for key, (old, new) in resume["changes"].items())
+    return f"at step {resume['step']}" + (f" with {changes}" if changes else "")
+
+
 def console_summary(summary: dict, run_dir: Path) -> str:
     """What the run prints last: results first, then what to do with them."""
-    lines = ["", f"Done: {summary['steps']} steps in {format_seconds(summary['seconds'])}."]
+    lines = ["", _done(summary), *_notes(summary)]
     results, names = summary["eval"], summary["eval_names"]
     if "zeroshot" in results:
         z = results["zeroshot"]
@@ -106,7 +134,7 @@ def console_summary(summary: dict, run_dir: Path) -> str:
         )
     lines += [
         f"  checkpoint  {summary['checkpoint']}",
-        f"  HuggingFace {summary['hf_export']}",
+        f"  HuggingFace {summary['hf_export'] or 'not written'}",
         f"  summary     {run_dir}/summary.md",
     ]
     lines += ["", "Next:"]

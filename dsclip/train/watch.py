@@ -11,25 +11,28 @@ import torch
 
 from dsclip.config import dump_recipe
 from dsclip.data.overlap import ALL, PART
-from dsclip.errors import UserError
+from dsclip.errors import RunFailed
+from dsclip.train.counters import Counters
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.progress import Progress
+from dsclip.train.resume import Resumed
 
 
 class Watch:
     """Collects each step's metrics and passes them on. `step` is collective where it logs (counts are summed)."""
 
-    def __init__(self, plan, engine):
+    def __init__(self, plan, engine, resumed: Resumed):
         self._group, self._settings = engine.group, plan.recipe.train
         self._global_batch = plan.recipe.batch.global_batch_size
         shown = self._group.rank == 0
         self._log = MetricsLog(plan.run_dir, shown, start_step=engine.step)
         self._progress = Progress(self._settings.steps, engine.step, shown)
         self._window = Counter()  # seconds, seconds waited and steps since the last logged step
-        self._read, self._bad = 0, Counter()
+        self._counters = Counters(self._group, resumed.counters, resumed.record)
+        self._start_step = engine.step
         self._journal: list[dict] = []
         self._journal_path = plan.run_dir / "data_journal.jsonl"
-        self._skipped_steps = self._skipped_in_a_row = 0
+        self._skipped_steps = self._skipped_in_a_row = 0  # of this launch
         self._memory_gb = None  # before evaluation and conversion add theirs
         self._seconds = 0.0
         self._steps = 0
@@ -47,11 +50,13 @@ class Watch:
         self._skipped_steps += metrics.skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics.skipped else 0
         self._memory_gb = peak_memory_gb()
-        self._read += batch["read"]
+        self._counters.add(batch, metrics.skipped)
         self._window.update(decoded=batch["read"], decoding=batch["seconds"])
         self._journal += batch["journal"]
-        self._bad.update(batch["bad"])
         step, window = metrics.step, self._window
+        logged = step % self._settings.log_every == 0 or step == self._settings.steps
+        if logged:
+            others = self._counters.gather((self._journal, batch["sample_ids"].cpu().numpy().tobytes()))
         shown = {
             "loss": metrics.loss,
             "accuracy": metrics.accuracy_image_to_text,
@@ -60,24 +65,23 @@ class Watch:
             "grad_norm": metrics.grad_norm,
             "samples_per_second": window["steps"] * self._global_batch / window["seconds"],
             "data_wait": window["waited"] / window["seconds"],
-            "skipped_steps": self._skipped_steps,
-            "bad_samples": sum(self._bad.values()),
+            "skipped_steps": self._counters.skipped_steps,
+            "bad_samples": sum(self._counters.total["bad_samples"].values()),
             "epoch": batch["epoch"],
             "data_queue_depth": batch["queue_depth"],
             "decoded_per_worker_second": window["decoded"] / window["decoding"] if window["decoding"] else None,
         }
         self._progress.update(step, shown)
-        if step % self._settings.log_every == 0 or step == self._settings.steps:
-            self._write(step, metrics, shown, batch["sample_ids"])
+        if logged:
+            self._write(step, metrics, shown, others)
             self._window = Counter()
 
-    def _write(self, step: int, metrics, shown: dict, sample_ids: torch.Tensor) -> None:
-        bad, read, batch_hash = Counter(), 0, sha256()
-        own = (dict(self._bad), self._read, self._journal, sample_ids.cpu().numpy().tobytes())
-        for rank_bad, rank_read, journal, ids in self._group.all_gather_object(own):
+    def _write(self, step: int, metrics, shown: dict, others: list[tuple]) -> None:
+        """others: what each rank journaled since the last time, and the sample ids of its batch."""
+        total, batch_hash = self._counters.total, sha256()
+        bad, read = total["bad_samples"], total["samples_read"]
+        for journal, ids in others:
             batch_hash.update(ids)
-            bad.update(rank_bad)
-            read += rank_read
             self._write_journal(step, journal)
         self._journal = []
         scalars = {
@@ -122,6 +126,11 @@ class Watch:
             shown = ", ".join(f"{k} {v:.1%}" for k, v in values.items() if isinstance(v, float))
             self.message(f"step {step}: {task} on {names[task]}: {shown}")
 
+    def evaluation_failed(self, step: int, error: str) -> None:
+        """An evaluation that gave no results, to the log and above the progress line."""
+        self._log.log(step, {}, evaluation_error=error)
+        self.message(f"step {step}: the evaluation failed, and the run goes on: {error}")
+
     def picture(self, tag: str, image, step: int) -> None:
         """A uint8 picture [H, W, 3] for TensorBoard's image tab."""
         self._log.image(tag, image, step)
@@ -131,22 +140,30 @@ class Watch:
         self._progress.message(text)
 
     def check_applied(self) -> None:
-        """Raises UserError, on all ranks alike, when steps were made and none of them was applied."""
+        """Raises RunFailed, on all ranks alike, when steps were made and none of them was applied."""
         if self._steps and self._skipped_steps == self._steps:
-            raise UserError(
+            raise RunFailed(
                 f"all {self._steps} steps were skipped, because something in them was not finite (`skip_reason` in "
                 "metrics.jsonl says what); the weights are those that the run began with. Lower optim.lr, or look at the data"
             )
 
     def totals(self) -> dict:
-        """What the summary says about the run as a whole."""
+        """Collective. What the summary says about the run as a whole, and about this launch."""
         return {
             "samples_per_second": self._steps * self._global_batch / self._seconds if self._seconds else None,
-            "skipped_steps": self._skipped_steps,
-            "bad_samples": dict(self._bad),
-            "samples_read": self._read,
             "memory_gb": self._memory_gb,
+            "launch": {
+                "from_step": self._start_step,
+                "steps": self._steps,
+                "seconds": round(self._counters.launch_seconds(), 1),
+            },
+            **self.counted(),
         }
+
+    def counted(self) -> dict:
+        """Collective. What a checkpoint keeps of the counts."""
+        self._counters.gather()
+        return self._counters.total
 
     def close(self) -> None:
         """Ends the progress line and flushes the logs."""

@@ -1,0 +1,111 @@
+"""Which checkpoints lead to a run's present state.
+
+`run.json` in a run's folder says which run it is, its branch (one more after each rewind), and the step at which that branch
+begins. Each manifest holds the same and the steps of the checkpoints before it. So a checkpoint that a rewind left behind is
+never continued, counted or removed, even if the rewind was killed before it could move it away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from dsclip.checkpoint.manifest import MANIFEST, read_manifest
+from dsclip.errors import UserError
+
+RUN_FILE = "run.json"
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """run: a random id; start: the step at which the branch begins; steps: earlier checkpoints, the oldest first.
+
+    parent: {"run", "step"} of another run's checkpoint that this one continues, or None.
+    """
+
+    run: str
+    branch: int = 1
+    start: int = 0
+    parent: dict | None = None
+    steps: tuple[int, ...] = ()
+
+    def saved(self, step: int) -> Lineage:
+        """The lineage with one more checkpoint."""
+        return replace(self, steps=(*(s for s in self.steps if s < step), step))
+
+    def holds(self, manifest: dict) -> bool:
+        """Whether a checkpoint in the run's folder is of this branch or of what came before it."""
+        origin = manifest.get("lineage")
+        if manifest["step"] <= self.start or not isinstance(origin, dict):  # none: an earlier version wrote it
+            return True
+        return (origin.get("run"), origin.get("branch")) == (self.run, self.branch)
+
+
+def read_lineage(run_dir: Path) -> Lineage | None:
+    """What `run.json` says; None for a folder that has none. Raises UserError when it is damaged."""
+    path = run_dir / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Lineage(str(content["run"]), int(content["branch"]), int(content["start"]), content.get("parent"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, and give a checkpoint with --resume PATH") from error
+
+
+def write_lineage(run_dir: Path, lineage: Lineage) -> None:
+    """Writes `run.json`, whole or not at all."""
+    content = {name: value for name, value in asdict(lineage).items() if name != "steps"}
+    temporary = run_dir / (RUN_FILE + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, run_dir / RUN_FILE)
+
+
+def continued(run_dir: Path, manifest: dict | None, *, own: bool, rewind: bool) -> Lineage:
+    """The lineage of a run that starts in `run_dir`, from a checkpoint's manifest or afresh.
+
+    own: the checkpoint is the run's; rewind: it has later ones, which the new branch leaves.
+    """
+    if manifest is None:
+        return Lineage(uuid.uuid4().hex)
+    origin = manifest.get("lineage") or {}
+    earlier = origin.get("steps") or (step_of(c) for c in complete_checkpoints(run_dir / "checkpoints"))
+    steps = (*sorted(s for s in earlier if s < manifest["step"]), manifest["step"])
+    if not own:
+        parent = {"run": origin.get("run"), "step": manifest["step"]}
+        return Lineage(uuid.uuid4().hex, start=manifest["step"], parent=parent, steps=steps)
+    present = read_lineage(run_dir)
+    if present is None:
+        return Lineage(uuid.uuid4().hex, start=manifest["step"], steps=steps)
+    if rewind:
+        present = replace(present, branch=present.branch + 1, start=manifest["step"])
+    return replace(present, steps=steps)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint by its folder's name."""
+    return int(STEP_FOLDER.fullmatch(folder.name).group(1))
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints below `folder`, oldest first; half-written ones have another name or no manifest."""
+    found = [p for p in folder.glob("step_*") if STEP_FOLDER.fullmatch(p.name) and (p / MANIFEST).is_file()]
+    return sorted(found, key=step_of)
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint that leads to the run's present state."""
+    complete = complete_checkpoints(run_dir / "checkpoints")
+    lineage = read_lineage(run_dir) if complete else None
+    for folder in reversed(complete):
+        if lineage is None or lineage.holds(read_manifest(folder)):
+            return folder
+    return None

@@ -1,0 +1,101 @@
+"""What a resumed run takes over from its checkpoint, and what is different from now on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from dsclip.checkpoint import read_manifest
+from dsclip.config import Recipe
+from dsclip.config.schema import OptimSection
+from dsclip.data import merge_states
+from dsclip.engine.schedule import learning_rate
+from dsclip.errors import UserError
+
+# Where a run stands and how it is called changes nothing in it; with `model.init` only a fresh run begins.
+UNSHOWN = {"train.name", "train.output", "model.init"}
+
+
+class Resumed:
+    """The manifest of the checkpoint that a run continues, and what the recipe changes against it."""
+
+    def __init__(self, manifest: dict | None, recipe: Recipe | None):
+        self.manifest, self._recipe = manifest, recipe
+        self.changes = changed_keys(manifest["recipe"], recipe) if manifest else {}
+
+    @staticmethod
+    def nothing() -> Resumed:
+        """A run that starts afresh."""
+        return Resumed(None, None)
+
+    @property
+    def data_state(self) -> dict | None:
+        """The position in the data of all ranks together. Raises UserError for one of an earlier version."""
+        return merge_states(self.manifest["data"]) if self.manifest else None
+
+    def data_state_of(self, rank: int) -> dict | None:
+        """The position of one rank, as it was saved."""
+        return self.manifest["data"][rank] if self.manifest else None
+
+    @property
+    def counters(self) -> dict | None:
+        """What earlier launches counted."""
+        return self.manifest.get("counters") if self.manifest else None
+
+    @property
+    def record(self) -> dict | None:
+        """For the summary: {"step", "changes": {key: [old, new]}}."""
+        return {"step": self.manifest["step"], "changes": self.changes} if self.manifest else None
+
+    def describe(self, path: Path | None) -> list[str]:
+        """Lines for the log."""
+        if self.manifest is None:
+            return []
+        step = self.manifest["step"]
+        return [f"continued from {path}", *describe_changes(self.manifest["recipe"], self._recipe, step)]
+
+
+def check_length(resume: Path, steps: int) -> None:
+    """Raises UserError when a checkpoint is beyond the end of the run."""
+    reached = read_manifest(resume)["step"]
+    if steps < reached:
+        raise UserError(
+            f"train.steps is {steps}, and {resume} is at step {reached} already. Raise train.steps to train on, or go back with "
+            "--resume to an earlier checkpoint."
+        )
+
+
+def changed_keys(was: dict, recipe: Recipe) -> dict[str, list]:
+    """{key: [value in the checkpoint, value now]} of two recipes. was: as a manifest holds it; keys it lacks aren't compared."""
+    changed = {}
+    for section, values in asdict(recipe).items():
+        for name, value in values.items():
+            key, before = f"{section}.{name}", was.get(section, {})
+            if key not in UNSHOWN and name in before and before[name] != _as_json(value):
+                changed[key] = [before[name], value]
+    return changed
+
+
+def _as_json(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def describe_changes(was: dict, recipe: Recipe, step: int) -> list[str]:
+    """Lines for the log: each key that changed, old → new, and what that does to the learning rate at the next step."""
+    lines = [
+        f"changed since the checkpoint: {k} {_show(a)} → {_show(b)}" for k, (a, b) in changed_keys(was, recipe).items()
+    ]
+    known = {f.name for f in fields(OptimSection)}
+    before = OptimSection(**{k: v for k, v in was.get("optim", {}).items() if k in known})
+    steps = was.get("train", {}).get("steps", recipe.train.steps)
+    old, new = learning_rate(step, steps, before), learning_rate(step, recipe.train.steps, recipe.optim)
+    if lines and old != new and step < recipe.train.steps:
+        lines.append(
+            f"the learning rate of step {step + 1} is therefore {new:.3g} instead of {old:.3g}"
+            + (", and falls with the new number of steps" if steps != recipe.train.steps else "")
+        )
+    return lines
+
+
+def _show(value) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,153 @@
+"""The folder of a run: what may begin or continue in it, who holds it, and where a rewind puts what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from dsclip.checkpoint import Lineage, complete_checkpoints, find_checkpoint, newest_checkpoint
+from dsclip.checkpoint.lineage import RUN_FILE, continued, step_of, write_lineage
+from dsclip.checkpoint.store import remove_unfinished
+from dsclip.config import dump_recipe
+from dsclip.errors import UserError
+from dsclip.train.metrics_log import drop_entries_after
+from dsclip.train.run_lock import LOCK, RunLock
+
+ARCHIVE = "archive"
+# What a run leaves that ended before its first logged step.
+BEGUN = {"config.yaml", "ds_config.json", "metrics.jsonl", "tb", LOCK, RUN_FILE}
+
+
+def find_resume(resume: str, run_dir: Path) -> Path | None:
+    """The checkpoint to continue from, or None for a fresh run. Writes nothing.
+
+    Raises UserError for a place where no run can be, for a run that exists already, and for another run's checkpoint.
+    """
+    _check_place(run_dir)
+    if resume == "auto":
+        return newest_checkpoint(run_dir)
+    if resume == "none":
+        if not _is_unused(run_dir):
+            raise UserError(
+                f"{run_dir} exists already. Continue it with --resume auto, or choose another folder with train.name=NAME."
+            )
+        return None
+    checkpoint = find_checkpoint(Path(resume))
+    if not (is_own(checkpoint, run_dir) or _is_unused(run_dir)):
+        raise UserError(
+            f"{checkpoint} is not one of the checkpoints in {run_dir}, which holds a run already. Continue from it in a folder of "
+            "its own with train.name=NAME, or continue the run that is there with --resume auto."
+        )
+    return checkpoint
+
+
+def is_own(checkpoint: Path, run_dir: Path) -> bool:
+    """Whether a checkpoint stands in the run's folder, and in none of its archived branches."""
+    return checkpoint.resolve().parent == (run_dir / "checkpoints").resolve()
+
+
+def _check_place(run_dir: Path) -> None:
+    """Before anything is built: where the folder is to be, something may stand in the way, or nothing may be written."""
+    existing = next(p for p in (run_dir, *run_dir.parents) if p.exists() or p.is_symlink())
+    if not existing.is_dir():
+        raise UserError(f"{existing} is no folder, so a run can't be written there; change train.output or train.name")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} is not writable; choose another place with train.output=DIR")
+
+
+def _is_unused(run_dir: Path) -> bool:
+    """Whether a run can begin here: no folder, or only what a run leaves that ended before its first logged step."""
+    if not run_dir.exists():
+        return True
+    if any(p.name not in BEGUN for p in run_dir.iterdir()):
+        return False
+    metrics = run_dir / "metrics.jsonl"
+    return not metrics.exists() or metrics.stat().st_size == 0
+
+
+class RunFolder:
+    """A run's folder while it is held by this run. Every method is collective; rank 0 does the work.
+
+    resume: the checkpoint to continue from, or None; lineage: of the checkpoints that will be written; messages: what
+    people should know about what was found and moved.
+    """
+
+    def __init__(self, run_dir: Path, resume: str, group):
+        """Locks the folder and looks again which checkpoint is the newest. Raises UserError on every rank or none."""
+        self._run_dir, self._group = run_dir, group
+        self.lock, self.messages = None, []
+        self.lineage = Lineage(run_dir.name)
+
+        def lock() -> Path | None:
+            self.lock = RunLock.take(run_dir, _say)
+            if removed := remove_unfinished(run_dir / "checkpoints"):
+                self.messages.append(f"removed what an interrupted save left: {', '.join(removed)}")
+            return find_resume(resume, run_dir)
+
+        self.resume = self._on_rank_0(lock)
+
+    def claim(self, recipe, ds_config: dict, manifest: dict | None) -> None:
+        """Writes down how the run is configured; moves checkpoints later than the resumed one into the archive."""
+
+        def claim() -> Lineage:
+            own = self.resume is not None and is_own(self.resume, self._run_dir)
+            step = manifest["step"] if manifest else 0
+            later = [c for c in complete_checkpoints(self._run_dir / "checkpoints") if step_of(c) > step]
+            lineage = continued(self._run_dir, manifest, own=own, rewind=bool(later))
+            write_lineage(self._run_dir, lineage)  # first: from here on the later ones are none of this run's
+            if later:
+                self.messages.append(_archive(self._run_dir, later, step))
+            (self._run_dir / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+            (self._run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+            return lineage
+
+        self.lineage = self._on_rank_0(claim)
+
+    def release(self) -> None:
+        """Gives the folder free; not collective, so that it also serves a rank that fails."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def _on_rank_0(self, work):
+        """work() on rank 0 and its result on every rank; its UserError and OSError on every rank too."""
+        problem = result = None
+        if self._group.rank == 0:
+            try:
+                result = work()
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{self._run_dir} can't be written to ({error}); choose another place with train.output=DIR"
+        problem, result = self._group.broadcast_object((problem, result))
+        if problem:
+            self.release()
+            raise UserError(problem)
+        return result
+
+
+def _say(text: str) -> None:
+    print(f"dsclip: {text}", file=sys.stderr, flush=True)
+
+
+def _archive(run_dir: Path, later: list[Path], step: int) -> str:
+    """Moves what a rewind to `step` leaves behind to `archive/branch_K`, laid out like a run; returns a line about it."""
+    number = 1
+    while (target := run_dir / ARCHIVE / f"branch_{number}_after_step_{step:08d}").exists():
+        number += 1
+    (target / "checkpoints").mkdir(parents=True)
+    for checkpoint in later:
+        checkpoint.rename(target / "checkpoints" / checkpoint.name)
+    for name in ("config.yaml", "ds_config.json", "metrics.jsonl", "data_journal.jsonl"):
+        if (run_dir / name).is_file():
+            shutil.copy2(run_dir / name, target / name)
+    if (run_dir / "tb").is_dir():
+        shutil.copytree(run_dir / "tb", target / "tb")
+    for name in ("summary.json", "summary.md", "hf"):
+        if (run_dir / name).exists():
+            (run_dir / name).rename(target / name)
+    drop_entries_after(run_dir / "metrics.jsonl", step)
+    steps = ", ".join(str(step_of(c)) for c in later)
+    return f"rewound to step {step}: the later checkpoints (step {steps}) and their curves were moved to {target}"

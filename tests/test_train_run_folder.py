@@ -1,0 +1,183 @@
+"""Who may run in a folder: the lock, places where no run can be, and what a resume finds there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dsclip.checkpoint import Lineage, newest_checkpoint
+from dsclip.checkpoint.lineage import write_lineage
+from dsclip.checkpoint.manifest import write_manifest
+from dsclip.checkpoint.store import CheckpointStore, remove_unfinished
+from dsclip.engine import Collectives
+from dsclip.errors import UserError
+from dsclip.train.metrics_log import SUPERSEDED, MetricsLog
+from dsclip.train.run_folder import RunFolder, find_resume
+from dsclip.train.run_lock import LOCK, RunLock
+from tests.test_checkpoint_manifest import STATE
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dsclip.train.run_lock import RunLock
+lock = RunLock.take(Path(sys.argv[1]), print)
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def holder(run_dir: Path) -> subprocess.Popen:
+    """Another process that holds the folder."""
+    root = Path(__file__).parent.parent
+    env = os.environ | {"PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True, env=env)
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_second_run_is_refused_and_a_killed_one_taken_over(tmp_path):
+    said = []
+    other = holder(tmp_path / "run")
+    try:
+        with pytest.raises(UserError, match=f"another run is at work in .*: process {other.pid} on .*, started 20"):
+            RunFolder(tmp_path / "run", "auto", Collectives.single())
+    finally:
+        os.kill(other.pid, signal.SIGKILL)  # and not waited for: a zombie holds nothing
+    time.sleep(0.1)
+    lock = RunLock.take(tmp_path / "run", said.append)
+    assert len(said) == 1 and f"took over {tmp_path / 'run'} from process {other.pid}" in said[0]
+    assert lock.held()
+    lock.release()
+    other.wait()
+    assert not (tmp_path / "run" / LOCK).exists()
+    RunLock.take(tmp_path / "new" / "run", print).release()
+    assert not (tmp_path / "new" / "run").exists(), "it was created for nothing"
+
+
+def test_a_process_number_that_was_given_again_is_no_holder(tmp_path):
+    lock = RunLock.take(tmp_path, print)
+    content = json.loads((tmp_path / LOCK).read_text())
+    (tmp_path / LOCK).write_text(json.dumps(content | {"process": "1"}))  # this process began at another time
+    assert not lock.held()
+    lock.release()
+    said = []
+    RunLock.take(tmp_path, said.append).release()
+    assert "took over" in said[0]
+
+
+def foreign_lock(run_dir: Path, age_s: float) -> None:
+    content = {
+        "host": "node7",
+        "pid": 1,
+        "started": "2026-01-01T00:00:00+00:00",
+        "machine": ["node7", "x", "y"],
+        "id": "z",
+    }
+    (run_dir / LOCK).write_text(json.dumps(content))
+    os.utime(run_dir / LOCK, (time.time() - age_s,) * 2)
+
+
+def test_a_lock_of_another_machine_is_judged_by_its_signs_of_life(tmp_path):
+    said = []
+    foreign_lock(tmp_path, age_s=1000)
+    RunLock.take(tmp_path, said.append).release()
+    assert len(said) == 1 and "took over" in said[0] and "node7" in said[0]
+    foreign_lock(tmp_path, age_s=0)
+    started = time.monotonic()
+    RunLock.take(tmp_path, said.append, stale_after_s=0.5).release()
+    assert time.monotonic() - started > 0.4
+    assert "waiting for a sign of life" in said[1] and "took over" in said[2]
+
+
+def test_a_lock_of_another_machine_that_is_touched_is_respected(tmp_path):
+    foreign_lock(tmp_path, age_s=1)
+    script = "import os, sys, time; time.sleep(1); os.utime(sys.argv[1])"
+    toucher = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / LOCK)])
+    with pytest.raises(UserError, match="process 1 on node7.*if you know that it has ended, remove .*run.lock"):
+        RunLock.take(tmp_path, print, stale_after_s=60)
+    assert toucher.wait() == 0
+
+
+def test_a_lock_that_a_kill_left_empty_is_taken_over_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsclip.train.run_lock.WRITING_S", 0.2)
+    (tmp_path / LOCK).touch()
+    RunLock.take(tmp_path, print, stale_after_s=0.3).release()
+
+
+def test_a_run_whose_lock_was_taken_over_writes_no_checkpoint(tmp_path):
+    lock = RunLock.take(tmp_path, print)
+    foreign_lock(tmp_path, age_s=0)
+
+    class Engine:
+        group = Collectives.single()
+        step = 3
+
+    with pytest.raises(UserError, match="another run took over"):
+        CheckpointStore(tmp_path, 3, None, lock=lock).save(Engine(), {}, {})
+    lock.release()
+    assert (tmp_path / LOCK).exists() and not (tmp_path / "checkpoints").exists()
+
+
+def test_places_where_no_run_can_be_are_sentences(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        for resume in ("none", "auto"):
+            with pytest.raises(UserError, match="file is no folder.*change train.output or train.name"):
+                find_resume(resume, run_dir)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link is no folder"):
+        find_resume("none", tmp_path / "link" / "run")
+    with pytest.raises(UserError, match="can't be written to .*choose another place with train.output=DIR"):
+        RunFolder(Path("/proc/dsclip/run"), "none", Collectives.single())
+
+
+def checkpoint(run_dir: Path, step: int, lineage: dict | None) -> Path:
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    write_manifest(folder, STATE | {"step": step} | ({"lineage": lineage} if lineage else {}), Collectives.single())
+    return folder
+
+
+def test_a_rewind_that_was_killed_half_way_is_not_undone(tmp_path):
+    """`run.json` is written first: what it excludes is never continued, even where it stands as before."""
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step, {"run": "a", "branch": 1, "start": 0, "steps": []})
+    write_lineage(tmp_path, Lineage("a", branch=2, start=2))
+    assert find_resume("auto", tmp_path).name == "step_00000002"
+    checkpoint(tmp_path, 3, {"run": "a", "branch": 2, "start": 2, "steps": [2]})
+    assert newest_checkpoint(tmp_path).name == "step_00000003"
+
+
+def test_checkpoints_of_earlier_versions_are_continued(tmp_path):
+    for step in (2, 4):
+        checkpoint(tmp_path, step, None)
+    assert find_resume("auto", tmp_path).name == "step_00000004"
+
+
+def test_a_damaged_run_file_is_a_sentence(tmp_path):
+    checkpoint(tmp_path, 2, None)
+    (tmp_path / "run.json").write_text('{"run": 1')
+    with pytest.raises(UserError, match="run.json is damaged"):
+        find_resume("auto", tmp_path)
+
+
+def test_an_interrupted_replacement_gives_the_old_checkpoint_back(tmp_path):
+    folder = checkpoint(tmp_path, 2, None)
+    folder.rename(folder.with_name(folder.name + ".old.tmp"))
+    (tmp_path / "checkpoints" / "step_00000004.tmp").mkdir()
+    assert remove_unfinished(tmp_path / "checkpoints") == ["step_00000004.tmp"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_lines_that_a_resume_supersedes_are_put_aside(tmp_path):
+    log = MetricsLog(tmp_path, True)
+    for step in (10, 20, 30):
+        log.log(step, {"loss": float(step)})
+    log.close()
+    MetricsLog(tmp_path, True, start_step=20).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / SUPERSEDED).read_text().splitlines()] == [30]
