@@ -128,7 +128,7 @@ def test_every_number_says_what_it_was_measured_on(tmp_path):
     watch._log.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert line == {
-        "step": 10, "eval_data": names, "eval/zeroshot/top1": 0.5,
+        "step": 10, "eval_names": names, "eval/zeroshot/top1": 0.5,
         "eval_on_training_pairs/retrieval/image_to_text_recall@1": 0.25, "eval_on_training_pairs/retrieval/images": 4,
         "eval_on_partly_training_pairs/hard_negatives/accuracy": 0.75,
     }  # fmt: skip

@@ -14,11 +14,11 @@ def results_of_run(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, float]],
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
         try:
             entry = json.loads(line)
-            if entry["step"] != checkpoint.step or "eval_data" not in entry:
+            if entry["step"] != checkpoint.step or "eval_names" not in entry:
                 continue
         except (ValueError, KeyError, TypeError):
             continue  # a line that a crash cut short
-        metrics, data = {}, entry["eval_data"]
+        metrics, data = {}, entry["eval_names"]
         for name, value in entry.items():
             if name.startswith("eval") and name.count("/") == 2:
                 _, task, metric = name.split("/")

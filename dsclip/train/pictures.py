@@ -97,7 +97,7 @@ def _limit(values: np.ndarray) -> float:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}"
+    return f"{round(value, 2) + 0.0:.2f}"  # no -0.00
 
 
 def _draw_axes(sheet, canvas, left: int, top: int, n: int, cell: int) -> None:

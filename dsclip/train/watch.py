@@ -120,7 +120,7 @@ class Watch:
                 for task, values in results.items()
                 for k, v in values.items()
             }
-            self._log.log(step, scalars, eval_data=names)
+            self._log.log(step, scalars, eval_names=names)
             self._log.text("eval/data", "\n".join(f"* {task}: {name}" for task, name in names.items()))
         for task, values in results.items():
             shown = ", ".join(f"{k} {v:.1%}" for k, v in values.items() if isinstance(v, float))
