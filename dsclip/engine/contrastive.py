@@ -19,7 +19,7 @@ from dsclip.engine.build import build_model, init_distributed, initialize
 from dsclip.engine.collectives import Collectives
 from dsclip.engine.consolidate import DEEPSPEED_TAG
 from dsclip.engine.feature_queue import FeatureQueue
-from dsclip.engine.finite import all_finite, one_if_finite, skip_reason
+from dsclip.engine.finite import all_finite, check_weights, one_if_finite, skip_reason
 from dsclip.engine.gradient_sums import GradientSums
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import Cutter, MicroBatch, split_gradients
@@ -270,8 +270,11 @@ class ContrastiveEngine:
     def save(self, folder: Path) -> dict:
         """Writes the sharded weights and optimizer below `folder`; returns the rest of the state, ready for JSON.
 
-        Collective. `dsclip.checkpoint` wraps this with a manifest and an atomic rename: prefer it.
+        Collective. `dsclip.checkpoint` wraps this with a manifest and an atomic rename: prefer it. Raises UserError for
+        weights that are not finite.
         """
+        scalars = [x for x in (self.scalars.log_scale, self.scalars.bias) if x is not None]
+        check_weights([*self.module.parameters(), *scalars], self.group, self.device, self.step)
         self.deepspeed.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
         if self.group.rank == 0:
             # A script that DeepSpeed drops for users to run; `tools/convert_hf.py` does its work after verification.

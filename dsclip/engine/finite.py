@@ -7,10 +7,13 @@ gradient of the features by one, or by NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from dsclip.engine.collectives import Collectives
+from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Pairs
 
 
@@ -32,6 +35,20 @@ def skip_reason(pairs: Pairs, grads: LossGrads, group: Collectives) -> str:
 def all_finite(image: Tensor, text: Tensor, group: Collectives) -> bool:
     """Whether the features of all ranks are finite. Collective."""
     return not group.all_reduce_sum((~(_finite(image) & _finite(text))).int()).item()
+
+
+def check_weights(weights: Iterable[Tensor], group: Collectives, device, step: int) -> None:
+    """Raises UserError, on every rank, when a rank's share of the weights isn't finite. Collective.
+
+    No gradient does that, but an update can: with optim.lr · optim.weight_decay above 2 the decay alone grows the weights.
+    """
+    shards = [getattr(p, "ds_tensor", p).detach() for p in weights]  # under ZeRO-3 the parameter itself is empty
+    broken = torch.tensor(sum(not _finite(shard) for shard in shards), device=device)  # an offloaded shard is elsewhere
+    if group.all_reduce_sum(broken).item():
+        raise UserError(
+            f"step {step}: the weights are no longer finite, and no checkpoint was written of them. Lower optim.lr and go on "
+            "from the last checkpoint (--resume auto), or start again"
+        )
 
 
 def _usable(grads: LossGrads) -> Tensor:

@@ -11,6 +11,7 @@ from dsclip.config import load_ds_config
 from dsclip.config.schema import BatchSection, LossSection, Recipe, TrainSection
 from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
 from dsclip.engine.build import init_distributed
+from dsclip.errors import UserError
 from dsclip.losses import register, sigmoid
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, OPTIM, SEED, global_batch, local_part
 
@@ -92,6 +93,19 @@ def same(a, b) -> bool:
     return a == b
 
 
+def refused_save(engine, group: Collectives) -> str:
+    """What saving says when one number of one rank's share of the weights is not finite."""
+    weights = list(engine.module.parameters())
+    shard = getattr(weights[0], "ds_tensor", weights[0]).data.view(-1)
+    if group.rank == 1:
+        shard[0] = INF
+    try:
+        engine.save(Path("nothing is written"))
+    except UserError as error:
+        return str(error)
+    return "saved"
+
+
 def case(name: str, coalesce: bool, group: Collectives) -> dict:
     engine = build(name, coalesce, group)
     found = {"config": name, "coalesce": coalesce, "injections": {}}
@@ -106,6 +120,7 @@ def case(name: str, coalesce: bool, group: Collectives) -> dict:
     state["injected"] = None
     last = [engine.train_step(batch_of(step, group)) for step in (3, 4)]
     after = everything(engine)
+    found["save"] = refused_save(engine, group)
     engine.close()
 
     undisturbed = build(name, coalesce, group)
@@ -126,7 +141,7 @@ def case(name: str, coalesce: bool, group: Collectives) -> dict:
 def main(out: str) -> None:
     init_distributed()
     group = Collectives.current()
-    cases = [(name, False) for name in CONFIGS] + [("zero2_bf16", True), ("zero3_bf16", True)]
+    cases = [(name, False) for name in CONFIGS] + [("zero3_bf16", True)]
     results = [case(name, coalesce, group) for name, coalesce in cases]
     everyone = group.all_gather_object(results)
     if group.rank == 0:

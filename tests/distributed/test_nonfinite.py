@@ -45,6 +45,11 @@ def test_the_next_steps_are_what_they_would_have_been(results):
         assert case["moved"] == ["average", "bf16 weights", "fp32 weights", "moments", "queue", "scalars"], case
 
 
+def test_weights_that_are_not_finite_are_never_saved(results):
+    for case in results:
+        assert "step 13: the weights are no longer finite" in case["save"], case
+
+
 BROKEN_TEMPERATURE = """
 from dataclasses import replace
 import torch
