@@ -32,7 +32,15 @@ class Runs:
 
     def start(self, case: str, name: str, *options: str) -> None:
         """One run; `results[case]` says how it ended, what it printed and what is in its folder then."""
-        arguments = ["--ds_config", "ds_configs/zero3_bf16.json", *self._common, f"train.name={name}", *options]
+        arguments = [
+            "--ds_config",
+            "ds_configs/zero3_bf16.json",
+            "--config",
+            "demo",
+            *self._common,
+            f"train.name={name}",
+            *options,
+        ]
         shown, error = io.StringIO(), None
         try:
             with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
