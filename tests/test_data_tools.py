@@ -107,6 +107,15 @@ def test_check_data_finds_shards_that_are_not_those_of_the_manifest(tmp_path):
     assert list(result(output)["worst_shards"]) == [f"{tmp_path.name}/001.tar"]
 
 
+def test_indexing_files_that_are_no_tar_is_an_error(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
+    (tmp_path / "b.tar").write_bytes(b"")
+    code, output = run("tools/index_shards.py", tmp_path)
+    assert (
+        code == 2 and "a.tar is no tar" in output and not list(tmp_path.glob("*.idx")) + list(tmp_path.glob("*.json"))
+    )
+
+
 def test_bench_data_measures_all_pipelines(demo):
     code, output = run("tools/bench_data.py", "--image-size", "32", "--samples", "64", "--repeats", "1", "--json")
     assert code == 0, output

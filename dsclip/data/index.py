@@ -29,7 +29,7 @@ def index_shards(spec: str, out: Path | None, reader: Reader, progress=lambda te
     """Writes a sidecar index for each shard and one manifest for all, beside the shards or in `out`.
 
     Remote shards are read once from end to end; their indexes go to `out`, with a manifest that points to them. Raises
-    UserError when shards of several folders would share a manifest, or none can be read.
+    UserError when shards of several folders would share a manifest, none can be read, or none holds a sample.
     """
     locations = resolve_shards(spec, reader)
     folders = {location.rpartition("/")[0] or "." for location in locations}
@@ -39,7 +39,6 @@ def index_shards(spec: str, out: Path | None, reader: Reader, progress=lambda te
     if is_remote(base) and out is None:
         raise UserError(f"{base} is remote; give a folder OUT for the indexes and the manifest")
     target = Path(base) if out is None else out
-    target.mkdir(parents=True, exist_ok=True)
     found = Indexed()
     for number, location in enumerate(locations):
         name = location.rpartition("/")[2]
@@ -49,12 +48,19 @@ def index_shards(spec: str, out: Path | None, reader: Reader, progress=lambda te
         except SourceError as error:
             found.unreadable[name] = str(error)
             continue
-        (target / (name + SUFFIX)).write_bytes(index)
+        if entry["samples"]:
+            target.mkdir(parents=True, exist_ok=True)
+            (target / (name + SUFFIX)).write_bytes(index)
         found.entries.append(entry)
         if problems:
             found.problems[name] = problems
     if not found.entries:
         raise UserError(f"no shard of {spec} could be read ({next(iter(found.unreadable.values()))})")
+    if not any(entry["samples"] for entry in found.entries):
+        raise UserError(
+            f"no file of {spec} holds a sample: {found.entries[0]['name']} is no tar, compressed, or empty; shards are "
+            "uncompressed tar files of webdataset samples"
+        )
     try:
         old = read_manifest([str(target / "x")]) or {}
     except UserError:  # a damaged one gives way; the classes and templates of a labelled set go with it

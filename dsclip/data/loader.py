@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from hashlib import sha256
 
 import torch
 from torch.utils.data import DataLoader
 
 from dsclip.config.schema import DataSection
+from dsclip.data import same_shards
 from dsclip.data.open_shards import check_copies_fit
 from dsclip.data.order import Order, SetOrder, check_split, default_streams
 from dsclip.data.reader import SampleReader
-from dsclip.data.shards import open_shards
+from dsclip.data.same_shards import check_sizes
+from dsclip.data.shards import open_shards, told_apart
 from dsclip.data.sources import Reader
 from dsclip.data.tokenizer import Tokenizer
 from dsclip.data.worker import PREFETCH, Parts, Settings, image_slots
@@ -53,12 +54,13 @@ def build_loader(
     streams = data.streams or default_streams(global_batch_size)
     check_split(streams, global_batch_size, world_size, data.workers)
     reader = Reader(tuple(data.trusted_hosts), data.retries)
-    sets = [open_shards(spec, reader) for spec in data_sets(data)]
+    sets = told_apart([open_shards(spec, reader) for spec in data_sets(data)])
     for shards, spec in zip(sets, data_sets(data), strict=True):
         if not shards.samples.sum():
             reasons = ", ".join(f"{n} {reason}" for reason, n in shards.problems.items()) or "they are empty"
             raise UserError(f"there is no sample in {spec} ({reasons})")
         check_copies_fit(shards, reader)
+        check_sizes(shards, reader, skip=data.on_unreadable == "skip")
     options = dict(global_batch=global_batch_size, streams=streams, seed=seed, window=data.shuffle_window,
                    unit=data.shuffle_unit, resampled=data.resampled)  # fmt: skip
     order = Order([SetOrder(s.samples, **options) for s in sets], data.weights, streams, seed)
@@ -70,7 +72,7 @@ def build_loader(
     identity = {
         "global_batch_size": global_batch_size, "streams": streams, "seed": seed, "shuffle_window": data.shuffle_window,
         "shuffle_unit": data.shuffle_unit, "resampled": data.resampled, "weights": data.weights,
-        "data": sha256(repr([([s.name(i) for i in range(len(s.locations))], s.samples.tolist()) for s in sets]).encode()).hexdigest()[:16],
+        **same_shards.identity(sets),
     }  # fmt: skip
     problems: Counter = Counter()
     if rank == 0 and state is None:
@@ -164,14 +166,14 @@ class Loader:
 
 
 def _check_state(state: dict, identity: dict) -> None:
-    for name, value in identity.items():
-        was = state.get("order", {}).get(name)
-        if was != value:
-            what = "the shards changed" if name == "data" else f"{name} was {was} and is {value}"
-            raise UserError(
-                f"the order of the data is not that of the checkpoint: {what}. Use what the checkpoint was written with, or "
-                "start a new run from its weights with model.init."
-            )
+    written = state.get("order", {})
+    settings = [name for name in identity if name not in same_shards.NAMES and written.get(name) != identity[name]]
+    changes = [f"{name} was {written.get(name)} and is {identity[name]}" for name in settings]
+    if changes := changes or list(filter(None, [same_shards.difference(written, identity)])):
+        raise UserError(
+            f"the order of the data is not that of the checkpoint: {changes[0]}. Use what the checkpoint was written with, or "
+            "start a new run from its weights with model.init."
+        )
 
 
 def _checked(part: dict) -> dict:

@@ -115,7 +115,7 @@ def read_index(path: str, reader: Reader, shard_bytes: int) -> ShardIndex | None
 
 def check_copies_fit(shards: ShardSet, reader: Reader) -> None:
     """Raises UserError for remote shards without indexes of which the cache holds only a part: each would be copied again and again."""
-    remote = [i for i, location in enumerate(shards.locations) if is_remote(location)]
+    remote = [i for i, location in enumerate(shards.locations) if is_remote(location) and shards.samples[i]]
     needed = sum(max(0, int(shards.shard_bytes[i])) for i in remote)
     if not remote or needed <= most_bytes():
         return

@@ -29,7 +29,7 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class RawSample:
-    """The members of one sample, undecoded. shard and key say where it came from."""
+    """The members of one sample, undecoded. shard (see `ShardSet.identity`) and key say which it is."""
 
     shard: str
     key: str
@@ -77,7 +77,7 @@ class SampleReader:
             key, members = members_of(content, MEMBER_EXTENSIONS)
         except DamagedTar as error:
             raise BadSample("damaged sample") from error
-        return RawSample(self.shards.name(shard), key, members)
+        return RawSample(self.shards.identity(shard), key, members)
 
 
 def read_shard(location: str, bad: dict[str, int]) -> Iterator[RawSample]:

@@ -9,7 +9,8 @@ import json
 import os
 import re
 import tarfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import braceexpand
@@ -29,10 +30,7 @@ MAX_SHARDS = 2_000_000  # a brace expression can name more files than memory hol
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Shards with what their manifests say. samples, shard_bytes int64 [S]; shard_bytes is −1 where no manifest tells.
-
-    name: of shard i in messages and sample ids, its folder and file name alone: data sets may move.
-    """
+    """Shards with what their manifests say. samples, shard_bytes int64 [S]; shard_bytes is −1 where no manifest tells."""
 
     locations: list[str]
     samples: np.ndarray
@@ -40,9 +38,33 @@ class ShardSet:
     problems: dict[str, int]  # of shards without a manifest, found while their samples were counted
     indexes: list[str]  # the folder of each shard's manifest, where its index lies too, or its own
     hashes: list[str | None]  # SHA-256 by the manifest
+    repeats: dict[int, int] = field(default_factory=dict)  # see `told_apart`
 
     def name(self, shard: int) -> str:
+        """What messages call it: its folder and file."""
         return short_name(self.locations[shard])
+
+    def identity(self, shard: int) -> str:
+        """What the randomness of its samples depends on, wherever the set lies: its file's name.
+
+        The word before it is the demo's folder, which was part of the name once: so the demo's numbers are what they were.
+        """
+        return f"train{self.repeats.get(shard, '')}/{self.locations[shard].rpartition('/')[2]}"
+
+
+def told_apart(sets: list[ShardSet]) -> list[ShardSet]:
+    """The sets with their `repeats`: which shards have a file name that others before them have, and how many."""
+    seen: Counter = Counter()
+    result = []
+    for shards in sets:
+        repeats = {}
+        for number, location in enumerate(shards.locations):
+            file = location.rpartition("/")[2]
+            if seen[file]:
+                repeats[number] = seen[file]
+            seen[file] += 1
+        result.append(replace(shards, repeats=repeats))
+    return result
 
 
 def short_name(location: str) -> str:
@@ -166,7 +188,7 @@ def open_shards(spec: str | list[str], reader: Reader = LOCAL) -> ShardSet:
         indexes.append(entry.get("folder") or _folder(location))
         hashes.append(entry.get("sha256"))
     counts, shard_bytes = np.array(samples, dtype=np.int64), np.array(sizes, dtype=np.int64)
-    return ShardSet(locations, counts, shard_bytes, problems, indexes, hashes)
+    return told_apart([ShardSet(locations, counts, shard_bytes, problems, indexes, hashes)])[0]
 
 
 def _is_index(part: str) -> bool:

@@ -97,9 +97,10 @@ class Reader:
             content = self.read(location, 0, most + 1)  # one round trip
         else:
             size = self.size(location)
-            content = self.read(location, 0, size) if size <= most else bytes(0)
             if size > most:
                 raise SourceError(f"{redact(location)} has {size:,} bytes; at most {most:,} are read")
+            # A local one is opened anew: the file may have been replaced since a descriptor was kept.
+            content = self.read(location, 0, size) if is_remote(location) else _read_file(location)
         if len(content) > most:
             raise SourceError(f"{redact(location)} has more than {most:,} bytes, the most that are read")
         return content
@@ -168,6 +169,14 @@ def _filesystem(scheme: str):
         return fsspec.filesystem(scheme)
     except ImportError as error:
         raise SourceError(f"{scheme}:// needs a package: pip install 'dsclip[{scheme}]' ({error})") from error
+
+
+def _read_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from error
 
 
 _open_files: dict[tuple[int, str], int] = {}
