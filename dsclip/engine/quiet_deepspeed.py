@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import logging
 import os
 import warnings
@@ -13,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402  (after the choice of accelerator)
+from deepspeed.runtime import bf16_optimizer  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 
@@ -20,6 +24,20 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.*|deepspeed.*")
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor|_base).*")
+
+torch_backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that name is torch itself
+
+# ZeRO-1 prints the memory before and after each group of parameters, whatever `memory_breakdown` says.
+bf16_optimizer.see_memory_usage = lambda *_, **__: None
+
+
+def _build_shm_op_without_a_word(build=torch_backend.build_shm_op):
+    """Every rank prints that an extension for CPU collectives was built; when it could not be, the error still says so."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return build()
+
+
+torch_backend.build_shm_op = _build_shm_op_without_a_word
 
 # Python 3.11.0 to 3.11.3 pickle an enum through getattr, which no checkpoint that is loaded may refer to.
 ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (ZeroStageEnum, (self.value,))
