@@ -22,9 +22,9 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 
 ifneq ($(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null),)
-DEEPSPEED := deepspeed
+DEEPSPEED := deepspeed --quiet
 else
-DEEPSPEED := deepspeed --num_gpus $(RANKS)
+DEEPSPEED := deepspeed --quiet --num_gpus $(RANKS)
 export DS_ACCELERATOR := cpu
 # One thread a rank: with more, ranks fight for the cores.
 export OMP_NUM_THREADS ?= 1
