@@ -2,14 +2,20 @@
 
 import ast
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dsclip.config import load_recipe
+from dsclip.config.deepspeed import packaged_ds_configs
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for folder in ("dsclip", "launchers", "tools", "tests") for p in (ROOT / folder).rglob("*.py"))
+TEXT = {".py", ".md", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg", ".txt", ".in"}
 PACKAGE = [p for p in SOURCES if p.is_relative_to(ROOT / "dsclip")]
 
 
@@ -69,3 +75,37 @@ def test_the_public_names_are_where_the_documentation_says():
     assert dsclip.ContrastiveEngine.train_step
     with pytest.raises(AttributeError):
         _ = dsclip.no_such_name
+
+
+def test_tracked_files_refer_only_to_what_is_in_this_repository():
+    kept_out = re.compile("|".join(["DESIGN" + r"\.md", "STYLE" + r"\.md", r"(?<![\w.])/(work|root|home)/\w"]))
+    folders = ("dsclip", "launchers", "tools", "tests", "docs", "ds_configs")
+    paths = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in TEXT]
+    for path in [*paths, *(p for p in ROOT.iterdir() if p.suffix in TEXT or p.name == "Makefile")]:
+        found = kept_out.search(path.read_text(encoding="utf-8"))
+        assert not found, f"{path.relative_to(ROOT)} mentions {found[0]}"
+
+
+def test_links_in_the_documents_lead_somewhere():
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)\)", text):
+            assert ":" in target or (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"
+
+
+def test_the_documents_commands_parse():
+    from dsclip.train.cli import parse_arguments
+
+    commands = 0
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in text.splitlines():
+            if not re.match(r"(    )?(deepspeed|torchrun) .*launchers/train.py", line) or "[" in line or "…" in line:
+                continue
+            words = shlex.split(line, comments=True)
+            arguments = parse_arguments(words[words.index("launchers/train.py") + 1 :])
+            load_recipe("demo", [o for o in arguments.overrides if not o.startswith("loss.plugin")])
+            known = arguments.ds_config in packaged_ds_configs() or (ROOT / arguments.ds_config).is_file()
+            assert known, f"{path.name}: {line}"
+            commands += 1
+    assert commands >= 8
