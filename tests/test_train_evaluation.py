@@ -161,3 +161,9 @@ def test_every_number_says_what_it_was_measured_on(tmp_path):
 def test_a_batch_that_holds_an_image_twice_is_warned_of(sizes, overrides, expected):
     found = data_warnings(load_recipe("demo", overrides), sizes)
     assert [expected in line for line in found] == ([] if expected is None else [True])
+
+
+@pytest.mark.parametrize("key", ["data.train_shards", "eval.zeroshot_shards", "eval.retrieval_shards"])
+def test_shards_that_are_missing_are_named_with_the_key_that_names_them(key, demo, tmp_path):
+    with pytest.raises(UserError, match=f"`{key}`: shard nowhere does not exist"):
+        plan(tmp_path, f"{key}=nowhere")

@@ -95,8 +95,11 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     batch = recipe.batch.global_batch_size
     check_split(recipe.data.streams or default_streams(batch), batch, world_size, recipe.data.workers)
     reader = Reader(tuple(recipe.data.trusted_hosts), recipe.data.retries)
-    for shards in (*data_sets(recipe.data), *filter(None, evaluation_shards(recipe))):
-        resolve_shards(shards, reader)
+    for key, shards in named_shards(recipe):
+        try:
+            resolve_shards(shards, reader)
+        except UserError as error:
+            raise UserError(f"`{key}`: {error}") from error
     run_dir = Path(recipe.train.output) / recipe.train.name
     resume = find_resume(arguments.resume, run_dir)
     if resume:
@@ -120,9 +123,11 @@ def build_engine(plan: Plan):
     return ContrastiveEngine(plan.recipe, plan.ds_config, plan.model, state_dict=weights, init_scale=scale)
 
 
-def evaluation_shards(recipe: Recipe) -> tuple:
-    """The shards of all evaluation tasks; None where a task is off."""
-    return recipe.eval.zeroshot_shards, recipe.eval.retrieval_shards, recipe.eval.hard_negatives_shards
+def named_shards(recipe: Recipe) -> list[tuple[str, str | list[str]]]:
+    """(key of the recipe, shards) of the training data and of every evaluation that is on."""
+    training = [("data.train_shards", shards) for shards in data_sets(recipe.data)]
+    tasks = ("zeroshot_shards", "retrieval_shards", "hard_negatives_shards")
+    return training + [(f"eval.{t}", getattr(recipe.eval, t)) for t in tasks if getattr(recipe.eval, t)]
 
 
 def make_loader(plan: Plan, group: Collectives, state: dict | None):
