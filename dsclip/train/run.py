@@ -15,8 +15,7 @@ from dsclip.data.order import check_split, default_streams
 from dsclip.data.sources import Reader
 from dsclip.engine import Collectives
 from dsclip.engine.collectives import launched_ranks
-from dsclip.errors import UserError
-from dsclip.errors import RunFailed
+from dsclip.errors import RunFailed, UserError
 from dsclip.losses import check_options, find_loss
 from dsclip.model import ClipConfig, resolve_preset
 from dsclip.plan import Estimate, plan_batch
