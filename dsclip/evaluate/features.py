@@ -71,7 +71,12 @@ def own_batches(total: int, batch_size: int, group: Group) -> list[tuple[int, in
 
 
 def _gathered(rows: Iterable[Tensor], total: int, group: Group) -> Tensor:
-    return torch.cat([group.all_gather(part).cpu() for part in rows])[:total]
+    found = torch.cat([group.all_gather(part).cpu() for part in rows])[:total]
+    if not found.isfinite().all():  # comparisons with NaN would make every caption the right one
+        raise UserError(
+            "the model gives features that are not finite: its training diverged, and there is nothing to measure"
+        )
+    return found
 
 
 def _padded(batch: Tensor, batch_size: int) -> Tensor:

@@ -17,6 +17,8 @@ from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.progress import Progress
 from dsclip.train.resume import Resumed
 
+SKIPPED_AT_THE_END = 10  # steps; a run that ends with as many skipped in a row has diverged
+
 
 class Watch:
     """Collects each step's metrics and passes them on. `step` is collective where it logs (counts are summed)."""
@@ -140,12 +142,15 @@ class Watch:
         self._progress.message(text)
 
     def check_applied(self) -> None:
-        """Raises RunFailed, on all ranks alike, when steps were made and none of them was applied."""
-        if self._steps and self._skipped_steps == self._steps:
-            raise RunFailed(
-                f"all {self._steps} steps were skipped, because something in them was not finite (`skip_reason` in "
-                "metrics.jsonl says what); the weights are those that the run began with. Lower optim.lr, or look at the data"
-            )
+        """Raises RunFailed, on all ranks alike, when steps were made and none, or none of the last, was applied."""
+        if not self._steps or self._skipped_in_a_row < min(self._steps, SKIPPED_AT_THE_END):
+            return
+        whole = self._skipped_in_a_row == self._steps
+        raise RunFailed(
+            f"{'all' if whole else 'the last'} {self._skipped_in_a_row} steps were skipped, because something in them was "
+            "not finite (`skip_reason` in metrics.jsonl says what); the weights are those from before. Lower optim.lr, or look "
+            "at the data"
+        )
 
     def totals(self) -> dict:
         """Collective. What the summary says about the run as a whole, and about this launch."""

@@ -1,0 +1,39 @@
+"""A model that diverged gets no score, and its run is no success."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dsclip.engine import Collectives
+from dsclip.errors import UserError
+from dsclip.evaluate.features import encode_texts
+from dsclip.train.watch import RunFailed, Watch
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_not_measured(broken):
+    def encode(tokens):
+        features = torch.ones(len(tokens), 4)
+        features[tokens[:, 0] == 2] = broken
+        return features
+
+    def tokenizer(texts, context_length):
+        return torch.tensor([[len(text)] * context_length for text in texts])
+
+    assert encode_texts(encode, ["a", "abc"], tokenizer, 3, 2, Collectives.single()).shape == (2, 4)
+    with pytest.raises(UserError, match="not finite: its training diverged"):
+        encode_texts(encode, ["a", "ab", "abc"], tokenizer, 3, 2, Collectives.single())
+
+
+@pytest.mark.parametrize(
+    ("steps", "in_a_row", "words"),
+    [(3, 3, "all 3 steps were skipped"), (25, 24, "the last 24 steps"), (25, 9, None), (0, 0, None)],
+)
+def test_a_run_that_ends_with_skipped_steps_failed(steps, in_a_row, words):
+    watch = SimpleNamespace(_steps=steps, _skipped_steps=in_a_row, _skipped_in_a_row=in_a_row)
+    if words is None:
+        Watch.check_applied(watch)
+    else:
+        with pytest.raises(RunFailed, match=words):
+            Watch.check_applied(watch)
