@@ -55,14 +55,15 @@ def run_tool(tool: Callable[[argparse.Namespace], tuple[dict, str]], arguments: 
 def report_error(error: BaseException, *, as_json: bool) -> int:
     """Says what went wrong, on standard error and, if asked, as JSON on standard output; returns the exit code."""
     if isinstance(error, UserError):
-        message, code = str(error), 2
+        message, code = str(error), error.exit_code
     elif isinstance(error, FileExistsError | FileNotFoundError | NotADirectoryError | PermissionError):
         message, code = f"{error.filename or ''}: {error.strerror or error}", 2
     elif isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
     else:
         message, code = f"{type(error).__name__}: {error}", 1
-    say(f"dsclip failed:\n{''.join(traceback.format_exception(error))}" if code == 1 else f"dsclip: {message}")
+    unforeseen = code == 1 and not isinstance(error, UserError)
+    say(f"dsclip failed:\n{''.join(traceback.format_exception(error))}" if unforeseen else f"dsclip: {message}")
     if as_json:
         print_error(message, code)
     return code

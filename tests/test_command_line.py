@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsclip.command_line import parser, run_tool
-from dsclip.errors import UserError
+from dsclip.errors import RunFailed, UserError
 from dsclip.train.cli import without_config
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +58,7 @@ def test_wrong_arguments_are_json_too(capsys):
     ("error", "code", "sentence"),
     [
         (UserError("too small"), 2, "too small"),
+        (RunFailed("came to nothing"), 1, "came to nothing"),
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (FileNotFoundError(2, "No such file", "x.tar"), 2, "x.tar: No such file"),
@@ -71,7 +72,7 @@ def test_each_way_to_fail_has_its_exit_code_in_the_object(capsys, error, code, s
         assert run_tool(tool, parser("", "").parse_args(given)) == code
         out, err = capsys.readouterr()
         assert out == "" if not given else json.loads(out) == {"error": sentence, "exit_code": code}
-        assert ("Traceback" in err) == (code == 1)
+        assert ("Traceback" in err) == isinstance(error, ZeroDivisionError)
 
 
 def test_a_training_without_a_recipe_says_that_it_is_the_demos():

@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         result = evaluate(arguments)
     except (Exception, KeyboardInterrupt) as error:
-        code = 2 if isinstance(error, UserError) else 1
+        code = getattr(error, "exit_code", 1)
         if rank == 0:
             code = report_error(error, as_json=arguments.json)
-        elif code == 1:
+        elif not isinstance(error, UserError):
             say(f"dsclip: rank {rank} failed:\n{traceback.format_exc()}")
     else:
         if rank == 0:
