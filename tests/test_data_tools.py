@@ -10,6 +10,8 @@ from dsclip.data import ShardWriter, build_loader, load_tokenizer, read_manifest
 from dsclip.data.check import check_data
 from dsclip.data.shards import LOCAL
 from dsclip.data.tar_index import from_bytes
+from dsclip.engine import Collectives
+from dsclip.train.counters import Counters
 from tests.distributed.launch import run_command
 from tests.shard_files import jpeg, sample, write_set, write_tar
 
@@ -94,6 +96,13 @@ def test_check_data_accepts_and_refuses_what_training_does(tmp_path, demo):
     batch = next(iter(loader))
     assert report.usable == 9 and report.bad == batch["bad"] == {"sample too large": 1, "no group key": 1}
     assert report.slow_decoded == batch["slow_decoded"] == 1
+    counters = Counters(Collectives(0, 1), None, None)
+    counters.add(batch, skipped=False)
+    counters.gather()
+    assert (
+        counters.total["slow_decoded"] == 1
+        and Counters(Collectives(0, 1), counters.total, None).total["slow_decoded"] == 1
+    )
 
 
 def test_check_data_finds_shards_that_are_not_those_of_the_manifest(tmp_path):

@@ -7,7 +7,7 @@ from collections import Counter
 
 
 class Counters:
-    """Samples read, bad samples by reason, skipped steps, seconds, and where the run was resumed with which changes.
+    """Samples read, bad samples by reason, JPEGs that only Pillow read, skipped steps, seconds, and where the run was resumed with which changes.
 
     total is as old as the last `gather`. saved: what a checkpoint holds of it. Rank 0 goes on from there, so that sums over ranks count it once.
     """
@@ -16,6 +16,7 @@ class Counters:
         self._group = group
         saved = saved if saved and group.rank == 0 else {}
         self._read = saved.get("samples_read", 0)
+        self._slow = saved.get("slow_decoded", 0)
         self._bad = Counter(saved.get("bad_samples", {}))
         self.skipped_steps = saved.get("skipped_steps", 0)
         self._earlier_s, self._started = saved.get("seconds", 0.0), time.monotonic()
@@ -25,6 +26,7 @@ class Counters:
     def add(self, batch: dict, skipped: bool) -> None:
         """One step's batch of this rank."""
         self._read += batch["read"]
+        self._slow += batch["slow_decoded"]
         self._bad.update(batch["bad"])
         self.skipped_steps += skipped
 
@@ -38,14 +40,15 @@ class Counters:
         bad: Counter = Counter()
         for part in parts:
             bad.update(part["bad_samples"])
-        read = sum(part["samples_read"] for part in parts)
-        self.total = parts[0] | {"samples_read": read, "bad_samples": dict(bad)}
+        sums = {name: sum(part[name] for part in parts) for name in ("samples_read", "slow_decoded")}
+        self.total = parts[0] | sums | {"bad_samples": dict(bad)}
         return list(others)
 
     def _own(self) -> dict:
         return {
             "samples_read": self._read,
             "bad_samples": dict(self._bad),
+            "slow_decoded": self._slow,
             "skipped_steps": self.skipped_steps,  # the same on all ranks; rank 0's holds those of earlier launches
             "seconds": round(self._earlier_s + self.launch_seconds(), 1),
             "resumes": self._resumes,

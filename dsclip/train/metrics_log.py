@@ -27,7 +27,7 @@ GROUPS = {
     "negatives": ("masked_negatives", "hard_negatives", "queue_length"),
     "speed": ("samples_per_second", "data_wait"),
     "memory": ("memory_gb",),
-    "data": ("samples_read", "bad_samples"),
+    "data": ("samples_read", "bad_samples", "slow_decoded"),
 }
 _TAG = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in names}
 

@@ -92,6 +92,7 @@ class Watch:
             "accuracy_image_to_text": metrics.accuracy_image_to_text,
             "accuracy_text_to_image": metrics.accuracy_text_to_image,
             "samples_read": read,
+            "slow_decoded": total["slow_decoded"],
             "bad_samples": sum(bad.values()),
             "bad_sample_rate": sum(bad.values()) / max(1, read),
             "memory_gb": self._memory_gb,
