@@ -1,7 +1,7 @@
 """The plan: its peak against measured steps, its choices, and that they leave the gradient alone."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from dsclip.plan import estimate, plan_batch
 from dsclip.plan.advice import advice
 from dsclip.plan.estimate import parameter_counts
 from dsclip.plan.machine import datasheet_tflops, gpu
+from dsclip.train.resume import keep_planned_sizes
 from tests.distributed.launch import run_command
 
 GPU = gpu(80, datasheet_tflops("NVIDIA H100 80GB HBM3"))
@@ -166,3 +167,27 @@ def test_utilisation_compares_with_a_product_of_this_run():
 def test_a_wrong_accumulation_is_refused():
     with pytest.raises(UserError, match="batch.accumulation"):
         load_recipe("demo", ["batch.accumulation=automatic"])
+
+
+@pytest.mark.parametrize("memory_gb", [80, 30, 14])
+def test_a_resumed_run_keeps_the_sizes_it_was_planned_with_whatever_is_free(memory_gb):
+    batch, world_size = BatchSection(global_batch_size=4096), 4
+    first, _ = plan("ViT-B-32", batch, world_size, gpu(memory_gb, 900))
+    again = keep_planned_sizes(batch, asdict(first), world_size)
+    for free in (10, 25, 80):
+        assert plan("ViT-B-32", again, world_size, gpu(free, 900))[0] == first
+    assert {plan("ViT-B-32", batch, world_size, gpu(free, 900))[0] for free in (10, 25, 80)} != {first}
+
+
+def test_a_resumed_run_with_another_batch_or_sizes_of_its_own_is_planned_anew():
+    was = {
+        "global_batch_size": 64,
+        "samples_per_forward": 8,
+        "chunk_size": 4,
+        "checkpointing": "full",
+        "coalesce_reduction": True,
+    }
+    other = BatchSection(global_batch_size=128)
+    assert keep_planned_sizes(other, was, 2) == other
+    own = keep_planned_sizes(BatchSection(global_batch_size=64, samples_per_forward=16), was, 2)
+    assert (own.samples_per_forward, own.chunk_size, own.checkpointing) == (16, 4, "full")

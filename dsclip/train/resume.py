@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from dsclip.checkpoint import read_manifest
 from dsclip.config import Recipe
-from dsclip.config.schema import OptimSection
+from dsclip.config.schema import BatchSection, OptimSection
 from dsclip.data import merge_states
 from dsclip.engine.schedule import learning_rate
 from dsclip.errors import UserError
@@ -63,6 +63,27 @@ def check_length(resume: Path, steps: int) -> None:
             f"train.steps is {steps}, and {resume} is at step {reached} already. Raise train.steps to train on, or go back with "
             "--resume to an earlier checkpoint."
         )
+
+
+def keep_planned_sizes(batch: BatchSection, was: dict, world_size: int) -> BatchSection:
+    """The batch section with what it leaves open taken from `was`, the planned one of the checkpoint.
+
+    A plan follows free memory, and a batch that is cut differently adds up in another order: a resumed run would not go on
+    bit for bit. With another global batch, or `accumulation: manual`, nothing is taken.
+    """
+    if batch.accumulation == "manual" or was.get("global_batch_size") != batch.global_batch_size:
+        return batch
+    size = batch.samples_per_forward or was.get("samples_per_forward") or batch.global_batch_size // world_size
+    checkpointing = was.get("checkpointing", "auto") if batch.checkpointing == "auto" else batch.checkpointing
+    chunk = batch.chunk_size or was.get("chunk_size") or (size if checkpointing != "none" else None)
+    coalesce = was.get("coalesce_reduction") if batch.coalesce_reduction is None else batch.coalesce_reduction
+    return replace(
+        batch,
+        samples_per_forward=size,
+        chunk_size=None if chunk is None else min(chunk, size),
+        checkpointing=checkpointing,
+        coalesce_reduction=coalesce,
+    )
 
 
 def changed_keys(was: dict, recipe: Recipe) -> dict[str, list]:

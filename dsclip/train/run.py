@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dsclip.checkpoint import CheckpointStore, load_checkpoint
+from dsclip.checkpoint import CheckpointStore, load_checkpoint, read_manifest
 from dsclip.config import Recipe, dump_recipe, load_ds_config, load_recipe
 from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.loader import data_sets
@@ -24,7 +24,7 @@ from dsclip.plan.machine import this_machine
 from dsclip.train.data_warnings import data_warnings
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.loop import train
-from dsclip.train.resume import Resumed, check_length
+from dsclip.train.resume import Resumed, check_length, keep_planned_sizes
 from dsclip.train.run_folder import RunFolder, find_resume
 from dsclip.train.summary import console_summary, write_summary
 from dsclip.train.watch import Watch
@@ -66,6 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def train_in(folder: RunFolder, plan: Plan) -> None:
     """The run itself, in a folder that it holds."""
+    if plan.resume:
+        was = read_manifest(plan.resume)["recipe"].get("batch", {})
+        batch = keep_planned_sizes(plan.recipe.batch, was, launched_ranks()[1])
+        plan = replace(plan, recipe=replace(plan.recipe, batch=batch))
     engine = build_engine(plan)
     group, plan = engine.group, replace(plan, recipe=engine.recipe, ds_config=engine.ds_config)
     resumed = Resumed.nothing()
