@@ -39,11 +39,10 @@ def request(location: str, method: str, headers: dict[str, str], trusted: tuple[
         target = response.get_redirect_location()
         if not target:
             return response
-        (
-            response.drain_conn
-            if int(response.headers.get("Content-Length", "0")) <= _DRAINED_BYTES
-            else response.close
-        )()
+        if int(response.headers.get("Content-Length", "0")) <= _DRAINED_BYTES:
+            response.drain_conn()
+        else:
+            response.close()
         following = urljoin(location, target)
         if urlsplit(following)[:2] != urlsplit(location)[:2]:
             headers = {name: value for name, value in headers.items() if name != "Authorization"}

@@ -136,7 +136,10 @@ class Reader:
             raise SourceError(f"{redact(location)}: the server does not answer range requests")
         promised = int(response.headers.get("Content-Length", length))
         content = response.read(min(promised, length))
-        (response.release_conn if promised <= length else response.close)()
+        if promised <= length:
+            response.release_conn()
+        else:
+            response.close()
         if len(content) < min(promised, length):
             raise http.client.IncompleteRead(content, min(promised, length) - len(content))
         return content

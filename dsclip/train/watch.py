@@ -34,7 +34,7 @@ class Watch:
         self._start_step = engine.step
         self._journal: list[dict] = []
         self._journal_path = plan.run_dir / "data_journal.jsonl"
-        self._skipped_steps = self._skipped_in_a_row = 0  # of this launch
+        self._skipped_in_a_row = 0
         self._memory_gb = None  # before evaluation and conversion add theirs
         self._seconds = 0.0
         self._steps = 0
@@ -49,7 +49,6 @@ class Watch:
         self._steps += 1
         if metrics.skipped and not self._skipped_in_a_row:
             self.message(f"step {metrics.step}: skipped, not finite: {metrics.skip_reason}")
-        self._skipped_steps += metrics.skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics.skipped else 0
         self._memory_gb = peak_memory_gb()
         self._counters.add(batch, metrics.skipped)
