@@ -5,6 +5,7 @@ import os
 import re
 import threading
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,20 @@ def test_every_unlisted_file_is_refused(name, checkpoint):
     (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
     (checkpoint / name).write_text("x")
     assert f"holds {name}, which" in refused(checkpoint)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(checkpoint, monkeypatch):
+    """What stands in it could be loaded by name. Simulated: modes don't bind root."""
+    (checkpoint / "hidden").mkdir()
+    listed = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "hidden":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "hidden can't be listed (Permission denied)" in refused(checkpoint)
 
 
 def test_links_are_refused(checkpoint, tmp_path):

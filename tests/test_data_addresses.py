@@ -120,3 +120,16 @@ def test_connections_are_kept(folder, certificate, names):
         for _ in range(5):
             reader.read(f"https://{NAME}:{host.rpartition(':')[2]}/a.tar", 0, 6)
         assert len(server.requests) == 5 and server.connections == 1
+
+
+@pytest.mark.parametrize("address", [
+    "10.0.0.1", "169.254.169.254", "::1", "fd00::1", "fec0::1", "224.0.0.1", "ff0e::1", "::ffff:10.0.0.1", "::127.0.0.1",
+    "64:ff9b::10.0.0.1", "64:ff9b::a9fe:a9fe", "2002:0a00:0001::1", "100.64.0.1",
+])  # fmt: skip
+def test_addresses_that_lead_inside_are_refused_in_every_spelling(address):
+    assert not http_source.is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "64:ff9b::8.8.8.8"])
+def test_public_addresses_are_read_also_through_nat64(address):
+    assert http_source.is_public(address)

@@ -1,7 +1,9 @@
 """Who may run in a folder: the lock, places where no run can be, and what a resume finds there."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import pytest
 
 from dsclip.checkpoint import Lineage, newest_checkpoint
 from dsclip.checkpoint.lineage import write_lineage
-from dsclip.checkpoint.manifest import write_manifest
+from dsclip.checkpoint.manifest import read_manifest, write_manifest
 from dsclip.checkpoint.store import CheckpointStore, remove_unfinished
+from dsclip.config import load_recipe
 from dsclip.engine import Collectives
 from dsclip.errors import UserError
 from dsclip.train.metrics_log import SUPERSEDED, MetricsLog
@@ -68,6 +71,27 @@ def test_a_process_number_that_was_given_again_is_no_holder(tmp_path):
     said = []
     RunLock.take(tmp_path, said.append).release()
     assert "took over" in said[0]
+
+
+def test_a_file_server_that_is_away_ends_no_run(tmp_path, monkeypatch):
+    lock = RunLock.take(tmp_path, print)
+
+    def away(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", away)
+        assert lock.held()
+    (tmp_path / LOCK).unlink()
+    assert not lock.held()
+
+
+def test_a_lock_that_was_taken_over_gets_no_sign_of_life_from_its_former_holder(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsclip.train.run_lock.HEARTBEAT_S", 0.02)
+    RunLock.take(tmp_path, print)
+    foreign_lock(tmp_path, age_s=1000)
+    time.sleep(0.2)
+    assert time.time() - (tmp_path / LOCK).stat().st_mtime > 900
 
 
 def foreign_lock(run_dir: Path, age_s: float) -> None:
@@ -157,6 +181,39 @@ def test_checkpoints_of_earlier_versions_are_continued(tmp_path):
     for step in (2, 4):
         checkpoint(tmp_path, step, None)
     assert find_resume("auto", tmp_path).name == "step_00000004"
+
+
+def test_a_rewind_of_an_earlier_version_s_run_that_was_killed_half_way_is_not_undone(tmp_path, monkeypatch):
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step, None)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsclip.train.run_folder._archive", killed)
+    folder = RunFolder(tmp_path, str(tmp_path / "checkpoints" / "step_00000002"), Collectives.single())
+    with pytest.raises(KeyboardInterrupt):
+        folder.claim(load_recipe("demo"), {}, read_manifest(folder.resume))
+    folder.release()
+    assert find_resume("auto", tmp_path).name == "step_00000002"
+
+
+def test_a_run_from_another_s_checkpoint_that_was_killed_before_it_saved_begins_there_again(tmp_path):
+    parent = checkpoint(tmp_path / "first", 4, {"run": "a", "branch": 1, "start": 0, "steps": []})
+    folder = RunFolder(tmp_path / "second", str(parent), Collectives.single())
+    folder.claim(load_recipe("demo"), {}, read_manifest(parent))
+    folder.release()
+    for _ in range(2):
+        assert find_resume("auto", tmp_path / "second") == parent
+        folder = RunFolder(tmp_path / "second", "auto", Collectives.single())
+        folder.claim(load_recipe("demo"), {}, read_manifest(parent))
+        folder.release()
+    shutil.rmtree(parent)
+    with pytest.raises(
+        UserError, match=f"second has saved nothing yet and began from the checkpoint {parent}, which is gone"
+    ):
+        find_resume("auto", tmp_path / "second")
+    assert find_resume("none", tmp_path / "second") is None
 
 
 def test_a_damaged_run_file_is_a_sentence(tmp_path):

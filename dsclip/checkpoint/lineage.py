@@ -25,7 +25,8 @@ STEP_FOLDER = re.compile(r"step_(\d{8,})")
 class Lineage:
     """run: a random id; start: the step at which the branch begins; steps: earlier checkpoints, the oldest first.
 
-    parent: {"run", "step"} of another run's checkpoint that this one continues, or None.
+    parent: {"run", "step", "path"} of another run's checkpoint that this one continues, or None. abandoned: steps that a
+    rewind left, for checkpoints of earlier versions, which don't say their branch.
     """
 
     run: str
@@ -33,6 +34,7 @@ class Lineage:
     start: int = 0
     parent: dict | None = None
     steps: tuple[int, ...] = ()
+    abandoned: tuple[int, ...] = ()
 
     def saved(self, step: int) -> Lineage:
         """The lineage with one more checkpoint."""
@@ -40,9 +42,11 @@ class Lineage:
 
     def holds(self, manifest: dict) -> bool:
         """Whether a checkpoint in the run's folder is of this branch or of what came before it."""
-        origin = manifest.get("lineage")
-        if manifest["step"] <= self.start or not isinstance(origin, dict):  # none: an earlier version wrote it
+        origin, step = manifest.get("lineage"), manifest["step"]
+        if step <= self.start:
             return True
+        if not isinstance(origin, dict):  # an earlier version wrote it
+            return step not in self.abandoned
         return (origin.get("run"), origin.get("branch")) == (self.run, self.branch)
 
 
@@ -51,7 +55,9 @@ def read_lineage(run_dir: Path) -> Lineage | None:
     path = run_dir / RUN_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Lineage(str(content["run"]), int(content["branch"]), int(content["start"]), content.get("parent"))
+        run, branch, start = str(content["run"]), int(content["branch"]), int(content["start"])
+        abandoned = tuple(int(step) for step in content.get("abandoned", ()))
+        return Lineage(run, branch, start, content.get("parent"), abandoned=abandoned)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -69,10 +75,10 @@ def write_lineage(run_dir: Path, lineage: Lineage) -> None:
     os.replace(temporary, run_dir / RUN_FILE)
 
 
-def continued(run_dir: Path, manifest: dict | None, *, own: bool, rewind: bool) -> Lineage:
-    """The lineage of a run that starts in `run_dir`, from a checkpoint's manifest or afresh.
+def continued(run_dir: Path, resume: Path | None, manifest: dict | None, *, own: bool, later: list[int]) -> Lineage:
+    """The lineage of a run that starts in `run_dir`, from the checkpoint `resume` with this manifest, or afresh.
 
-    own: the checkpoint is the run's; rewind: it has later ones, which the new branch leaves.
+    own: the checkpoint is the run's; later: steps of the run's later ones, which the new branch leaves.
     """
     if manifest is None:
         return Lineage(uuid.uuid4().hex)
@@ -80,13 +86,13 @@ def continued(run_dir: Path, manifest: dict | None, *, own: bool, rewind: bool) 
     earlier = origin.get("steps") or (step_of(c) for c in complete_checkpoints(run_dir / "checkpoints"))
     steps = (*sorted(s for s in earlier if s < manifest["step"]), manifest["step"])
     if not own:
-        parent = {"run": origin.get("run"), "step": manifest["step"]}
+        parent = {"run": origin.get("run"), "step": manifest["step"], "path": str(resume.resolve())}
         return Lineage(uuid.uuid4().hex, start=manifest["step"], parent=parent, steps=steps)
     present = read_lineage(run_dir)
     if present is None:
-        return Lineage(uuid.uuid4().hex, start=manifest["step"], steps=steps)
-    if rewind:
-        present = replace(present, branch=present.branch + 1, start=manifest["step"])
+        return Lineage(uuid.uuid4().hex, start=manifest["step"], steps=steps, abandoned=tuple(later))
+    if later:
+        present = replace(present, branch=present.branch + 1, start=manifest["step"], abandoned=tuple(later))
     return replace(present, steps=steps)
 
 

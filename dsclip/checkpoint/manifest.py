@@ -2,7 +2,8 @@
 
 Loading a DeepSpeed checkpoint unpickles it, which is code execution; DeepSpeed itself checks nothing. So every file is
 compared with the manifest and scanned for foreign classes before DeepSpeed opens it, and a folder that holds anything
-else is refused: DeepSpeed finds its files by pattern.
+else is refused: DeepSpeed finds its files by pattern. What the check can't see is a folder that someone else changes while
+it is being loaded.
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ def _digest(f) -> str:  # Python 3.10 has no file_digest
     return digest.hexdigest()
 
 
+def on_disk(path: Path) -> None:
+    """Returns when a file's or folder's content has left the machine's memory for its disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def checkpoint_files(folder: Path) -> list[str]:
     """Relative paths of all files but the manifest, sorted."""
     files = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
@@ -58,10 +68,10 @@ def write_manifest(folder: Path, state: dict, group: Collectives) -> None:
     # All ranks' listings together: over NFS a rank may not see yet what another node wrote, and each must hash its share
     # of the same list.
     names = sorted(set().union(*group.all_gather_object(checkpoint_files(folder))))
-    mine = {
-        n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)}
-        for n in names[group.rank :: group.world_size]
-    }
+    mine = {}
+    for name in names[group.rank :: group.world_size]:
+        on_disk(folder / name)  # a manifest never outlives what it lists, power cuts included
+        mine[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     entries = {name: entry for part in group.all_gather_object(mine) for name, entry in part.items()}
     if group.rank == 0:
         manifest = {"format": FORMAT, **state, "files": dict(sorted(entries.items()))}
@@ -140,7 +150,14 @@ def verify(folder: Path) -> dict:
 
 def _refuse_unlisted(folder: Path, listed) -> None:
     """Only plain files that the manifest lists may be there, so that nothing unverified can be loaded."""
-    for parent, folders, files in os.walk(folder):
+
+    def unreadable(error: OSError):
+        raise UserError(
+            f"checkpoint {folder} can't be checked: {error.filename} can't be listed ({error.strerror}). Nothing was opened; make "
+            "the folder readable."
+        )
+
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
         for name in (*folders, *files):
             path = Path(parent) / name
             inside = path.relative_to(folder).as_posix()

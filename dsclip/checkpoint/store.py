@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint, step_of
-from dsclip.checkpoint.manifest import MANIFEST, read_manifest, verify, write_manifest
+from dsclip.checkpoint.manifest import MANIFEST, on_disk, read_manifest, verify, write_manifest
 from dsclip.errors import UserError
 
 
@@ -81,6 +81,7 @@ def _replace(final: Path, temporary: Path) -> None:
     if final.exists():
         final.rename(old)
     temporary.rename(final)
+    on_disk(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

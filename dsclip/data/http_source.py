@@ -21,6 +21,7 @@ import urllib3
 POOLED = 32  # idle connections kept for one host
 RESOLVED_S = 60.0  # how long a checked address is used for new connections
 MOST_REDIRECTS = 5
+TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: how networks without IPv4 reach it
 TIMEOUT = urllib3.Timeout(connect=20, read=60)
 _DRAINED_BYTES = 1 << 16  # of a redirect's page; a longer one costs its connection
 
@@ -96,8 +97,19 @@ def public_addresses(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether it lies outside of this machine, its network and its cloud's own services."""
-    return ipaddress.ip_address(address.split("%")[0]).is_global
+    """Whether it lies outside of this machine, its network and its cloud's own services, and so does any IPv4 address in it."""
+    found = ipaddress.ip_address(address.split("%")[0])
+    if found.is_multicast or not found.is_global:
+        return False
+    return found.version == 4 or not found.is_site_local and all(map(is_public, _inside(found)))
+
+
+def _inside(address: ipaddress.IPv6Address) -> list[str]:
+    """The IPv4 addresses to which gateways may send on what goes to an IPv6 address."""
+    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    if address in TRANSLATED or int(address) >> 32 == 0:
+        found.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    return [str(inner) for inner in found if inner is not None]
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from dsclip.checkpoint import Lineage, complete_checkpoints, find_checkpoint, newest_checkpoint
-from dsclip.checkpoint.lineage import RUN_FILE, continued, step_of, write_lineage
+from dsclip.checkpoint.lineage import RUN_FILE, continued, read_lineage, step_of, write_lineage
+from dsclip.checkpoint.manifest import MANIFEST
 from dsclip.checkpoint.store import remove_unfinished
 from dsclip.config import dump_recipe
 from dsclip.errors import UserError
@@ -28,7 +29,7 @@ def find_resume(resume: str, run_dir: Path) -> Path | None:
     """
     _check_place(run_dir)
     if resume == "auto":
-        return newest_checkpoint(run_dir)
+        return newest_checkpoint(run_dir) or _parent(run_dir)
     if resume == "none":
         if not _is_unused(run_dir):
             raise UserError(
@@ -42,6 +43,20 @@ def find_resume(resume: str, run_dir: Path) -> Path | None:
             "its own with train.name=NAME, or continue the run that is there with --resume auto."
         )
     return checkpoint
+
+
+def _parent(run_dir: Path) -> Path | None:
+    """The other run's checkpoint that a run without one of its own began from."""
+    lineage = read_lineage(run_dir)
+    if lineage is None or not lineage.parent or complete_checkpoints(run_dir / "checkpoints"):
+        return None
+    path = Path(lineage.parent.get("path", "of an unknown place"))
+    if not (path / MANIFEST).is_file():
+        raise UserError(
+            f"{run_dir} has saved nothing yet and began from the checkpoint {path}, which is gone. Give another with --resume "
+            "PATH, or begin afresh with --resume none."
+        )
+    return path
 
 
 def is_own(checkpoint: Path, run_dir: Path) -> bool:
@@ -96,7 +111,8 @@ class RunFolder:
             own = self.resume is not None and is_own(self.resume, self._run_dir)
             step = manifest["step"] if manifest else 0
             later = [c for c in complete_checkpoints(self._run_dir / "checkpoints") if step_of(c) > step]
-            lineage = continued(self._run_dir, manifest, own=own, rewind=bool(later))
+            steps = [step_of(c) for c in later]
+            lineage = continued(self._run_dir, self.resume, manifest, own=own, later=steps)
             write_lineage(self._run_dir, lineage)  # first: from here on the later ones are none of this run's
             if later:
                 self.messages.append(_archive(self._run_dir, later, step))

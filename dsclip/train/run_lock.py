@@ -58,9 +58,11 @@ class RunLock:
 
     def held(self) -> bool:
         """Whether the lock is still this run's; another may have taken it over while this one was stopped."""
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(self._path.read_text(encoding="utf-8")) == self._identity
-        return False
+        try:
+            holder, _ = _read(self._path)
+        except OSError:  # a file server that is away shows no other holder
+            return True
+        return holder == self._identity
 
     def release(self) -> None:
         """Gives the folder free, and removes it when it was created for nothing."""
@@ -73,6 +75,8 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
+            if not self.held():
+                return
             with contextlib.suppress(OSError):  # a file server that is away for a while
                 os.utime(self._path)
 
