@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
 
-from dsclip.errors import UserError
+from dsclip.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +22,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Prints usage and message, and ends the process with exit code 2."""
+        if unknown := next(iter(re.findall(r"unrecognized arguments: (--[\w-]+)", message)), None):
+            message += did_you_mean(
+                unknown, [option for option in self._option_string_actions if option.startswith("--")]
+            )
         if "--json" in self._given:
             print_error(message, 2)
         super().error(message)

@@ -9,7 +9,7 @@ import pytest
 
 from dsclip.command_line import parser, run_tool
 from dsclip.errors import RunFailed, UserError
-from dsclip.train.cli import without_config
+from dsclip.train.cli import parse_arguments, without_config
 
 ROOT = Path(__file__).parent.parent
 WRONG = {
@@ -73,6 +73,14 @@ def test_each_way_to_fail_has_its_exit_code_in_the_object(capsys, error, code, s
         out, err = capsys.readouterr()
         assert out == "" if not given else json.loads(out) == {"error": sentence, "exit_code": code}
         assert ("Traceback" in err) == isinstance(error, ZeroDivisionError)
+
+
+def test_a_misspelt_option_is_answered_with_the_right_one(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(["--recume", "auto"])
+    assert end.value.code == 2
+    assert "unrecognized arguments: --recume" in (said := capsys.readouterr().err)
+    assert "Did you mean `--resume`?" in said
 
 
 def test_a_training_without_a_recipe_says_that_it_is_the_demos():

@@ -14,6 +14,7 @@ import torch
 from dsclip.bench.measure import peak_mb, settle
 from dsclip.bench.peers import PEERS
 from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
+from dsclip.engine.cpu_bf16 import speed_up_bf16
 from dsclip.model import ClipConfig, resolve_preset
 from dsclip.model.clip import TEXT_LENGTH_MULTIPLE
 from dsclip.plan import Machine, estimate
@@ -61,6 +62,7 @@ def measure(
 
     kind: plain | accumulated | auto, the last of dsclip only.
     """
+    speed_up_bf16()  # for peers too
     config, extra = resolve_preset(preset), {}
     if trainer == "dsclip":
         sizes = BatchSection(batch)

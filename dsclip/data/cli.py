@@ -62,9 +62,9 @@ def _make(arguments: argparse.Namespace) -> tuple[dict, str]:
         encoding=arguments.encoding,
     )
     lines = [f"{count} samples in {folder_of(arguments.out, split)}" for split, count in summary.samples.items()]
-    if arguments.holdout is None and set(summary.samples) == {"train", "val"}:
+    if arguments.holdout is None and summary.held_out:
         lines.append(
-            "a tenth was held out for evaluation, if SRC had no splits of its own; --holdout 0 keeps all together"
+            f"{summary.held_out:.0%} of the images were held out for evaluation; --holdout 0 keeps all together"
         )
     if summary.classes:
         lines.append(

@@ -37,6 +37,7 @@ class Summary:
     classes: list[str] | None = None
     tokenizer: str | None = None
     recipe: str | None = None
+    held_out: float | None = None  # share of the images; None where the source has splits of its own
     sides: list[int] = field(default_factory=list, repr=False)  # of the images as they are stored
 
     def skip(self, reason: str) -> None:
@@ -95,6 +96,7 @@ def make_shards(
     summary = Summary()
     tables = [n for n in files.names if PurePosixPath(n).name == CAPTIONS]
     splits = _from_captions(files, tables, encoding, summary) if tables else _from_classes(files, summary)
+    summary.held_out = (HOLDOUT if holdout is None else holdout) if set(splits) == {""} else None
     splits = _split(files, splits, holdout)
     for name in ("", *splits):
         _refuse_existing(folder_of(out, name))

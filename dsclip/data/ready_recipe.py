@@ -102,7 +102,7 @@ def _head(made: Made, train: str, held_out: str | None) -> str:
     counts += f", {made.samples[held_out]} held-out ones in {held_out}/" if held_out else ", and none held out"
     lines = [
         f"Written by tools/make_shards.py: {counts}. Any key can be changed here or on the command line.",
-        "Samples that show the same image, or the same class, are no negatives of each other (loss.duplicates).",
+        f"Samples with the same {'caption' if made.classes else 'image'} are no negatives of each other (loss.duplicates).",
     ]
     if made.samples[train] < LARGE_SET:
         lines.append("The model is one for two CPU cores; for more set model.preset to ViT-S-32, ViT-B-32 or larger.")
@@ -117,5 +117,5 @@ def train_command(recipe: Path) -> str:
     """What starts a run with this recipe on this machine, from the repository's root."""
     import torch
 
-    launcher = "deepspeed" if torch.cuda.is_available() else "deepspeed --num_gpus 2"
+    launcher = "deepspeed" if torch.cuda.is_available() else "OMP_NUM_THREADS=1 deepspeed --num_gpus 2"
     return f"{launcher} launchers/train.py --config {shlex.quote(str(recipe))}"

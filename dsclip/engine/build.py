@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dsclip.config.schema import OptimSection
 from dsclip.engine.collectives import Collectives, launched_ranks
+from dsclip.engine.cpu_bf16 import speed_up_bf16
 from dsclip.engine.quiet_deepspeed import deepspeed
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig, Stage
@@ -19,6 +20,7 @@ from dsclip.model import Clip, ClipConfig, Stage
 def init_distributed(timeout_minutes: float = 30) -> torch.device:
     """Joins the ranks of the job (gloo on CPU, NCCL on CUDA) and returns this rank's device. Safe to call twice."""
     _, _, local_rank = launched_ranks()
+    speed_up_bf16()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():

@@ -78,6 +78,7 @@ def plan(arguments: argparse.Namespace) -> tuple[dict, str]:
         machine = machine if batch.memory_gb is None else replace(machine, memory_gb=batch.memory_gb)
         changes = advice(config, batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens)
     result = {
+        "model": recipe.model.preset, "global_batch_size": batch.global_batch_size,
         "fits": found.fits, "peak_mb": found.peak_mb, "parts": found.parts, "device": machine.device,
         "memory_mb": 1e3 * (batch.memory_gb or machine.memory_gb), "parameters": parameter_counts(config)[0],
         "samples_per_forward": found.forward, "chunk_size": found.chunk, "checkpointing": found.checkpointing,
@@ -128,7 +129,8 @@ def table(result: dict, found: Estimate, machine: Machine, ranks: int, tokens: i
     device = (
         f"{ranks} × {machine.name}" if machine.device == "cuda" else f"{_count(ranks, 'rank')} of this machine's CPU"
     )
-    lines = [f"{result['parameters'] / 1e6:.0f} M parameters on {device}: {describe_choice(found)}", ""]
+    model = f"{result['model']}, {result['parameters'] / 1e6:.0f} M parameters"
+    lines = [f"{model}, global batch {result['global_batch_size']:,} on {device}: {describe_choice(found)}", ""]
     lines += [f"  {name.replace('_', ' '):18} {size:12,.0f} MB" for name, size in found.parts.items() if size >= 0.5]
     limit = f"of {result['memory_mb']:,.0f} MB, {USABLE:.0%} of which a plan may use"
     lines += [f"  {'peak':18} {found.peak_mb:12,.0f} MB  {limit}", ""]

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 
+from dsclip.command_line import Parser
 from dsclip.engine.collectives import launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
 
@@ -20,7 +21,7 @@ exit codes: 0 done, 1 failed, 2 wrong input (one sentence says what to change)""
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Options and `section.key=value` overrides, in any order."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Trains a CLIP model with DeepSpeed.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
