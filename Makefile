@@ -1,5 +1,6 @@
 # make train   sets everything up and runs the main job: trains, evaluates and converts the demo
 # make test    sets everything up and runs the tests
+# make lint    checks style, imports between layers, and types
 #
 # PYTHON=python3.12      another interpreter (3.10 or later)
 # TORCH=my-constraints   another constraints file for torch: `make train TORCH=` keeps the torch pip would choose
@@ -46,7 +47,7 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/python -m pip install -q -e '.[lint]' -c constraints.txt
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
 
 setup: $(READY)
 

@@ -1,9 +1,11 @@
 """dsclip: contrastive image-text training at scale, on the exact loss of the whole global batch."""
 
+from dsclip import embedded
+
 __version__ = "0.1.0"
 __all__ = ["ContrastiveEngine", "create_model", "data", "losses"]
 
-_HOMES = {"create_model": "dsclip.model", "ContrastiveEngine": "dsclip.engine.contrastive"}
+_HOMES = {"create_model": "dsclip.create", "ContrastiveEngine": "dsclip.engine.contrastive"}
 
 
 def __getattr__(name):
@@ -15,3 +17,12 @@ def __getattr__(name):
     if name in __all__:
         return import_module(f"dsclip.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _demo():
+    from dsclip.datasets.demo import demo_folder
+
+    return demo_folder()
+
+
+embedded.FOLDERS["demo"] = _demo

@@ -20,6 +20,6 @@ def demo_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo(demo_cache):
     """The embedded data set's folder."""
-    from dsclip.data.demo import demo_folder
+    from dsclip.datasets.demo import demo_folder
 
     return demo_folder()

@@ -12,7 +12,7 @@ import torch
 
 from dsclip.checkpoint import read_checkpoint
 from dsclip.checkpoint.manifest import MANIFEST, checkpoint_files, verify, write_manifest
-from dsclip.engine import Collectives
+from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.model import resolve_preset
 from tests.thread_ranks import ThreadRanks

@@ -16,7 +16,7 @@ from dsclip.checkpoint import Checkpoint
 from dsclip.convert import export_hf, load_hf_folder, load_init
 from dsclip.convert.weights import from_hf, from_openclip, to_hf
 from dsclip.data import load_tokenizer
-from dsclip.data.transforms import eval_image
+from dsclip.data.decoding.transforms import eval_image
 from dsclip.errors import UserError
 from dsclip.model import Clip, resolve_preset
 

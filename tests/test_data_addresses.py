@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from dsclip.data import http_source
-from dsclip.data.sources import Reader, SourceError
+from dsclip.data.sources import http as http_source
+from dsclip.data.sources.storage import Reader, SourceError
 from tests.http_shards import serve
 
 NAME = "shards.example.org"

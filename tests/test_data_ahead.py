@@ -8,12 +8,12 @@ import pytest
 
 from dsclip.config.schema import DataSection
 from dsclip.data import ShardWriter, build_loader, load_tokenizer
-from dsclip.data.ahead import THREADS, ReadAhead, Threads
-from dsclip.data.index import index_shards
-from dsclip.data.order import SetOrder
-from dsclip.data.reader import SampleReader
-from dsclip.data.shards import LOCAL, open_shards
-from dsclip.data.sources import Reader
+from dsclip.data.order.exact import SetOrder
+from dsclip.data.reading.ahead import THREADS, ReadAhead, Threads
+from dsclip.data.reading.samples import SampleReader
+from dsclip.data.shards.shard_set import open_shards
+from dsclip.data.sources.storage import LOCAL, Reader
+from dsclip.datasets.index import index_shards
 from tests.distributed.launch import run_command
 from tests.http_shards import serve
 from tests.shard_files import sample, write_set

@@ -5,10 +5,11 @@ import itertools
 import pytest
 
 from dsclip.config.schema import DataSection
-from dsclip.data import ShardWriter, build_loader, load_tokenizer, sources
-from dsclip.data.reader import SampleReader
-from dsclip.data.shards import open_shards
-from dsclip.data.sources import Reader
+from dsclip.data import ShardWriter, build_loader, load_tokenizer
+from dsclip.data.reading.samples import SampleReader
+from dsclip.data.shards.shard_set import open_shards
+from dsclip.data.sources import storage as sources
+from dsclip.data.sources.storage import Reader
 from dsclip.errors import UserError
 from tests.http_shards import serve
 from tests.shard_files import sample

@@ -18,10 +18,10 @@ from PIL import Image
 from dsclip.config.load import parse_yaml
 from dsclip.config.schema import DataSection
 from dsclip.data import build_loader, load_tokenizer
-from dsclip.data.check import check_data
-from dsclip.data.reader import read_shard
-from dsclip.data.shards import LOCAL
-from dsclip.data.tar_index import scan_file, to_bytes
+from dsclip.data.reading.samples import read_shard
+from dsclip.data.shards.tar_index import scan_file, to_bytes
+from dsclip.data.sources.storage import LOCAL
+from dsclip.datasets.check import check_data
 from dsclip.errors import UserError
 from tests.shard_files import jpeg, sample, write_tar
 
@@ -188,7 +188,7 @@ def test_a_cut_shard_never_pairs_a_picture_with_another_caption(tmp_path, tokeni
         members = {f"{i:03d}": sample(i + GOOD * s) for i in range(GOOD)}
         write_tar(tmp_path / f"{s}.tar", members)
     if manifest:
-        from dsclip.data.index import index_shards
+        from dsclip.datasets.index import index_shards
 
         index_shards(str(tmp_path), None, LOCAL)
     path = tmp_path / "0.tar"
@@ -233,7 +233,7 @@ def test_flipped_bytes_under_an_index_are_bad_samples_not_others(tmp_path, token
     with (tmp_path / "a.tar").open("r+b") as stream:
         stream.seek(int(index.starts[5]) + 3)
         stream.write(b"Z")
-    from dsclip.data.shards import write_manifest
+    from dsclip.data.shards.manifest import write_manifest
 
     size = (tmp_path / "a.tar").stat().st_size
     write_manifest(tmp_path, [{"name": "a.tar", "samples": GOOD, "bytes": size, "sha256": ""}])

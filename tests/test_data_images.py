@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from dsclip.config.schema import DataSection
-from dsclip.data.augment import IDENTITY, augment, draw_augmentation
-from dsclip.data.fast_image import FastImages
-from dsclip.data.reader import BadSample, RawSample, decode_image
-from dsclip.data.scenes import draw, random_scene
-from dsclip.data.transforms import train_image
+from dsclip.data.decoding.augment import IDENTITY, augment, draw_augmentation
+from dsclip.data.decoding.fast_image import FastImages
+from dsclip.data.decoding.sample import BadSample, RawSample, decode_image
+from dsclip.data.decoding.transforms import train_image
+from dsclip.datasets.scenes import draw, random_scene
 from dsclip.train.prefetch import on_device
 
 

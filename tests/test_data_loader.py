@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 
 from dsclip.config.schema import DataSection
-from dsclip.data import build_eval_dataset, build_loader, load_tokenizer, merge_states, worker
+from dsclip.data import build_eval_dataset, build_loader, load_tokenizer, merge_states
+from dsclip.data.reading import worker
 from dsclip.errors import UserError
 from tests.shard_files import jpeg, sample, write_set, write_tar
 

@@ -8,10 +8,10 @@ import yaml
 
 from dsclip.config import load_recipe
 from dsclip.data import build_eval_dataset, build_loader, load_tokenizer
-from dsclip.data.cli import main as make_shards_command
-from dsclip.data.make import make_shards
-from dsclip.data.reader import read_shard
-from dsclip.data.ready_recipe import largest_batch
+from dsclip.data.reading.samples import read_shard
+from dsclip.datasets.cli import main as make_shards_command
+from dsclip.datasets.make import make_shards
+from dsclip.datasets.ready_recipe import largest_batch
 from dsclip.errors import UserError
 from tests.shard_files import jpeg
 

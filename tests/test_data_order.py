@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsclip.data.order import Order, SetOrder, check_split, default_streams
+from dsclip.data.order.exact import Order, SetOrder, check_split, default_streams
 from dsclip.errors import UserError
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(sum)

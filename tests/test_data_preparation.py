@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from dsclip.data import build_eval_dataset, load_tokenizer, read_manifest, resolve_shards
-from dsclip.data.cli import main as make_shards_command
-from dsclip.data.demo import write_demo
-from dsclip.data.make import make_shards
-from dsclip.data.reader import decode_image, read_shard
-from dsclip.data.scenes import COLOURS, HELD_OUT, SHAPES
-from dsclip.data.transforms import eval_image, random_crop, train_image
+from dsclip.data.decoding.sample import decode_image
+from dsclip.data.decoding.transforms import eval_image, random_crop, train_image
+from dsclip.data.reading.samples import read_shard
+from dsclip.datasets.cli import main as make_shards_command
+from dsclip.datasets.demo import write_demo
+from dsclip.datasets.make import make_shards
+from dsclip.datasets.scenes import COLOURS, HELD_OUT, SHAPES
 from dsclip.errors import UserError
 from tests.shard_files import jpeg
 

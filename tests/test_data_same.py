@@ -7,8 +7,8 @@ import pytest
 
 from dsclip.config.schema import DataSection
 from dsclip.data import build_loader, load_tokenizer
-from dsclip.data.index import index_shards
-from dsclip.data.shards import LOCAL
+from dsclip.data.sources.storage import LOCAL
+from dsclip.datasets.index import index_shards
 from dsclip.errors import UserError
 from tests.http_shards import serve
 from tests.shard_files import sample, write_set, write_tar

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsclip.data.reader import SampleReader
-from dsclip.data.shards import open_shards
-from dsclip.data.tar_index import from_bytes, members_of, scan, to_bytes
+from dsclip.data.reading.samples import SampleReader
+from dsclip.data.shards.shard_set import open_shards
+from dsclip.data.shards.tar_index import from_bytes, members_of, scan, to_bytes
 from dsclip.errors import UserError
 from tests.shard_files import write_set
 

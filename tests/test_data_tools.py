@@ -7,10 +7,10 @@ from PIL import Image
 from dsclip.bench.data_cli import plan_at_scale
 from dsclip.config.schema import DataSection
 from dsclip.data import ShardWriter, build_loader, load_tokenizer, read_manifest
-from dsclip.data.check import check_data
-from dsclip.data.shards import LOCAL
-from dsclip.data.tar_index import from_bytes
-from dsclip.engine import Collectives
+from dsclip.data.shards.tar_index import from_bytes
+from dsclip.data.sources.storage import LOCAL
+from dsclip.datasets.check import check_data
+from dsclip.distributed import Collectives
 from dsclip.train.counters import Counters
 from tests.distributed.launch import run_command
 from tests.shard_files import jpeg, sample, write_set, write_tar

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsclip.config.schema import LossSection, OptimSection
-from dsclip.engine import Collectives
+from dsclip.distributed import Collectives
 from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.errors import UserError

@@ -10,9 +10,10 @@ import torch
 
 from dsclip.bench.evaluation import measure, write_small_images
 from dsclip.data import ShardWriter, build_eval_dataset
-from dsclip.data.reader import IMAGE_EXTENSIONS, read_shard
-from dsclip.data.sources import Reader
-from dsclip.data.text_members import read_texts
+from dsclip.data.decoding.sample import IMAGE_EXTENSIONS
+from dsclip.data.evaluation.texts import read_texts
+from dsclip.data.reading.samples import read_shard
+from dsclip.data.sources.storage import Reader
 from dsclip.errors import UserError
 from dsclip.evaluate import hard_negatives, retrieval, zeroshot
 from dsclip.losses import SingleRank

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from dsclip.create import create_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from dsclip.evaluate import classification_metrics, retrieval_metrics, zeroshot
 from dsclip.evaluate.templates import CIFAR, OPENAI, load_classnames, load_templates
 from dsclip.evaluate.zeroshot import build_classifier
 from dsclip.losses import SingleRank
-from dsclip.model import create_model
 
 
 def brute_force(image, text, owner) -> dict[str, float]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsclip.engine import Collectives
+from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.evaluate.features import encode_texts
 from dsclip.train.watch import RunFailed, Watch

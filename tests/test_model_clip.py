@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from dsclip.create import create_model
 
 from dsclip.errors import UserError
-from dsclip.model import create_model, resolve_preset
+from dsclip.model import resolve_preset
 from dsclip.model.patch_dropout import kept_patches
 
 PARAMETERS_IN_MILLIONS = {

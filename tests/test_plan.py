@@ -13,10 +13,11 @@ from dsclip.bench.step import make_batch
 from dsclip.config import load_ds_config, load_recipe
 from dsclip.config.deepspeed import resolve_persistence
 from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
-from dsclip.engine import ContrastiveEngine
+from dsclip.distributed import Collectives
+from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.errors import UserError
 from dsclip.model import resolve_preset
-from dsclip.plan import estimate, plan_batch
+from dsclip.plan import estimate, plan_batch, plan_recipe
 from dsclip.plan.advice import advice
 from dsclip.plan.estimate import parameter_counts
 from dsclip.plan.machine import datasheet_tflops, gpu
@@ -113,16 +114,17 @@ def test_advice_leads_to_a_plan_that_fits():
     assert changes and "accumulation: auto" in changes[0]
 
 
-def test_the_engine_plans_within_the_memory_it_is_given_and_takes_the_same_step():
+def test_a_recipe_is_planned_within_the_memory_it_is_given_and_the_step_is_the_same():
     norms = {}
     for memory_gb in (None, 0.001):
         batch = BatchSection(16, memory_gb=memory_gb)
         recipe = Recipe(batch=batch, optim=OptimSection(warmup_steps=0), train=TrainSection(steps=5))
         config = load_ds_config("ds_configs/zero1_bf16.json", recipe, 1)
         config["bf16"] = {"enabled": False}
+        recipe, found = plan_recipe(recipe, config, resolve_preset("demo"), Collectives.single())
         engine = ContrastiveEngine(recipe, config, resolve_preset("demo"))
         metrics = engine.train_step(make_batch(engine.config, 16, 0))
-        norms[engine.plan.outer, engine.plan.checkpointing] = (metrics.grad_norm, metrics.loss)
+        norms[found.outer, found.checkpointing] = (metrics.grad_norm, metrics.loss)
         engine.close()
     assert len(norms) == 2 and (1, "none") in norms, "the small plan accumulates"
     plain, small = norms.pop((1, "none")), norms.popitem()[1]

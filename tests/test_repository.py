@@ -24,32 +24,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=env)
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of all modules that a file imports, also within functions."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.split(".")[0])
-    return names
-
-
-@pytest.mark.parametrize(
-    "module, folders",
-    [("deepspeed", {"engine"}), ("webdataset", {"bench"}), ("transformers", {"data", "convert", "evaluate", "bench"})],
-)
-def test_dependencies_stay_in_their_rooms(module, folders):
-    users = {p.relative_to(ROOT / "dsclip").parts[0] for p in PACKAGE if module in imported(p)}
-    assert users and users <= folders
-
-
 def test_importing_every_module_does_nothing_visible():
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in PACKAGE]
     code = f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+    assert done.stdout == "" and done.stderr == ""
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsclip.config import load_recipe
-from dsclip.engine import Collectives
-from dsclip.engine.collectives import launched_ranks
+from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import UserError
 from dsclip.train.guarded_evaluation import evaluate
 from dsclip.train.resume import changed_keys, describe_changes

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dsclip.create import create_model
 
 from dsclip.config import load_recipe
 from dsclip.convert.model_card import model_card, results_of_run
-from dsclip.data.overlap import data_name, training_pairs
+from dsclip.data.shards.overlap import data_name, training_pairs
 from dsclip.errors import UserError
 from dsclip.losses import SingleRank
-from dsclip.model import create_model
 from dsclip.train.cli import parse_arguments
 from dsclip.train.data_warnings import data_warnings
 from dsclip.train.metrics_log import MetricsLog

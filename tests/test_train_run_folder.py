@@ -17,7 +17,7 @@ from dsclip.checkpoint.lineage import write_lineage
 from dsclip.checkpoint.manifest import read_manifest, write_manifest
 from dsclip.checkpoint.store import CheckpointStore, remove_unfinished
 from dsclip.config import load_recipe
-from dsclip.engine import Collectives
+from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.train.metrics_log import SUPERSEDED, MetricsLog
 from dsclip.train.run_folder import RunFolder, find_resume

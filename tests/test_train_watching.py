@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsclip.config.schema import OptimSection
-from dsclip.engine.schedule import learning_rate
+from dsclip.optim.schedule import learning_rate
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.pictures import INK, RIGHT, retrieval_grid, similarity_matrix
 from dsclip.train.progress import Progress, describe, format_seconds

@@ -3,7 +3,7 @@
 Example:  python tools/check_data.py data/photos --sheet pairs.png
 """
 
-from dsclip.data.inspect_cli import check_main
+from dsclip.datasets.inspect_cli import check_main
 
 if __name__ == "__main__":
     check_main()

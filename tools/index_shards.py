@@ -3,7 +3,7 @@
 Example:  python tools/index_shards.py data/cc12m
 """
 
-from dsclip.data.inspect_cli import index_main
+from dsclip.datasets.inspect_cli import index_main
 
 if __name__ == "__main__":
     index_main()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dsclip.data import load_tokenizer, resolve_shards
-from dsclip.data.reader import IMAGE_EXTENSIONS
+from dsclip.data.decoding.sample import IMAGE_EXTENSIONS
 from dsclip.model.config import CLIP_MEAN, CLIP_STD
 
 BATCH = 64
@@ -35,7 +35,7 @@ def ours(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterator
 
 def plain(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterator:
     """What a user would write: webdataset, PIL's crop and bicubic resize, float32, normalised."""
-    from dsclip.data.transforms import random_crop
+    from dsclip.data.decoding.transforms import random_crop
 
     tokenize, rng = load_tokenizer(tokenizer), np.random.default_rng(0)
 

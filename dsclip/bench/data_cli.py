@@ -18,7 +18,8 @@ from dsclip.bench.measure import environment, in_process, peak_mb, reset_peak
 from dsclip.bench.remote import bench_remote
 from dsclip.command_line import parser, run_tool, say
 from dsclip.data import ShardWriter, load_tokenizer, resolve_shards
-from dsclip.data.reader import IMAGE_EXTENSIONS, decode_image, read_shard
+from dsclip.data.decoding.sample import IMAGE_EXTENSIONS, decode_image
+from dsclip.data.reading.samples import read_shard
 from dsclip.errors import UserError
 
 EXAMPLE = "python tools/bench_data.py --shards 'data/photos/*.tar' --image-size 224"
@@ -126,8 +127,9 @@ def write_resized(shards: str, folder: Path, size: str) -> None:
 
 def plan_at_scale() -> tuple[dict, str]:
     """{"load_s", "epoch_s", "resume_s", "extra_peak_mb"} for 200,000 shards of 10,000 samples, from a real manifest."""
-    from dsclip.data.order import SetOrder
-    from dsclip.data.shards import open_shards, write_manifest
+    from dsclip.data.order.exact import SetOrder
+    from dsclip.data.shards.manifest import write_manifest
+    from dsclip.data.shards.shard_set import open_shards
 
     with tempfile.TemporaryDirectory() as name:
         entries = [

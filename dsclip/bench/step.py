@@ -14,10 +14,11 @@ import torch
 from dsclip.bench.measure import peak_mb, settle
 from dsclip.bench.peers import PEERS
 from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
+from dsclip.distributed import Collectives
 from dsclip.engine.cpu_bf16 import speed_up_bf16
 from dsclip.model import ClipConfig, resolve_preset
 from dsclip.model.clip import TEXT_LENGTH_MULTIPLE
-from dsclip.plan import Machine, estimate
+from dsclip.plan import Machine, estimate, plan_recipe
 from dsclip.plan.advice import describe_choice
 from dsclip.plan.machine import this_machine
 
@@ -41,10 +42,12 @@ def make_batch(config: ClipConfig, n: int, seed: int) -> dict:
 def ours(config: ClipConfig, batch: BatchSection, ds_config: str):
     """dsclip's engine."""
     from dsclip.config import load_ds_config
-    from dsclip.engine import ContrastiveEngine
+    from dsclip.engine.contrastive import ContrastiveEngine
 
     recipe = Recipe(batch=batch, optim=OptimSection(warmup_steps=0), train=TrainSection(steps=1000))
-    return ContrastiveEngine(recipe, load_ds_config(ds_config, recipe, 1), config)
+    settings = load_ds_config(ds_config, recipe, 1)
+    recipe, _ = plan_recipe(recipe, settings, config, Collectives.single())
+    return ContrastiveEngine(recipe, settings, config)
 
 
 def planned(engine, machine: Machine) -> dict:

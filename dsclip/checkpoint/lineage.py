@@ -8,7 +8,6 @@ never continued, counted or removed, even if the rewind was killed before it cou
 from __future__ import annotations
 
 import json
-import os
 import re
 import uuid
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from dsclip.checkpoint.manifest import MANIFEST, read_manifest
 from dsclip.errors import UserError
+from dsclip.files import write_whole
 
 RUN_FILE = "run.json"
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -67,12 +67,7 @@ def read_lineage(run_dir: Path) -> Lineage | None:
 def write_lineage(run_dir: Path, lineage: Lineage) -> None:
     """Writes `run.json`, whole or not at all."""
     content = {name: value for name, value in asdict(lineage).items() if name != "steps"}
-    temporary = run_dir / (RUN_FILE + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, run_dir / RUN_FILE)
+    write_whole(run_dir / RUN_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def continued(run_dir: Path, resume: Path | None, manifest: dict | None, *, own: bool, later: list[int]) -> Lineage:

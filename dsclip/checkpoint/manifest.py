@@ -8,15 +8,15 @@ it is being loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path, PurePosixPath
 
 import torch
 
-from dsclip.engine import Collectives
+from dsclip.distributed import Collectives
 from dsclip.errors import UserError
+from dsclip.files import on_disk, sha256, write_whole
 
 MANIFEST = "dsclip.json"
 FORMAT = "dsclip-checkpoint-1"
@@ -33,28 +33,6 @@ FIELDS = {
     "step": int, "samples": int, "world_size": int, "zero_stage": int, "model": dict, "recipe": dict, "engine": dict,
     "data": list, "files": dict,
 }  # fmt: skip
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
-
-
-def _digest(f) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def on_disk(path: Path) -> None:
-    """Returns when a file's or folder's content has left the machine's memory for its disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checkpoint_files(folder: Path) -> list[str]:
@@ -75,12 +53,7 @@ def write_manifest(folder: Path, state: dict, group: Collectives) -> None:
     entries = {name: entry for part in group.all_gather_object(mine) for name, entry in part.items()}
     if group.rank == 0:
         manifest = {"format": FORMAT, **state, "files": dict(sorted(entries.items()))}
-        temporary = folder / (MANIFEST + ".tmp")
-        with temporary.open("w") as f:
-            json.dump(manifest, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, folder / MANIFEST)
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
     group.barrier()
 
 

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint, step_of
-from dsclip.checkpoint.manifest import MANIFEST, on_disk, read_manifest, verify, write_manifest
+from dsclip.checkpoint.manifest import MANIFEST, read_manifest, verify, write_manifest
 from dsclip.errors import UserError
+from dsclip.files import on_disk
 
 
 class CheckpointStore:

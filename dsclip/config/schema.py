@@ -76,6 +76,16 @@ class BatchSection:
     accumulation: str = "auto"  # auto: the sizes left open are planned from memory | manual: they have no limit
     memory_gb: float | None = None  # what a rank may use, for the plan; None: all of its device
 
+    def sizes(self, world_size: int) -> tuple[int, int, str]:
+        """(samples of a forward, samples of a chunk, checkpointing) as the engine takes them: what is open is plain."""
+        local = self.global_batch_size // world_size
+        forward = min(self.samples_per_forward or local, local)
+        chunk = min(self.chunk_size or forward, forward)
+        checkpointing = self.checkpointing
+        if checkpointing == "auto":
+            checkpointing = "none" if self.chunk_size is None else "full"
+        return forward, chunk, checkpointing
+
 
 @dataclass(frozen=True)
 class LossSection:

@@ -14,15 +14,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from dsclip.config.schema import DataSection
-from dsclip.data import same_shards
-from dsclip.data.open_shards import check_copies_fit
-from dsclip.data.order import Order, SetOrder, check_split, default_streams
-from dsclip.data.reader import SampleReader
-from dsclip.data.same_shards import check_sizes
-from dsclip.data.shards import open_shards, told_apart
-from dsclip.data.sources import Reader
-from dsclip.data.tokenizer import Tokenizer
-from dsclip.data.worker import PREFETCH, Parts, Settings, image_slots
+from dsclip.data.decoding.tokenizer import Tokenizer
+from dsclip.data.order.exact import Order, SetOrder, check_split, default_streams
+from dsclip.data.reading.open_shards import check_copies_fit
+from dsclip.data.reading.samples import SampleReader
+from dsclip.data.reading.worker import PREFETCH, Parts, Settings, image_slots
+from dsclip.data.shards import identity as same_shards
+from dsclip.data.shards.identity import check_sizes
+from dsclip.data.shards.shard_set import open_shards, told_apart
+from dsclip.data.sources.storage import Reader
 from dsclip.errors import UserError
 
 JOINED = ("images", "tokens", "sample_ids", "keys", "augmentation", "hard_tokens")

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from dsclip.config.schema import OptimSection
-from dsclip.engine.collectives import Collectives, launched_ranks
+from dsclip.distributed import Collectives, launched_ranks
 from dsclip.engine.cpu_bf16 import speed_up_bf16
 from dsclip.engine.quiet_deepspeed import deepspeed
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig, Stage
+from dsclip.optim.adamw import adamw
 
 
 def init_distributed(timeout_minutes: float = 30) -> torch.device:
@@ -69,7 +70,7 @@ def initialize(model: Clip, ds_config: dict, optim: OptimSection):
     """The DeepSpeed engine around the model, with every stage a ZeRO-3 leaf module."""
     if ds_config["zero_optimization"]["stage"] == 3:
         deepspeed.utils.set_z3_leaf_modules(model, [Stage])
-    optimizer = _adamw(model, ds_config, optim)
+    optimizer = adamw(model, ds_config, optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if dist.get_world_size() == 1 and type(engine.optimizer).__name__ == "BF16_Optimizer":  # ZeRO-1 in bf16
         # DeepSpeed would flatten, "reduce" and copy back all gradients of a single rank: a quarter of a ViT-B/32 step.
@@ -96,28 +97,3 @@ def _refuse_backward_without_forward(engine) -> None:
 
     engine.register_forward_pre_hook(note_forward)
     engine.backward = backward
-
-
-def _adamw(model: Clip, ds_config: dict, optim: OptimSection) -> torch.optim.Optimizer:
-    settings = dict(lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-    groups = decay_groups(model, optim.weight_decay)
-    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    if offload.get("device", "none") == "none":
-        return torch.optim.AdamW(groups, **settings, fused=True)
-    try:
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
-    except Exception as error:  # DeepSpeed compiles this optimizer on first use
-        raise UserError(
-            "offload_optimizer needs DeepSpeed's CPU Adam, which could not be compiled here "
-            f"({type(error).__name__}: {error}). Install g++ and ninja, or use ds_configs/zero3_bf16.json."
-        ) from error
-
-
-def decay_groups(model: Clip, weight_decay: float) -> list[dict]:
-    """Matrices decay; biases, norms and position and class embeddings don't (OpenCLIP's rule)."""
-    decayed, free = [], []
-    for name, parameter in model.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # under zero.Init the tensor itself is empty
-        embedding = name.endswith(("position_embedding", "class_embedding"))
-        (free if len(shape) < 2 or embedding else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dsclip.config.deepspeed import resolve_persistence
 from dsclip.config.schema import Recipe
+from dsclip.distributed import Collectives
 from dsclip.engine.build import build_model, init_distributed, initialize
-from dsclip.engine.collectives import Collectives
 from dsclip.engine.consolidate import DEEPSPEED_TAG
 from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.finite import all_finite, check_weights, one_if_finite, skip_reason
@@ -24,14 +24,12 @@ from dsclip.engine.gradient_sums import GradientSums
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import Cutter, MicroBatch, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
-from dsclip.engine.schedule import learning_rate
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss
 from dsclip.losses.observe import FeatureStatistics, feature_statistics
 from dsclip.model import ClipConfig
 from dsclip.model.blocks import compile_blocks
-from dsclip.plan import plan_batch
-from dsclip.plan.machine import this_machine
+from dsclip.optim.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,8 @@ class ContrastiveEngine:
     batch["hard_tokens"] [m, L] with batch["hard_owner"] [m] (hard negatives). Its gradient equals that of a single
     process with the N samples in one batch, for every number of ranks, ZeRO stage, outer micro-batch and chunk size.
     state_dict, init_scale: weights and logit scale to start from; those of rank 0 count.
-    `recipe` is the one given with its batch section planned (`batch.accumulation`), and `plan` what that will take.
+    Sizes that the batch section leaves open are plain: the whole share in one forward, nothing computed again.
+    `dsclip.plan.plan_recipe` fills them in from memory beforehand.
     """
 
     def __init__(
@@ -81,11 +80,8 @@ class ContrastiveEngine:
     ):
         self.device = init_distributed()
         self.group = Collectives.current()
-        # Memory differs a little between ranks, and a plan must not.
-        machine = self.group.broadcast_object(this_machine())
-        batch, self.plan = plan_batch(config, recipe.batch, ds_config, self.group.world_size, machine, loss=recipe.loss)
-        self.recipe = recipe = replace(recipe, batch=batch)
-        self.config, self.ds_config = config, (ds_config := resolve_persistence(ds_config, batch))
+        self.recipe, self.config = recipe, config
+        self.ds_config = ds_config = resolve_persistence(ds_config, recipe.batch)
         self.step = 0
         self._cutter = Cutter(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss
@@ -181,8 +177,9 @@ class ContrastiveEngine:
 
     def _features(self, micro: MicroBatch, encoder=None) -> tuple[Tensor, Tensor]:
         """Image features [b, D], and text features [b + m, D] of captions and hard negatives."""
+        _, _, checkpointing = self.recipe.batch.sizes(self.group.world_size)
         return (encoder or self.deepspeed)(
-            micro.images, micro.tokens, chunk_size=self.recipe.batch.chunk_size, checkpointing=self.plan.checkpointing,
+            micro.images, micro.tokens, chunk_size=self.recipe.batch.chunk_size, checkpointing=checkpointing,
             kept=micro.kept, token_wise=self._loss.token_wise,
         )  # fmt: skip
 

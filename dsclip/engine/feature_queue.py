@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsclip.config.schema import LossSection
-from dsclip.engine.collectives import Collectives
+from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.plan.free_memory import free_bytes
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dsclip.engine.collectives import Collectives
+from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Pairs
 

@@ -14,10 +14,10 @@ import torch
 from dsclip.checkpoint import read_checkpoint
 from dsclip.command_line import parser, report_error, say
 from dsclip.data import build_eval_dataset, load_tokenizer
-from dsclip.data.inspect_cli import add_remote, reader_of
-from dsclip.data.overlap import data_name, training_pairs
-from dsclip.data.sources import Reader
-from dsclip.engine.collectives import Collectives, launched_ranks, shutdown_distributed
+from dsclip.data.shards.overlap import data_name, training_pairs
+from dsclip.data.sources.storage import Reader
+from dsclip.datasets.inspect_cli import add_remote, reader_of
+from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
 from dsclip.evaluate import hard_negatives, retrieval, zeroshot
 from dsclip.model import Clip, ClipConfig

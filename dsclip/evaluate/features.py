@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from dsclip.data.reader import BadSample
+from dsclip.data.decoding.sample import BadSample
 from dsclip.errors import UserError
 from dsclip.losses import Group
 

@@ -6,12 +6,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from dsclip.config.schema import BatchSection, LossSection
+from dsclip.config.schema import BatchSection, LossSection, Recipe
+from dsclip.distributed import Collectives
 from dsclip.model import ClipConfig
 from dsclip.plan.estimate import Estimate, estimate
-from dsclip.plan.machine import Machine
+from dsclip.plan.machine import Machine, this_machine
 
 SMALL_CHUNK = 4  # a chunk of c samples runs at c/(c + 4) of the speed of a large one: kernels too small for the device
+
+
+def plan_recipe(recipe: Recipe, ds_config: dict, config: ClipConfig, group: Collectives) -> tuple[Recipe, Estimate]:
+    """The recipe with its batch section planned for the machine of rank 0, and what a step will take. Collective."""
+    # Memory differs a little between ranks, and a plan must not.
+    machine = group.broadcast_object(this_machine())
+    batch, found = plan_batch(config, recipe.batch, ds_config, group.world_size, machine, loss=recipe.loss)
+    return replace(recipe, batch=batch), found
 
 
 def plan_batch(

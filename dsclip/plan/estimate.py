@@ -12,7 +12,7 @@ from dsclip.config.schema import BatchSection, LossSection
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.flops import forward_flops
 from dsclip.plan.machine import USABLE, Machine
-from dsclip.plan.memory import BF16, FP32, activation_bytes, image_bytes, loss_bytes, resolved, state_bytes
+from dsclip.plan.memory import BF16, FP32, activation_bytes, image_bytes, loss_bytes, state_bytes
 
 # Forward passes a step computes: one forward, two for the gradients, and what is computed again for them.
 # selective: the attention's half of a block's products but for its output (`Block.compute_keeping`).
@@ -51,7 +51,7 @@ def estimate(
     """The estimate for one rank. text_tokens: of a chunk's longest caption; None: the context length."""
     loss = loss or LossSection()
     parameters, block = parameter_counts(config)
-    forward, chunk, checkpointing = resolved(batch, world_size)
+    forward, chunk, checkpointing = batch.sizes(world_size)
     local = batch.global_batch_size // world_size
     outer = -(-local // forward)
     texts = 1 if loss.hard_negatives == "none" else 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from dataclasses import dataclass
@@ -45,9 +44,6 @@ def this_machine(ranks: int | None = None) -> Machine:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
         return gpu(device.total_memory / 1e9, datasheet_tflops(device.name), device.name)
-    importlib.import_module(
-        "dsclip.engine"
-    )  # before memory is read: the plan counts the libraries as used by this process
     ranks = ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return cpu(free_bytes() / 1e9 / ranks + _resident_gb())
 
@@ -73,8 +69,7 @@ def gpu(memory_gb: float, tflops: float | None, name: str = "GPU") -> Machine:
 
 
 def cpu(memory_gb: float) -> Machine:
-    """The CPU cores of this process."""
-    importlib.import_module("dsclip.engine")  # its libraries are a good part of a small run's memory
+    """The CPU cores of this process, whose libraries are a good part of a small run's memory: import them first."""
     base = LIBRARIES_GB + (1 + LIBRARIES_SHARE) * _resident_gb()
     return Machine("cpu", memory_gb, base, CPU_TFLOPS_A_THREAD * torch.get_num_threads(), 1, 2, "CPU")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsclip.config.schema import BatchSection, LossSection
+from dsclip.config.schema import LossSection
 from dsclip.losses.tile_size import CPU_ENTRIES, CUDA_ENTRIES
 from dsclip.model import ClipConfig
 from dsclip.model.blocks import CPU_PLAIN_TOKENS
@@ -134,14 +134,3 @@ def loss_bytes(config: ClipConfig, batch: int, world_size: int, loss: LossSectio
 def image_bytes(config: ClipConfig, local_batch: int) -> int:
     """uint8 images of this rank's share: the batch in use, and the next one."""
     return 2 * local_batch * 3 * config.image_size**2
-
-
-def resolved(batch: BatchSection, world_size: int) -> tuple[int, int, str]:
-    """(samples of a forward, samples of a chunk, checkpointing) of a batch section, as the engine takes them."""
-    local = batch.global_batch_size // world_size
-    forward = min(batch.samples_per_forward or local, local)
-    chunk = min(batch.chunk_size or forward, forward)
-    checkpointing = batch.checkpointing
-    if checkpointing == "auto":
-        checkpointing = "none" if batch.chunk_size is None else "full"
-    return forward, chunk, checkpointing

@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from dsclip.command_line import Parser
-from dsclip.engine.collectives import launched_ranks, shutdown_distributed
+from dsclip.distributed import launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
 
 EXAMPLES = """examples:

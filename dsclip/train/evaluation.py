@@ -6,8 +6,8 @@ import torch
 
 from dsclip.config import Recipe
 from dsclip.data import EvalDataset, build_eval_dataset
-from dsclip.data.overlap import data_name, training_pairs
-from dsclip.data.sources import Reader
+from dsclip.data.shards.overlap import data_name, training_pairs
+from dsclip.data.sources.storage import Reader
 from dsclip.errors import UserError
 from dsclip.evaluate import hard_negatives, retrieval, zeroshot
 from dsclip.evaluate.features import encode_images, encode_texts

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
+
+from dsclip.files import write_whole
 
 SUPERSEDED = "metrics.superseded.jsonl"  # lines of steps that were made again after a resume
 
@@ -96,7 +97,5 @@ def drop_entries_after(path: Path, step: int) -> list[str]:
             later = True
         (dropped if later else kept).append(line + "\n")
     if dropped:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, "".join(kept))
     return dropped

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsclip.data.augment import augment
+from dsclip.data.decoding.augment import augment
 
 LOOK_S = 0.1  # how often a thread that waits looks whether it is still wanted
 

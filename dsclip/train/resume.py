@@ -9,8 +9,8 @@ from dsclip.checkpoint import read_manifest
 from dsclip.config import Recipe
 from dsclip.config.schema import BatchSection, OptimSection
 from dsclip.data import merge_states
-from dsclip.engine.schedule import learning_rate
 from dsclip.errors import UserError
+from dsclip.optim.schedule import learning_rate
 
 # Where a run stands and how it is called changes nothing in it; with `model.init` only a fresh run begins.
 UNSHOWN = {"train.name", "train.output", "model.init"}

@@ -11,14 +11,13 @@ from dsclip.checkpoint import CheckpointStore, load_checkpoint, read_manifest
 from dsclip.config import Recipe, dump_recipe, load_ds_config, load_recipe
 from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.loader import data_sets
-from dsclip.data.order import check_split, default_streams
-from dsclip.data.sources import Reader
-from dsclip.engine import Collectives
-from dsclip.engine.collectives import launched_ranks
+from dsclip.data.order.exact import check_split, default_streams
+from dsclip.data.sources.storage import Reader
+from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import RunFailed, UserError
 from dsclip.losses import check_options, find_loss
 from dsclip.model import ClipConfig, resolve_preset
-from dsclip.plan import Estimate, plan_batch
+from dsclip.plan import Estimate, plan_batch, plan_recipe
 from dsclip.plan.advice import describe_choice
 from dsclip.plan.machine import this_machine
 from dsclip.train.data_warnings import data_warnings
@@ -70,8 +69,9 @@ def train_in(folder: RunFolder, plan: Plan) -> None:
         was = read_manifest(plan.resume)["recipe"].get("batch", {})
         batch = keep_planned_sizes(plan.recipe.batch, was, launched_ranks()[1])
         plan = replace(plan, recipe=replace(plan.recipe, batch=batch))
-    engine = build_engine(plan)
-    group, plan = engine.group, replace(plan, recipe=engine.recipe, ds_config=engine.ds_config)
+    recipe, estimate = plan_recipe(plan.recipe, plan.ds_config, plan.model, Collectives.current())
+    engine = build_engine(replace(plan, recipe=recipe))
+    group, plan = engine.group, replace(plan, recipe=recipe, ds_config=engine.ds_config)
     resumed = Resumed.nothing()
     if plan.resume:
         resumed = Resumed(load_checkpoint(engine, plan.resume, world_size=group.world_size), plan.recipe)
@@ -82,11 +82,11 @@ def train_in(folder: RunFolder, plan: Plan) -> None:
     )
     watch = Watch(plan, engine, resumed)
     warnings = data_warnings(plan.recipe, loader.set_samples)
-    for line in (*folder.messages, *resumed.describe(plan.resume), describe_plan(engine.plan), *warnings):
+    for line in (*folder.messages, *resumed.describe(plan.resume), describe_plan(estimate), *warnings):
         watch.message(line)
     outcome = train(plan.recipe, engine, loader, plan.evaluation, store, watch, resumed.data_state_of(group.rank))
     watch.check_applied()
-    finish(plan, engine, watch, outcome)
+    finish(plan, engine, watch, outcome, estimate.peak_mb)
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
@@ -190,7 +190,7 @@ def describe(plan: Plan) -> str:
     ])  # fmt: skip
 
 
-def finish(plan: Plan, engine, watch: Watch, outcome) -> None:
+def finish(plan: Plan, engine, watch: Watch, outcome, planned_mb: float) -> None:
     """The HuggingFace export and the summary, by rank 0; the others wait. Raises RunFailed when the last evaluation failed."""
     from dsclip.checkpoint import read_checkpoint
     from dsclip.convert import export_hf
@@ -214,7 +214,7 @@ def finish(plan: Plan, engine, watch: Watch, outcome) -> None:
             "eval_names": plan.evaluation.names,
             "checkpoint": str(outcome.checkpoint),
             "hf_export": None if hf_export is None else str(hf_export),
-            "planned_memory_gb": engine.plan.peak_mb / 1e3,
+            "planned_memory_gb": planned_mb / 1e3,
             **totals,
         }
         watch.close()

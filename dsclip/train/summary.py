@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from dsclip.files import write_whole
 from dsclip.train.progress import format_seconds
 
 
@@ -18,14 +18,8 @@ def write_summary(run_dir: Path, summary: dict) -> None:
     launch {from_step, steps, seconds} and resumes [{step, changes {key: [old, new]}}].
     """
     run_dir = Path(run_dir)
-    _write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    _write(run_dir / "summary.md", markdown(summary, run_dir))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(run_dir / "summary.md", markdown(summary, run_dir))
 
 
 def next_commands(summary: dict, run_dir: Path) -> list[tuple[str, str]]:

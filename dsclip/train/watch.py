@@ -10,7 +10,7 @@ from hashlib import sha256
 import torch
 
 from dsclip.config import dump_recipe
-from dsclip.data.overlap import ALL, PART
+from dsclip.data.shards.overlap import ALL, PART
 from dsclip.errors import RunFailed
 from dsclip.train.counters import Counters
 from dsclip.train.metrics_log import MetricsLog

@@ -9,7 +9,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint, read_checkpoint
 from dsclip.config.schema import LossSection
-from dsclip.engine import Collectives, shutdown_distributed
+from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
 from tests.distributed.exactness_worker import build, global_batch, local_part
 

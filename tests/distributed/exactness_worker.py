@@ -12,10 +12,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from dsclip.config.schema import BatchSection, LossSection, OptimSection, Recipe, TrainSection
-from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
-from dsclip.engine.build import decay_groups, init_distributed
+from dsclip.distributed import Collectives, shutdown_distributed
+from dsclip.engine.build import init_distributed
+from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.model import Clip, resolve_preset
 from dsclip.model.patch_dropout import kept_patches
+from dsclip.optim.adamw import decay_groups
 
 GLOBAL_BATCH, CONTEXT, SEED = 12, 16, 3
 CONFIG = resolve_preset(

@@ -7,8 +7,9 @@ from dataclasses import replace
 import deepspeed.comm as dist
 
 from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
-from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
+from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import build_model, init_distributed
+from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.plan.estimate import passes
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, global_batch, local_part
 

@@ -8,8 +8,9 @@ import torch
 
 from dsclip.config.schema import BatchSection, Recipe, TrainSection
 from dsclip.convert.init import load_init_once
-from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
+from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
+from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.errors import UserError
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, OPTIM, ds_config, full_weights
 from tests.test_convert import SCALE, openclip_weights, perturbed

@@ -8,8 +8,9 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from dsclip.config.schema import BatchSection, LossSection, Recipe, TrainSection
-from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
+from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
+from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.errors import UserError
 from dsclip.losses import Negatives
 from dsclip.model import Clip

@@ -9,8 +9,9 @@ import torch
 
 from dsclip.config import load_ds_config
 from dsclip.config.schema import BatchSection, LossSection, Recipe, TrainSection
-from dsclip.engine import Collectives, ContrastiveEngine, shutdown_distributed
+from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
+from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.errors import UserError
 from dsclip.losses import register, sigmoid
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, OPTIM, SEED, global_batch, local_part

@@ -8,7 +8,8 @@ import traceback
 from pathlib import Path
 
 import dsclip.train.run as run_module
-from dsclip.engine import Collectives, collectives, shutdown_distributed
+from dsclip import distributed
+from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
 from dsclip.errors import UserError
 from dsclip.train.cli import parse_arguments
@@ -125,7 +126,7 @@ def main(out: str, folder: str) -> None:
         alone = None if group.rank else group.meet("here", timeout_s=0.5)
         group.barrier()
         if group.rank:
-            next(collectives._meetings)  # rank 0 was at the first one without this rank
+            next(distributed._meetings)  # rank 0 was at the first one without this rank
         together = group.meet(f"rank {group.rank}", timeout_s=60)
         runs.results["meetings"] = [alone, together]
     if group.rank == 0:

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from dsclip.convert.cli import main as convert_command
-from dsclip.data.cli import main as make_shards_command
+from dsclip.datasets.cli import main as make_shards_command
 from dsclip.evaluate.cli import main as evaluate_command
 from tests.distributed.launch import BIN, free_port, metrics, run_command
 from tests.test_data_making import pairs

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsclip.data.reader import BadSample, RawSample, decode_image, read_captions, read_label, read_negatives
-from dsclip.data.shard_cache import local_copy
-from dsclip.data.shards import LOCAL, read_manifest, resolve_shards
-from dsclip.data.sources import Reader, SourceError, is_remote
-from dsclip.data.text_members import TextSample, read_texts
-from dsclip.data.transforms import eval_image
+from dsclip.data.decoding.sample import BadSample, RawSample, decode_image, read_captions, read_label, read_negatives
+from dsclip.data.decoding.transforms import eval_image
+from dsclip.data.evaluation.texts import TextSample, read_texts
+from dsclip.data.shards.manifest import read_manifest
+from dsclip.data.shards.specification import resolve_shards
+from dsclip.data.sources.cache import local_copy
+from dsclip.data.sources.storage import LOCAL, Reader, SourceError, is_remote
 from dsclip.errors import UserError
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from dsclip.data.sources import Reader, SourceError, redact
+from dsclip.data.sources.storage import Reader, SourceError, redact
 from dsclip.errors import UserError
 
 PIECE = 1 << 24

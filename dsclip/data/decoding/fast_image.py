@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsclip.data.reader import BadSample, RawSample, decode_image, image_bytes
-from dsclip.data.transforms import random_crop
+from dsclip.data.decoding.sample import BadSample, RawSample, decode_image, image_bytes
+from dsclip.data.decoding.transforms import random_crop
 
 # The crop keeps at least so many times the pixels of the result, a side: below, JPEG's scaled decoding blurs visibly.
 SPARE = 1.5

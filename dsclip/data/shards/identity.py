@@ -6,8 +6,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
-from dsclip.data.shards import ShardSet
-from dsclip.data.sources import Reader, SourceError, is_remote
+from dsclip.data.shards.shard_set import ShardSet
+from dsclip.data.sources.storage import Reader, SourceError, is_remote
 from dsclip.errors import UserError
 
 THREADS = 16

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dsclip.command_line import parser, run_tool
-from dsclip.data.make import Summary, make_shards
-from dsclip.data.ready_recipe import folder_of, train_command
+from dsclip.datasets.make import Summary, make_shards
+from dsclip.datasets.ready_recipe import folder_of, train_command
 from dsclip.errors import UserError
 
 TOKENS = 4000  # of a tokenizer for a set of one's own; our guess

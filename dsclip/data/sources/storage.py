@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import urlsplit
 
-from dsclip.data.http_source import RefusedAddress, request
+from dsclip.data.sources.http import RefusedAddress, request
 from dsclip.errors import UserError
 
 OBJECT_STORES = ("s3", "gs")
@@ -196,3 +196,6 @@ def _descriptor(path: str) -> int:
             os.close(_open_files.pop(next(iter(_open_files))))
     _open_files[key] = found  # last used, last closed
     return found
+
+
+LOCAL = Reader()

@@ -7,7 +7,7 @@ import itertools
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,13 @@ import torch
 from PIL import Image, ImageDraw
 
 from dsclip.config.schema import DataSection
-from dsclip.data.prepare import Preparer
-from dsclip.data.reader import BadSample, RawSample, SampleReader, decode_image, image_bytes, read_captions
-from dsclip.data.shards import ShardSet, open_shards
-from dsclip.data.sources import Reader, SourceError, is_remote
+from dsclip.data.decoding.prepare import Preparer
+from dsclip.data.decoding.sample import BadSample, RawSample, decode_image, image_bytes, read_captions
+from dsclip.data.reading.samples import SampleReader
+from dsclip.data.shards.shard_set import ShardSet, open_shards
+from dsclip.data.sources.storage import Reader, SourceError, is_remote
 from dsclip.errors import UserError
+from dsclip.files import sha256
 
 SHEET_PAIRS, SHEET_COLUMNS, CELL, TEXT_ROWS = 32, 8, 160, 3
 PERCENTILES = (0, 5, 50, 95, 100)
@@ -118,16 +120,8 @@ def _check_files(shards: ShardSet, reader: Reader, report: Report) -> None:
         expected = None if is_remote(location) else shards.hashes[number]
         if size != recorded:
             report.problem(shards.name(number), "size is not the manifest's")
-        elif expected and _sha256(location) != expected:
+        elif expected and sha256(Path(location)) != expected:
             report.problem(shards.name(number), "content is not the manifest's")
-
-
-def _sha256(path: str) -> str:
-    digest = sha256()
-    with open(path, "rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _count(report: Report, raw: RawSample, captions: list[str], images: set, sentences: set) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from dsclip.config.schema import DataSection
-from dsclip.data.augment import draw_augmentation
-from dsclip.data.reader import RawSample, decode_image, read_captions, read_group, read_negatives
-from dsclip.data.transforms import train_image
+from dsclip.data.decoding.augment import draw_augmentation
+from dsclip.data.decoding.sample import RawSample, decode_image, read_captions, read_group, read_negatives
+from dsclip.data.decoding.transforms import train_image
 
 
 class Preparer:
@@ -18,7 +18,7 @@ class Preparer:
         self._data, self._image_size, self._seed, self._hard_negatives = data, image_size, seed, hard_negatives
         self._fast = None
         if data.decoder == "fast":
-            from dsclip.data.fast_image import FastImages  # its libraries are wheels that the exact way can do without
+            from dsclip.data.decoding.fast_image import FastImages
 
             self._fast = FastImages(image_size, data.crop_scale, data.max_image_pixels)
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsclip.data.reader import IMAGE_EXTENSIONS, MEMBER_EXTENSIONS, MOST_TEXT_BYTES, BadSample, RawSample
-from dsclip.data.shards import short_name
-from dsclip.data.tar_index import BLOCK, SUFFIX, DamagedTar, ShardIndex, from_bytes, locate_members, scan_file
+from dsclip.data.decoding.sample import IMAGE_EXTENSIONS, MEMBER_EXTENSIONS, MOST_TEXT_BYTES, BadSample, RawSample
+from dsclip.data.shards.shard_set import short_name
+from dsclip.data.shards.tar_index import BLOCK, SUFFIX, DamagedTar, ShardIndex, from_bytes, locate_members, scan_file
 from dsclip.errors import UserError
 
 TEXT_EXTENSIONS = tuple(e for e in MEMBER_EXTENSIONS if e not in IMAGE_EXTENSIONS)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from dsclip.data.shards import read_manifest, resolve_shards, write_manifest
-from dsclip.data.sources import Reader, SourceError, is_remote
-from dsclip.data.tar_index import SUFFIX, scan, to_bytes
+from dsclip.data.shards.manifest import read_manifest, write_manifest
+from dsclip.data.shards.specification import resolve_shards
+from dsclip.data.shards.tar_index import SUFFIX, scan, to_bytes
+from dsclip.data.sources.storage import Reader, SourceError, is_remote
 from dsclip.errors import UserError
 
 PIECE = 1 << 24

@@ -12,12 +12,13 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from dsclip.data.caption_table import CAPTIONS, read_tables
-from dsclip.data.reader import IMAGE_EXTENSIONS, BadSample, RawSample, decode_image
-from dsclip.data.ready_recipe import RECIPE, Made, folder_of, write_recipe
-from dsclip.data.shards import MANIFEST, ShardWriter
-from dsclip.data.tokenizer import load_tokenizer
-from dsclip.data.train_tokenizer import train_tokenizer
+from dsclip.data.decoding.sample import IMAGE_EXTENSIONS, BadSample, RawSample, decode_image
+from dsclip.data.decoding.tokenizer import load_tokenizer
+from dsclip.data.shards.manifest import MANIFEST
+from dsclip.data.shards.writer import ShardWriter
+from dsclip.datasets.caption_table import CAPTIONS, read_tables
+from dsclip.datasets.ready_recipe import RECIPE, Made, folder_of, write_recipe
+from dsclip.datasets.train_tokenizer import train_tokenizer
 from dsclip.errors import UserError
 
 SPLIT_NAMES = ("train", "val", "valid", "validation", "test")

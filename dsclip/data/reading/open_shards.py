@@ -7,10 +7,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsclip.data.shard_cache import local_copy, most_bytes, read_copy
-from dsclip.data.shards import ShardSet
-from dsclip.data.sources import MissingSource, Reader, SourceError, is_remote
-from dsclip.data.tar_index import SUFFIX, ShardIndex, from_bytes, scan_file
+from dsclip.data.shards.shard_set import ShardSet
+from dsclip.data.shards.tar_index import SUFFIX, ShardIndex, from_bytes, scan_file
+from dsclip.data.sources.cache import local_copy, most_bytes, read_copy
+from dsclip.data.sources.storage import MissingSource, Reader, SourceError, is_remote
 from dsclip.errors import UserError
 
 MOST_INDEX_BYTES = 1 << 28

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsclip.embedded import embedded_folder
 from dsclip.errors import UserError
 
 
@@ -41,10 +42,8 @@ class Tokenizer:
 
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer in a local folder, of a hub model, or of the embedded data set (`demo`). Raises UserError."""
-    if name == "demo":
-        from dsclip.data.demo import demo_folder
-
-        name = str(demo_folder() / "tokenizer")
+    if embedded := embedded_folder(name):
+        name = str(embedded / "tokenizer")
     if not os.path.isdir(name) and (os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise UserError(f"no tokenizer at {name}; {_ADVICE}")
     from transformers import AutoTokenizer

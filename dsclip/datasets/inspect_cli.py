@@ -8,9 +8,9 @@ from pathlib import Path
 
 from dsclip.command_line import parser, run_tool, say
 from dsclip.config.schema import DataSection
-from dsclip.data.check import Report, check_data
-from dsclip.data.index import index_shards, problem_counts
-from dsclip.data.sources import Reader
+from dsclip.data.sources.storage import Reader
+from dsclip.datasets.check import Report, check_data
+from dsclip.datasets.index import index_shards, problem_counts
 from dsclip.errors import UserError
 
 INDEX_EXAMPLE = "python tools/index_shards.py data/cc12m"

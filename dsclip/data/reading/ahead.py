@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from dsclip.data.order import SetOrder
-from dsclip.data.reader import BadSample, SampleReader
-from dsclip.data.sources import SourceError, is_remote
+from dsclip.data.decoding.sample import BadSample
+from dsclip.data.order.exact import SetOrder
+from dsclip.data.reading.samples import SampleReader
+from dsclip.data.sources.storage import SourceError, is_remote
 
 THREADS = 16  # of a worker: with 20 ms of latency, 800 requests a second
 GAP = 1 << 16  # two samples with fewer bytes between them are read at once

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from dsclip.data.shards import LOCAL, resolve_shards
-from dsclip.data.sources import Reader, is_remote
+from dsclip.data.shards.specification import resolve_shards
+from dsclip.data.sources.storage import LOCAL, Reader, is_remote
 
 ALL, PART = "training pairs", "partly training pairs"
 

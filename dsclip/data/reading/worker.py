@@ -15,12 +15,13 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dsclip.config.schema import DataSection
-from dsclip.data.ahead import ReadAhead, Threads
-from dsclip.data.order import Draw, Order
-from dsclip.data.prepare import Preparer
-from dsclip.data.reader import BadSample, RawSample, SampleReader
-from dsclip.data.sources import SourceError, is_remote, redact
-from dsclip.data.tokenizer import Tokenizer
+from dsclip.data.decoding.prepare import Preparer
+from dsclip.data.decoding.sample import BadSample, RawSample
+from dsclip.data.decoding.tokenizer import Tokenizer
+from dsclip.data.order.exact import Draw, Order
+from dsclip.data.reading.ahead import ReadAhead, Threads
+from dsclip.data.reading.samples import SampleReader
+from dsclip.data.sources.storage import SourceError, is_remote, redact
 from dsclip.errors import UserError
 
 PREFETCH = 2  # parts that torch's loader asks of a worker ahead of time

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dsclip.data.scenes import HELD_OUT, captions, draw, random_scene, swapped_captions
-from dsclip.data.shards import ShardWriter
-from dsclip.data.train_tokenizer import train_tokenizer
+from dsclip.data.shards.writer import ShardWriter
+from dsclip.datasets.scenes import HELD_OUT, captions, draw, random_scene, swapped_captions
+from dsclip.datasets.train_tokenizer import train_tokenizer
 
 VERSION = 2  # part of the folder's name: raise it whenever a written byte changes
 IMAGE_SIZE = 64

@@ -1,0 +1,1 @@
+"""Which samples make a global batch: pure functions, no file is opened."""

@@ -1,0 +1,1 @@
+"""Reading samples in their order: open shards, reading ahead, workers."""

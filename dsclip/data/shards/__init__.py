@@ -1,0 +1,1 @@
+"""Shard sets: how they are named, listed, indexed, written and told apart."""

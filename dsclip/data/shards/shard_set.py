@@ -1,0 +1,106 @@
+"""Shards with what their manifests say: the set that an order is made of."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from dsclip.data.shards.manifest import MANIFEST, _entries, _folder
+from dsclip.data.shards.specification import DEMO, _parts, resolve_shards
+from dsclip.data.shards.tar_index import scan_file
+from dsclip.data.sources.storage import LOCAL, Reader, is_remote
+from dsclip.errors import UserError
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """Shards with what their manifests say. samples, shard_bytes int64 [S]; shard_bytes is −1 where no manifest tells."""
+
+    locations: list[str]
+    samples: np.ndarray
+    shard_bytes: np.ndarray
+    problems: dict[str, int]  # of shards without a manifest, found while their samples were counted
+    indexes: list[str]  # the folder of each shard's manifest, where its index lies too, or its own
+    hashes: list[str | None]  # SHA-256 by the manifest
+    repeats: dict[int, int] = field(default_factory=dict)  # see `told_apart`
+
+    def name(self, shard: int) -> str:
+        """What messages call it: its folder and file."""
+        return short_name(self.locations[shard])
+
+    def identity(self, shard: int) -> str:
+        """What the randomness of its samples depends on, wherever the set lies: its file's name.
+
+        The word before it is the demo's folder, which was part of the name once: so the demo's numbers are what they were.
+        """
+        return f"train{self.repeats.get(shard, '')}/{self.locations[shard].rpartition('/')[2]}"
+
+
+def told_apart(sets: list[ShardSet]) -> list[ShardSet]:
+    """The sets with their `repeats`: which shards have a file name that others before them have, and how many."""
+    seen: Counter = Counter()
+    result = []
+    for shards in sets:
+        repeats = {}
+        for number, location in enumerate(shards.locations):
+            file = location.rpartition("/")[2]
+            if seen[file]:
+                repeats[number] = seen[file]
+            seen[file] += 1
+        result.append(replace(shards, repeats=repeats))
+    return result
+
+
+def short_name(location: str) -> str:
+    """The last folder and the file name."""
+    return "/".join(location.split("/")[-2:])
+
+
+def open_shards(spec: str | list[str], reader: Reader = LOCAL) -> ShardSet:
+    """The shards with their numbers of samples: from the manifests beside them, else counted by walking local shards.
+
+    Raises UserError when remote shards have no manifest, or when there is no sample at all.
+    """
+    locations = resolve_shards(spec, reader)
+    known: dict[str, dict] = {}
+    # A manifest that is named, or lies in a named folder, may list shards that lie elsewhere; others list their neighbours.
+    named = [p.rstrip("/") or "/" for p in _parts(spec) if p not in DEMO]
+    for path in [p if p.endswith(".json") else f"{p}/{MANIFEST}" for p in named if _is_index(p)]:
+        listed = _entries(path, reader)
+        if missing := sorted(listed.keys() - set(locations)):
+            raise UserError(
+                f"{path} lists {len(missing)} shards that are not there: {', '.join(missing[:3])}. Copy them again, or write the "
+                "manifest anew with tools/index_shards.py"
+            )
+        known |= listed
+    for folder in {_folder(x) for x in locations if x not in known}:
+        known |= _entries(f"{folder}/{MANIFEST}", reader)
+    samples, sizes, problems, indexes, hashes = [], [], {}, [], []
+    for location in locations:
+        entry = known.get(location)
+        if entry is None:
+            if is_remote(location):
+                raise UserError(
+                    f"{location} has no manifest beside it that lists it; make one with "
+                    f"tools/index_shards.py {_folder(location)} OUT and train on OUT"
+                )
+            try:
+                index = scan_file(location)
+            except OSError as error:
+                raise UserError(f"shard {location} can't be read: {error.strerror}") from error
+            entry = {"samples": len(index), "bytes": -1}
+            for reason, count in index.problems.items():
+                problems[reason] = problems.get(reason, 0) + count
+        samples.append(entry["samples"])
+        sizes.append(entry["bytes"])
+        indexes.append(entry.get("folder") or _folder(location))
+        hashes.append(entry.get("sha256"))
+    counts, shard_bytes = np.array(samples, dtype=np.int64), np.array(sizes, dtype=np.int64)
+    return told_apart([ShardSet(locations, counts, shard_bytes, problems, indexes, hashes)])[0]
+
+
+def _is_index(part: str) -> bool:
+    return part.endswith(".json") or os.path.isdir(part)

@@ -1,0 +1,1 @@
+"""Bytes, wherever they are: storage, http, copies of remote files."""

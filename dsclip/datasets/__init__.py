@@ -1,0 +1,1 @@
+"""Making, checking and indexing data sets; the embedded one."""

@@ -1,0 +1,33 @@
+"""Files that are whole or absent, and what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def on_disk(path: Path) -> None:
+    """Returns when a file's or folder's content has left the machine's memory for its disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file aside, on the disk, then renames it: a kill or a power cut leaves the old one or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    on_disk(aside)
+    os.replace(aside, path)
