@@ -1,5 +1,8 @@
 """dsclip: contrastive image-text training at scale, on the exact loss of the whole global batch."""
 
+from pathlib import Path
+from typing import Any
+
 from dsclip import embedded
 
 __version__ = "0.1.0"
@@ -8,7 +11,7 @@ __all__ = ["ContrastiveEngine", "create_model", "data", "losses"]
 _HOMES = {"create_model": "dsclip.create", "ContrastiveEngine": "dsclip.engine.contrastive"}
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # Imported on first use: `import dsclip` stays instant and free of side effects.
     from importlib import import_module
 
@@ -19,7 +22,7 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _demo():
+def _demo() -> Path:
     from dsclip.datasets.demo import demo_folder
 
     return demo_folder()

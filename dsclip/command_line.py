@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from dsclip.errors import UserError, did_you_mean
 
@@ -15,12 +16,12 @@ from dsclip.errors import UserError, did_you_mean
 class Parser(argparse.ArgumentParser):
     """With --json among its arguments, what is wrong with them is said in JSON too."""
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; `error` needs to know what was given."""
         self._given = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """Prints usage and message, and ends the process with exit code 2."""
         if unknown := next(iter(re.findall(r"unrecognized arguments: (--[\w-]+)", message)), None):
             message += did_you_mean(
@@ -44,7 +45,7 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
     return made
 
 
-def run_tool(tool: Callable[[argparse.Namespace], tuple[dict, str]], arguments: argparse.Namespace) -> int:
+def run_tool(tool: Callable[[argparse.Namespace], tuple[dict[str, Any], str]], arguments: argparse.Namespace) -> int:
     """Calls the tool, prints its (result, text for people), and returns the exit code.
 
     With --json an error is an object too: {"error": the sentence, "exit_code": 1, 2 or 130}.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dsclip.convert.init import load_init
 from dsclip.model import Clip, resolve_preset
 
 
-def create_model(preset: str, *, init: str | None = None, **overrides) -> Clip:
+def create_model(preset: str, *, init: str | None = None, **overrides: Any) -> Clip:
     """A CLIP model by preset name, on the current default device (also `meta`).
 
     init: HF CLIP folder, OpenCLIP state dict or dsclip checkpoint to take the weights from.

@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dsclip.errors import UserError
 
+T = TypeVar("T")
 _meetings = itertools.count()  # of this process group; the same on all ranks
 
 
@@ -45,15 +47,15 @@ class Collectives:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
-    def all_gather_object(self, x) -> list:
+    def all_gather_object(self, x: T) -> list[T]:
         """The object of every rank, in rank order."""
         if self.world_size == 1:
             return [x]
-        objects = [None] * self.world_size
+        objects: list[T] = [x] * self.world_size
         dist.all_gather_object(objects, x)
         return objects
 
-    def broadcast_object(self, x):
+    def broadcast_object(self, x: T) -> T:
         """Rank 0's object, on every rank."""
         if self.world_size == 1:
             return x
@@ -104,7 +106,8 @@ def launched_ranks() -> tuple[int, int, int]:
                 "and without one it must not be set"
             )
         values.append(int(text))
-    return tuple(values)
+    rank, world_size, local_rank = values
+    return rank, world_size, local_rank
 
 
 def shutdown_distributed() -> None:
