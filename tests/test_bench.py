@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from dsclip.create import create_model
 
 from dsclip.bench import step
 from dsclip.bench.measure import in_process
 from dsclip.bench.peers import PEERS
+from dsclip.create import create_model
 from dsclip.model import PRESETS, resolve_preset
 from dsclip.model.flops import forward_flops
 from tests.distributed.launch import run_command

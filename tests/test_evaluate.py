@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from dsclip.create import create_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsclip.create import create_model
 from dsclip.data import build_eval_dataset, load_tokenizer
 from dsclip.errors import UserError
 from dsclip.evaluate import classification_metrics, retrieval_metrics, zeroshot

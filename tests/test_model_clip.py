@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from dsclip.create import create_model
 
+from dsclip.create import create_model
 from dsclip.errors import UserError
 from dsclip.model import resolve_preset
 from dsclip.model.patch_dropout import kept_patches

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dsclip.create import create_model
 
 from dsclip.config import load_recipe
 from dsclip.convert.model_card import model_card, results_of_run
+from dsclip.create import create_model
 from dsclip.data.shards.overlap import data_name, training_pairs
 from dsclip.errors import UserError
 from dsclip.losses import SingleRank

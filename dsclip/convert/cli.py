@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(run_tool(_convert, p.parse_args(argv)))
 
 
-def _convert(arguments: argparse.Namespace) -> tuple[dict, str]:
+def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     checkpoint = read_checkpoint(arguments.checkpoint)
     say(f"read {checkpoint.path}: step {checkpoint.step}, verified")
     metrics, data = results_of_run(checkpoint)
@@ -75,4 +76,5 @@ def largest_difference(checkpoint: Checkpoint, folder: Path, samples: int = 4) -
     tokens[torch.arange(samples), torch.arange(samples) % (c.context_length - 1) + 1] = c.eot_token_id
     image, text = ours(images, tokens)
     output = theirs(input_ids=tokens, pixel_values=images)
-    return max((image - output.image_embeds).abs().max().item(), (text - output.text_embeds).abs().max().item())
+    differences = torch.stack([(image - output.image_embeds).abs().max(), (text - output.text_embeds).abs().max()])
+    return differences.max().item()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +28,7 @@ def export_hf(
     out: Path,
     *,
     dtype: str = "fp32",
-    metrics: dict | None = None,
+    metrics: dict[str, dict[str, float]] | None = None,
     data: dict[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -54,23 +55,24 @@ def export_hf(
     os.rename(temporary, out)
 
 
-def _write_json(path: Path, content: dict) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def hf_config(c: ClipConfig, bos_token_id: int | None, dtype: str = "fp32") -> dict:
+def hf_config(c: ClipConfig, bos_token_id: int | None, dtype: str = "fp32") -> dict[str, Any]:
     """CLIPModel's config.json. A fixed set of fields: nothing of a user's input can name code to run."""
-    hidden_act = c.activation
-    shared = {"projection_dim": c.embed_dim, "hidden_act": hidden_act, "layer_norm_eps": c.layer_norm_eps}
-    shared |= {"attention_dropout": 0.0}
-    text = {
+    shared: dict[str, int | float | str] = {
+        "projection_dim": c.embed_dim, "hidden_act": c.activation, "layer_norm_eps": c.layer_norm_eps,
+        "attention_dropout": 0.0,
+    }  # fmt: skip
+    text: dict[str, int | float | str | None] = {
         "model_type": "clip_text_model", "vocab_size": c.vocab_size, "hidden_size": c.text_width,
         "intermediate_size": c.text_mlp_width, "num_hidden_layers": c.text_layers,
         "num_attention_heads": c.text_heads, "max_position_embeddings": c.context_length,
         # transformers pools at the first eos_token_id, except for the value 2, which means the largest id (its legacy).
         "eos_token_id": c.eot_token_id, "bos_token_id": bos_token_id, "pad_token_id": c.eot_token_id,
     }  # fmt: skip
-    vision = {
+    vision: dict[str, int | float | str] = {
         "model_type": "clip_vision_model", "hidden_size": c.vision_width, "intermediate_size": c.vision_mlp_width,
         "num_hidden_layers": c.vision_layers, "num_attention_heads": c.vision_heads, "num_channels": 3,
         "image_size": c.image_size, "patch_size": c.patch_size,
@@ -94,10 +96,11 @@ def hf_config(c: ClipConfig, bos_token_id: int | None, dtype: str = "fp32") -> d
 def _bos_token_id(tokenizer_dir: Path) -> int | None:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False).bos_token_id
+    bos: int | None = AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False).bos_token_id
+    return bos
 
 
-def hf_preprocessor(c: ClipConfig) -> dict:
+def hf_preprocessor(c: ClipConfig) -> dict[str, Any]:
     """preprocessor_config.json: shorter side to image_size (bicubic), centre crop, normalise."""
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -118,8 +121,7 @@ def hf_preprocessor(c: ClipConfig) -> dict:
 
 def training_data(path: Path) -> str | list[str] | None:
     """The training shards of a folder that dsclip wrote; None for others."""
-    found = _read_json(path / TRAINING_DATA) if (path / TRAINING_DATA).is_file() else {}
-    shards = found.get("train_shards") if isinstance(found, dict) else None
+    shards = _read_json(path / TRAINING_DATA).get("train_shards") if (path / TRAINING_DATA).is_file() else None
     return shards if isinstance(shards, str | list) else None
 
 
@@ -137,7 +139,7 @@ def load_hf_folder(path: Path) -> tuple[ClipConfig, dict[str, Tensor], float]:
     files = sorted(path.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{path} has no model.safetensors; pickled weights (.bin) are not read, convert them first")
-    weights = {}
+    weights: dict[str, Tensor] = {}
     try:
         for file in files:
             weights |= load_file(file)
@@ -149,7 +151,7 @@ def load_hf_folder(path: Path) -> tuple[ClipConfig, dict[str, Tensor], float]:
     return _config_from_hf(config, path), renamed, scale
 
 
-def _config_from_hf(config: dict, path: Path) -> ClipConfig:
+def _config_from_hf(config: dict[str, Any], path: Path) -> ClipConfig:
     from transformers import CLIPConfig
 
     # transformers fills in the many defaults that published configurations leave out.
@@ -159,7 +161,7 @@ def _config_from_hf(config: dict, path: Path) -> ClipConfig:
     text, vision = full.text_config, full.vision_config
     if text.hidden_act != vision.hidden_act or text.layer_norm_eps != vision.layer_norm_eps:
         raise UserError(f"{path}: the towers differ in activation or layer_norm_eps, which dsclip's can't")
-    normalisation = {}
+    normalisation: dict[str, Any] = {}  # the fields of ClipConfig of these names
     if (path / "preprocessor_config.json").is_file():
         preprocessor = _read_json(path / "preprocessor_config.json")
         normalisation = {k: tuple(preprocessor[k]) for k in ("image_mean", "image_std") if k in preprocessor}
@@ -176,10 +178,13 @@ def _config_from_hf(config: dict, path: Path) -> ClipConfig:
     )  # fmt: skip
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}: it is no HuggingFace model folder") from error
     except ValueError as error:
         raise UserError(f"{path} is no valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content

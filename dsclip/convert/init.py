@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dsclip.checkpoint import read_checkpoint
 from dsclip.convert.hf import load_hf_folder
 from dsclip.convert.weights import from_openclip
+from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
 
@@ -36,12 +39,14 @@ def load_init(path: str | Path, config: ClipConfig) -> tuple[dict[str, Tensor], 
     return weights, scale
 
 
-def load_init_once(path: str | Path, config: ClipConfig, group) -> tuple[dict[str, Tensor] | None, float]:
+def load_init_once(path: str | Path, config: ClipConfig, group: Collectives) -> tuple[dict[str, Tensor] | None, float]:
     """What `load_init` returns, read by rank 0 alone: the others get None and the scale. Collective.
 
-    What rank 0 finds wrong is a UserError on every rank. group: `dsclip.engine.Collectives`.
+    What rank 0 finds wrong is a UserError on every rank.
     """
-    weights = scale = problem = None
+    weights: dict[str, Tensor] | None = None
+    problem: str | None = None
+    scale = 1.0  # rank 0's counts
     if group.rank == 0:
         try:
             weights, scale = load_init(path, config)
@@ -69,9 +74,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float, ClipConfig | None]:
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        stored: dict[str, Tensor] = load_file(path)
+        return stored
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -112,6 +116,6 @@ def _check_fit(weights: dict[str, Tensor], config: ClipConfig, path: Path) -> No
         )
 
 
-def _some(names) -> str:
-    names = sorted(names)
+def _some(unsorted: Iterable[str]) -> str:
+    names = sorted(unsorted)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -10,7 +10,8 @@ from dsclip.checkpoint import Checkpoint
 def results_of_run(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """(metrics {task: {metric: value}}, data {task: its name}) that the checkpoint's run measured at its step; or nothing."""
     log = checkpoint.path.parent.parent / "metrics.jsonl"
-    metrics, data = {}, {}
+    metrics: dict[str, dict[str, float]] = {}
+    data: dict[str, str] = {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
         try:
             entry = json.loads(line)

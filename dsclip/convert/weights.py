@@ -72,7 +72,10 @@ def to_hf(weights: dict[str, Tensor], logit_scale: float) -> dict[str, Tensor]:
         if name in _HF_OUTSIDE:
             renamed[_HF_OUTSIDE[name]] = tensor
             continue
-        tower, index, part, kind = _BLOCK.fullmatch(name).groups()
+        match = _BLOCK.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name} is no weight of a CLIP tower")
+        tower, index, part, kind = match.groups()
         prefix = f"{_HF_TOWER[tower]}.encoder.layers.{index}."
         if part == "attn.qkv":
             for letter, piece in zip("qkv", tensor.chunk(3), strict=True):
@@ -87,7 +90,8 @@ def from_hf(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
     outside = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
     block = {theirs: ours for ours, theirs in _HF_BLOCK.items()}
     tower = {theirs: ours for ours, theirs in _HF_TOWER.items()}
-    renamed, pieces = {}, {}
+    renamed: dict[str, Tensor] = {}
+    pieces: dict[str, dict[str, Tensor]] = {}  # of query, key and value, by the name of the matrix they make
     for name, tensor in weights.items():
         if name == "logit_scale" or name.endswith("embeddings.position_ids"):  # a buffer of old exports
             continue
