@@ -1,5 +1,6 @@
 """tools/index_shards.py, tools/check_data.py and tools/bench_data.py, run as users run them."""
 
+import hashlib
 import json
 
 from PIL import Image
@@ -40,6 +41,19 @@ def test_indexing_gives_what_writing_gave(tmp_path):
         n: c for n, c in written.items() if n.endswith(".idx")
     }
     assert read_manifest([f"{tmp_path}/x"])["shards"] == json.loads(written["manifest.json"])["shards"]
+
+
+def test_shards_are_the_same_bytes_whenever_and_by_whomever_they_are_written(tmp_path):
+    with ShardWriter(tmp_path, 2) as writer:
+        for i in range(3):
+            members = {"txt": f"caption {i}".encode(), "jpg": bytes(range(i, i + 200)), "neg.txt": b"x"}
+            writer.write(f"{i:06d}", members)
+    # Those that Python's tarfile wrote before webdataset did; a change makes other demo shards, see datasets/demo.py.
+    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in tmp_path.iterdir()}
+    assert digests == {
+        "00000.tar": "98c78ce6a8572a93", "00000.tar.idx": "f6187202fceeea18", "00001.tar": "ce5f6ac55b96ffc4",
+        "00001.tar.idx": "953cb6e1af80e2f6", "manifest.json": "f9d42b63fca3ddf9",
+    }  # fmt: skip
 
 
 def test_an_index_takes_eight_bytes_a_sample(tmp_path):

@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tarfile
 from pathlib import Path
+from typing import BinaryIO
+
+from webdataset import TarWriter
 
 from dsclip.data.shards.manifest import write_manifest
 from dsclip.data.shards.tar_index import SUFFIX, scan, to_bytes
+
+
+# webdataset's own defaults are the time of writing, a user "bigdata" and files that their owner can't write.
+_REPRODUCIBLE = dict(encoder=False, mtime=0, user="", group="", mode=0o644)
 
 
 class ShardWriter:
@@ -24,7 +30,8 @@ class ShardWriter:
         self.folder, self._shard_size = Path(folder), shard_size
         self._classes, self._templates = classes, templates
         self._entries: list[dict] = []
-        self._tar: tarfile.TarFile | None = None
+        self._file: BinaryIO | None = None
+        self._tar: TarWriter | None = None
         self._in_shard = 0
 
     def __enter__(self) -> ShardWriter:
@@ -35,12 +42,10 @@ class ShardWriter:
         """One sample: members by extension, such as {"jpg": ..., "txt": ...}."""
         if self._tar is None:
             name = f"{len(self._entries):05d}.tar"
-            self._tar = tarfile.open(self.folder / (name + ".tmp"), "w", format=tarfile.USTAR_FORMAT)
+            self._file = (self.folder / (name + ".tmp")).open("wb")
+            self._tar = TarWriter(self._file, **_REPRODUCIBLE)
             self._entries.append({"name": name})
-        for extension, content in sorted(members.items()):
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size, info.mode = len(content), 0o644
-            self._tar.addfile(info, io.BytesIO(content))
+        self._tar.write({"__key__": key, **members})
         self._in_shard += 1
         if self._in_shard == self._shard_size:
             self._finish_shard()
@@ -48,7 +53,7 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         if self._tar is None:
             return
-        self._tar.close()
+        self._close()
         entry = self._entries[-1]
         temporary, final = self.folder / (entry["name"] + ".tmp"), self.folder / entry["name"]
         content = temporary.read_bytes()
@@ -56,12 +61,17 @@ class ShardWriter:
         index = scan(io.BytesIO(content), len(content))
         final.with_name(final.name + SUFFIX).write_bytes(to_bytes(index))
         os.replace(temporary, final)
-        self._tar, self._in_shard = None, 0
+        self._in_shard = 0
+
+    def _close(self) -> None:
+        if self._tar is not None and self._file is not None:
+            self._tar.close()
+            self._file.close()
+        self._tar = self._file = None
 
     def __exit__(self, error_type, error, trace) -> None:
         if error_type is not None:
-            if self._tar is not None:
-                self._tar.close()
+            self._close()
             return
         self._finish_shard()
         write_manifest(self.folder, self._entries, classes=self._classes, templates=self._templates)
