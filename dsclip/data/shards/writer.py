@@ -13,7 +13,6 @@ from webdataset import TarWriter
 from dsclip.data.shards.manifest import write_manifest
 from dsclip.data.shards.tar_index import SUFFIX, scan, to_bytes
 
-
 # webdataset's own defaults are the time of writing, a user "bigdata" and files that their owner can't write.
 _REPRODUCIBLE = dict(encoder=False, mtime=0, user="", group="", mode=0o644)
 
