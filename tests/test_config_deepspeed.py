@@ -53,7 +53,7 @@ def test_sizes_are_resolved_from_the_recipe(path):
         (valid(zero_optimisation={}), "Did you mean `zero_optimization`"),
         (valid(train_batch_size=100), "`train_batch_size` is 100, but the recipe gives 256"),
         (valid(train_micro_batch_size_per_gpu=3), "`train_micro_batch_size_per_gpu` is 3, but the recipe gives 128"),
-        (valid(gradient_accumulation_steps=4), "batch.samples_per_forward"),
+        (valid(gradient_accumulation_steps=4), "batch.micro_batch_size"),
         (valid(fp16={"enabled": True}), "fp16 is not supported"),
         (valid(optimizer={"type": "Adam"}), "remove `optimizer`: the recipe's `optim` section"),
         (valid(scheduler={}), "remove `scheduler`"),

@@ -64,8 +64,8 @@ def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
         ("a: &x [1]\nb: *x", "aliases are not allowed"),
         ("optim: !!python/object/apply:os.system [ls]", "recipe.yaml, line 1"),
         ("batch: {global_batch_size: 0}", "`batch.global_batch_size` is 0; it must be greater than 0"),
-        ("batch: {global_batch_size: 8, samples_per_forward: 16}", "exceeds `batch.global_batch_size` 8"),
-        ("batch: {samples_per_forward: 8, chunk_size: 16}", "`batch.chunk_size` 16 exceeds"),
+        ("batch: {global_batch_size: 8, micro_batch_size: 16}", "exceeds `batch.global_batch_size` 8"),
+        ("batch: {micro_batch_size: 8, chunk_size: 16}", "`batch.chunk_size` 16 exceeds"),
         ("optim: {warmup_steps: 5000}\ntrain: {steps: 100}", "would never be reached"),
         ("optim: {schedule: cosin}", "Did you mean `cosine`"),
         ("train: {name: ../evil}", "`train.name` is '../evil'"),
@@ -94,6 +94,7 @@ def test_bad_recipes_are_refused_with_the_reason(tmp_path, text, message):
         ("learning_rate=1e-3", "Did you mean `optim.lr`?"),
         ("train.learning_rate=1e-3", "Did you mean `optim.lr`?"),
         ("optim.wd=0.1", "Did you mean `optim.weight_decay`?"),
+        ("train.samples_per_forward=4", "Did you mean `batch.micro_batch_size`?"),
         ("optim.warmup=10", "Did you mean `optim.warmup_steps`?"),
         ("train.batch_size=64", "Did you mean `batch.global_batch_size`?"),
         ("train.lr=1e-3", "Did you mean `optim.lr`?"),
@@ -123,6 +124,26 @@ def test_epochs_are_converted_with_the_batch_and_the_samples_of_the_data(tmp_pat
     for override in ("train.epochs=10", "num_epochs=10"):
         with pytest.raises(UserError, match="`train.steps=157`: 10 × 1000 samples / a global batch of 64"):
             load_recipe("demo", [f"data.train_shards={tmp_path}", "batch.global_batch_size=64", override])
+
+
+def test_an_old_name_is_read_with_one_warning_that_names_the_new_key(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dsclip.config.old_names._warned", set())
+    old = recipe_file(tmp_path, "batch: {samples_per_forward: 16}\noptim: {warmup_steps: 0}")
+    assert load_recipe(old).batch.micro_batch_size == 16
+    assert load_recipe(old, ["batch.micro_batch_size=8"]).batch.micro_batch_size == 8
+    assert load_recipe("demo", ["batch.samples_per_forward=4"]).batch.micro_batch_size == 4
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "`batch.samples_per_forward` is now called `batch.micro_batch_size`" in said
+    with pytest.raises(UserError, match="`batch.samples_per_forward` is the old name of `batch.micro_batch_size`"):
+        load_recipe(recipe_file(tmp_path, "batch: {samples_per_forward: 16, micro_batch_size: 16}"))
+
+
+def test_ranks_other_than_the_first_read_an_old_name_in_silence(capsys, monkeypatch):
+    monkeypatch.setattr("dsclip.config.old_names._warned", set())
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert load_recipe("demo", ["batch.samples_per_forward=4"]).batch.micro_batch_size == 4
+    assert capsys.readouterr().err == ""
 
 
 def test_every_synonym_stands_for_a_key_that_exists():

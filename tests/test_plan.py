@@ -36,13 +36,13 @@ def plan(preset, batch, world_size=1, machine=GPU, **options):
 
 
 @pytest.mark.parametrize(
-    ("preset", "batch", "micro_batch", "stage"),
+    ("preset", "batch", "chunk_size", "stage"),
     [("demo", 64, None, 1), ("ViT-S-32", 32, None, 1), ("ViT-S-32", 64, 16, 1), ("ViT-S-32", 8, None, 3)],
 )
-def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(preset, batch, micro_batch, stage):
+def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(preset, batch, chunk_size, stage):
     settings = dict(
-        trainer="dsclip", preset=preset, batch=batch, micro_batch=micro_batch, steps=1, ds_config=f"ds_configs/zero{stage}_bf16.json",
-        kind="accumulated" if micro_batch else "plain",
+        trainer="dsclip", preset=preset, batch=batch, chunk_size=chunk_size, steps=1, ds_config=f"ds_configs/zero{stage}_bf16.json",
+        kind="accumulated" if chunk_size else "plain",
     )  # fmt: skip
     found = in_process("dsclip.bench.step", settings)
     assert found["planned_peak_mb"] == pytest.approx(found["peak_mb"], rel=0.1)
@@ -50,8 +50,8 @@ def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(preset, batch, m
 
 def test_where_everything_fits_nothing_is_cut_or_computed_again():
     batch, found = plan("ViT-B-32", BatchSection(256))
-    assert (batch.samples_per_forward, batch.chunk_size, batch.checkpointing) == (None, None, "none")
-    assert found.fits and found.outer == 1 and found.recomputed_gflops_per_sample == 0
+    assert (batch.micro_batch_size, batch.chunk_size, batch.checkpointing) == (None, None, "none")
+    assert found.fits and found.micro_batches == 1 and found.recomputed_gflops_per_sample == 0
 
 
 @settings(deadline=None, max_examples=60)
@@ -68,7 +68,7 @@ def test_a_plan_fits_or_is_the_smallest_there_is(preset, ranks, local, memory):
     assert again == found, "the batch section says all that the plan decided"
     assert found.fits == (found.peak_mb <= 0.9e3 * memory) and found.peak_mb == pytest.approx(sum(found.parts.values()))
     if not found.fits:
-        one = replace(batch, samples_per_forward=1, chunk_size=1, checkpointing="full")
+        one = replace(batch, micro_batch_size=1, chunk_size=1, checkpointing="full")
         assert found.peak_mb <= estimate(resolve_preset(preset), one, ds_config(one, ranks), ranks, machine).peak_mb
 
 
@@ -79,13 +79,13 @@ def test_less_memory_costs_time_never_saves_it():
     assert speeds == sorted(speeds, reverse=True) and speeds[-1] < speeds[0]
 
 
-def test_outer_micro_batches_gather_and_reduce_once_where_memory_allows():
-    batch, found = plan("ViT-B-32", BatchSection(2**16, samples_per_forward=1024, checkpointing="full"), 8)
-    assert found.outer == 8 and batch.coalesce_reduction
+def test_micro_batches_gather_and_reduce_once_where_memory_allows():
+    batch, found = plan("ViT-B-32", BatchSection(2**16, micro_batch_size=1024, checkpointing="full"), 8)
+    assert found.micro_batches == 8 and batch.coalesce_reduction
     assert (found.gathers_per_step, found.reductions_per_step) == (1, 1)
     zero = resolve_persistence(ds_config(batch, 8), batch)["zero_optimization"]
     assert zero["stage3_param_persistence_threshold"] >= 10**12
-    batch, found = plan("ViT-B-32", BatchSection(2**16, samples_per_forward=1024, coalesce_reduction=False), 8)
+    batch, found = plan("ViT-B-32", BatchSection(2**16, micro_batch_size=1024, coalesce_reduction=False), 8)
     assert (found.gathers_per_step, found.reductions_per_step) == (8, 8)
     parameters = parameter_counts(resolve_preset("ViT-B-32"))[0]
     assert found.gathered_mb_per_step == pytest.approx(8 * 2 * parameters / 1e6)
@@ -96,8 +96,8 @@ def test_outer_micro_batches_gather_and_reduce_once_where_memory_allows():
 
 def test_what_the_user_sets_stays():
     machine = replace(GPU, memory_gb=24)
-    batch, found = plan("ViT-L-14", BatchSection(4096, samples_per_forward=1024), 4, machine)
-    assert found.forward == 1024 and batch.samples_per_forward in (1024, None)
+    batch, found = plan("ViT-L-14", BatchSection(4096, micro_batch_size=1024), 4, machine)
+    assert found.micro_batch == 1024 and batch.micro_batch_size in (1024, None)
     batch, found = plan("ViT-L-14", BatchSection(4096, chunk_size=32), 4, machine)
     assert found.chunk == 32 and found.checkpointing == "full"
     batch, found = plan("ViT-L-14", BatchSection(4096, checkpointing="selective"), 4, machine)
@@ -124,7 +124,7 @@ def test_a_recipe_is_planned_within_the_memory_it_is_given_and_the_step_is_the_s
         recipe, found = plan_recipe(recipe, config, resolve_preset("demo"), Collectives.single())
         engine = ContrastiveEngine(recipe, config, resolve_preset("demo"))
         metrics = engine.train_step(make_batch(engine.config, 16, 0))
-        norms[found.outer, found.checkpointing] = (metrics.grad_norm, metrics.loss)
+        norms[found.micro_batches, found.checkpointing] = (metrics.grad_norm, metrics.loss)
         engine.close()
     assert len(norms) == 2 and (1, "none") in norms, "the small plan accumulates"
     plain, small = norms.pop((1, "none")), norms.popitem()[1]
@@ -132,8 +132,9 @@ def test_a_recipe_is_planned_within_the_memory_it_is_given_and_the_step_is_the_s
 
 
 def test_the_tool_prints_the_keys_others_rely_on():
-    command = "python tools/plan.py --preset ViT-B-32 --gpu H100 --gpus 8 --batch 32768 --json"
+    command = "python tools/plan.py --preset ViT-B-32 --gpu H100 --gpus 8 --batch 32768 --micro-batch 1024 --chunk-size 32 --json"
     result = json.loads(run_command(command.split()).stdout)
+    assert (result["micro_batch_size"], result["micro_batches"], result["chunk_size"]) == (1024, 4, 32)
     assert {"fits", "peak_mb", "parts", "gathers_per_step", "gflops_per_sample"} <= result.keys()
     assert result["fits"] and sum(result["parts"].values()) == pytest.approx(result["peak_mb"])
     assert result["gflops_per_sample"] == pytest.approx(3 * (8.82 + 5.96), rel=1e-3)
@@ -145,7 +146,8 @@ def test_the_tool_prints_the_keys_others_rely_on():
         ("--gpu B9000", "Known: B200, H200"),
         ("--gpu B9000 --memory-gb 40", "--peak-tflops"),
         ("--batch 0", "--batch is 0"),
-        ("--batch 64 --chunk-size 128", "--chunk-size 128 exceeds"),
+        ("--batch 64 --chunk-size 128", "--chunk-size 128 exceeds the micro-batch of 64"),
+        ("--batch 64 --micro-batch 128", "--micro-batch 128 exceeds --batch 64"),
         ("--gpus 0", "--gpus is 0"),
         ("--efficiency 0", "--efficiency"),
         ("--efficiency nan", "--efficiency"),
@@ -184,12 +186,15 @@ def test_a_resumed_run_keeps_the_sizes_it_was_planned_with_whatever_is_free(memo
 def test_a_resumed_run_with_another_batch_or_sizes_of_its_own_is_planned_anew():
     was = {
         "global_batch_size": 64,
-        "samples_per_forward": 8,
+        "micro_batch_size": 8,
         "chunk_size": 4,
         "checkpointing": "full",
         "coalesce_reduction": True,
     }
     other = BatchSection(global_batch_size=128)
     assert keep_planned_sizes(other, was, 2) == other
-    own = keep_planned_sizes(BatchSection(global_batch_size=64, samples_per_forward=16), was, 2)
-    assert (own.samples_per_forward, own.chunk_size, own.checkpointing) == (16, 4, "full")
+    old = {"samples_per_forward" if key == "micro_batch_size" else key: value for key, value in was.items()}
+    same = BatchSection(global_batch_size=64)
+    assert keep_planned_sizes(same, old, 2) == keep_planned_sizes(same, was, 2) == BatchSection(**was)
+    own = keep_planned_sizes(BatchSection(global_batch_size=64, micro_batch_size=16), was, 2)
+    assert (own.micro_batch_size, own.chunk_size, own.checkpointing) == (16, 4, "full")

@@ -93,7 +93,7 @@ def test_a_containers_limit_counts_also_above_its_own_group(tmp_path, version):
 def test_towers_of_a_hundred_thousand_layers_are_refused_at_once():
     started = time.monotonic()
     arguments = argparse.Namespace(
-        preset="ViT-B-32", config=None, ds_config="zero3_bf16", gpus=1, batch=None, samples_per_forward=None, chunk_size=None,
+        preset="ViT-B-32", config=None, ds_config="zero3_bf16", gpus=1, batch=None, micro_batch=None, chunk_size=None,
         checkpointing=None, gpu="H100", memory_gb=None, peak_tflops=None, efficiency=None, bandwidth=None, text_tokens=None,
         overrides=["model.vision_layers=100000"],
     )  # fmt: skip

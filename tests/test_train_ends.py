@@ -66,6 +66,12 @@ def test_the_launcher_prints_that_sentence_and_exits_with_2():
     assert done.returncode == 2 and "Traceback" not in done.stderr and "WORLD_SIZE is 'two'" in done.stderr
 
 
+def test_a_key_under_its_old_name_in_a_manifest_is_compared_with_the_new_one():
+    recipe = load_recipe("demo", ["batch.micro_batch_size=8"])
+    assert changed_keys({"batch": {"samples_per_forward": 8}}, recipe) == {}
+    assert changed_keys({"batch": {"samples_per_forward": 4}}, recipe) == {"batch.micro_batch_size": [4, 8]}
+
+
 def test_the_summary_of_a_run_in_parts_is_true():
     run = SUMMARY | {
         "hf_export": None, "launch": {"from_step": 334, "steps": 66, "seconds": 14.0},

@@ -25,9 +25,8 @@ def step_main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("--preset", default="ViT-B-32")
     p.add_argument("--batch", type=int, default=64, help="global batch (default: 64)")
-    p.add_argument(
-        "--micro-batch", type=int, default=16, help="samples at a time of the accumulated step (default: 16)"
-    )
+    p.add_argument("--micro-batch", type=int, default=16, help="of the peers' accumulated step (default: 16 samples)")
+    p.add_argument("--chunk-size", type=int, help="of dsclip's accumulated step (default: as many as --micro-batch)")
     p.add_argument("--steps", type=int, default=3, help="steps measured after two to warm up (default: 3)")
     p.add_argument("--repeats", type=int, default=2, help="rounds over all trainers, the best counts (default: 2)")
     p.add_argument("--ds_config", default="zero1_bf16", help="dsclip's DeepSpeed JSON (default: zero1_bf16)")
@@ -54,22 +53,29 @@ def bench_step(arguments: argparse.Namespace) -> tuple[dict, str]:
     a = arguments
     resolve_preset(a.preset)  # here an unknown one is a sentence; in a process of its own a trace
     trainers = ["dsclip", "transformers"] + (["open_clip"] if importlib.util.find_spec("open_clip") else [])
+    # Work of the same size at a time: layer-major accumulation needs no micro-batches where peers do.
+    chunk_size = a.chunk_size or a.micro_batch
     best: dict[tuple[str, str], dict] = {}
     for _ in range(a.repeats):
         for trainer in trainers:
             for kind in KINDS if trainer == "dsclip" else KINDS[:2]:
-                micro_batch = a.micro_batch if kind == "accumulated" else None
-                settings = dict(trainer=trainer, preset=a.preset, batch=a.batch, micro_batch=micro_batch, steps=a.steps)
-                settings["kind"] = kind
+                settings = dict(trainer=trainer, preset=a.preset, batch=a.batch, steps=a.steps, kind=kind)
                 if trainer == "dsclip":
-                    settings |= {"ds_config": a.ds_config, "checkpointing": a.checkpointing}
+                    settings |= {"ds_config": a.ds_config}
+                    if kind == "accumulated":
+                        settings |= {"chunk_size": chunk_size, "checkpointing": a.checkpointing}
+                elif kind == "accumulated":
+                    settings["micro_batch"] = a.micro_batch
                 found = in_process("dsclip.bench.step", settings)
                 say(f"{trainer} {kind}: {found['samples_per_second']:.1f} samples/s, {found['peak_mb']:.0f} MB")
                 old = best.get((trainer, kind), found)
                 best[trainer, kind] = max(old, found, key=lambda r: r["samples_per_second"])
     flops = 3 * sum(forward_flops(resolve_preset(a.preset)))
     peers = {t: {k: best[t, k] for k in KINDS[:2]} for t in trainers[1:]}
-    settings = {"preset": a.preset, "batch": a.batch, "micro_batch": a.micro_batch, "gflops_per_sample": flops / 1e9}
+    settings = {
+        "preset": a.preset, "batch": a.batch, "micro_batch": a.micro_batch, "chunk_size": chunk_size,
+        "gflops_per_sample": flops / 1e9,
+    }  # fmt: skip
     ours = {k: best["dsclip", k] for k in KINDS}
     result = {**settings, **ours, "peers": peers, "environment": environment()}
     if torch.cuda.is_available():

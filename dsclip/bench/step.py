@@ -58,20 +58,21 @@ def planned(engine, machine: Machine) -> dict:
 
 
 def measure(
-    trainer: str, preset: str, batch: int, micro_batch: int | None, steps: int, kind: str, checkpointing: str = "auto",
-    ds_config: str | None = None,
+    trainer: str, preset: str, batch: int, steps: int, kind: str, micro_batch: int | None = None,
+    chunk_size: int | None = None, checkpointing: str = "auto", ds_config: str | None = None,
 ) -> dict:  # fmt: skip
     """{"samples_per_second": of the fastest step after two to warm up, "peak_mb"}, and of dsclip what was planned.
 
-    kind: plain | accumulated | auto, the last of dsclip only.
+    kind: plain | accumulated | auto, the last of dsclip only. accumulated: a peer's step in micro-batches of `micro_batch`
+    samples, dsclip's in chunks of `chunk_size`.
     """
     speed_up_bf16()  # for peers too
     config, extra = resolve_preset(preset), {}
     if trainer == "dsclip":
         sizes = BatchSection(batch)
         if kind != "auto":
-            checkpointing = checkpointing if micro_batch else "none"
-            sizes = BatchSection(batch, None, micro_batch, checkpointing, accumulation="manual")
+            checkpointing = checkpointing if chunk_size else "none"
+            sizes = BatchSection(batch, None, chunk_size, checkpointing, accumulation="manual")
         machine = this_machine()
         engine = ours(config, sizes, ds_config)
         step, extra = engine.train_step, planned(engine, machine)

@@ -187,7 +187,7 @@ def _sizes(config: dict, path: Path, recipe: Recipe, world_size: int) -> dict:
         # dsclip accumulates itself, on the exact loss of the global batch.
         "gradient_accumulation_steps": (
             1,
-            "batch.samples_per_forward, which splits the batch exactly; it leaves this at",
+            "batch.micro_batch_size, which splits the batch exactly; it leaves this at",
         ),
     }
     for key, (value, origin) in expected.items():

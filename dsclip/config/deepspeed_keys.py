@@ -80,7 +80,7 @@ REFUSED = {
         "dataloader_drop_last": f"{_OWN_READER}; its global batches are always whole",
         "data_efficiency": _OWN_READER,
         "curriculum_learning": f"{_GONE}; {_OWN_READER}",
-        "managed_gradient_accumulation": "dsclip splits a batch itself: `batch.samples_per_forward` in the recipe",
+        "managed_gradient_accumulation": "dsclip splits a batch itself: `batch.micro_batch_size` in the recipe",
         "gradient_allreduce_op": "gradients are averaged over ranks, and a sum would be another gradient",
         "prescale_gradients": "DeepSpeed refuses it with reduce_scatter; `gradient_predivide_factor` does the same",
         "amp": f"NVIDIA's apex: {_GONE}; use bf16",

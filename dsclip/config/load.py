@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from dsclip.config.old_names import with_new_names
 from dsclip.config.schema import Recipe
 from dsclip.config.synonyms import suggestion
 from dsclip.errors import UserError, did_you_mean
@@ -67,6 +68,7 @@ def load_recipe(name_or_path: str = "demo", overrides: list[str] = ()) -> Recipe
     tree = parse_yaml(text, source) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{source} holds no sections; a recipe starts like `model:` or `data:`")
+    tree = {k: with_new_names(k, v, source) if isinstance(v, dict) else v for k, v in tree.items()}
     for override in overrides:
         _apply(tree, override)
     recipe = _build(Recipe, tree, source, "", tree)
@@ -128,7 +130,8 @@ def _apply(tree: dict, override: str) -> None:
         section = tree[parts[0]] = {}
     if not isinstance(section, dict):
         raise UserError(f"`{override}`: `{parts[0]}` is no section")
-    section[parts[1]] = parse_yaml(value, f"`{override}`") if value else ""
+    plain = parse_yaml(value, f"`{override}`") if value else ""
+    section |= with_new_names(parts[0], {parts[1]: plain}, f"`{override}`")
 
 
 def _plain(text: str):
@@ -185,7 +188,7 @@ def check_values(recipe: Recipe, source: str) -> None:
     """Raises UserError for values that no run could use."""
     batch, optim, train, loss = recipe.batch, recipe.optim, recipe.train, recipe.loss
     positive = {
-        "batch.global_batch_size": batch.global_batch_size, "batch.samples_per_forward": batch.samples_per_forward,
+        "batch.global_batch_size": batch.global_batch_size, "batch.micro_batch_size": batch.micro_batch_size,
         "batch.chunk_size": batch.chunk_size, "batch.memory_gb": batch.memory_gb, "train.steps": train.steps, "train.log_every": train.log_every,
         "train.save_every": train.save_every, "train.save_minutes": train.save_minutes, "train.keep_checkpoints": train.keep_checkpoints,
         "eval.every_steps": recipe.eval.every_steps, "eval.batch_size": recipe.eval.batch_size,
@@ -295,13 +298,13 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
             f"`train.name` is {train.name!r}; use letters, digits and . _ - + only",
         ),
         (
-            not batch.samples_per_forward or batch.samples_per_forward <= batch.global_batch_size,
-            f"`batch.samples_per_forward` {batch.samples_per_forward} exceeds `batch.global_batch_size` {batch.global_batch_size}",
+            not batch.micro_batch_size or batch.micro_batch_size <= batch.global_batch_size,
+            f"`batch.micro_batch_size` {batch.micro_batch_size} exceeds `batch.global_batch_size` {batch.global_batch_size}",
         ),
         (
-            not batch.chunk_size or batch.chunk_size <= (batch.samples_per_forward or batch.global_batch_size),
-            f"`batch.chunk_size` {batch.chunk_size} exceeds the samples of a forward, "
-            f"{batch.samples_per_forward or batch.global_batch_size}",
+            not batch.chunk_size or batch.chunk_size <= (batch.micro_batch_size or batch.global_batch_size),
+            f"`batch.chunk_size` {batch.chunk_size} exceeds the micro-batch of "
+            f"{batch.micro_batch_size or batch.global_batch_size}",
         ),
     ]
     for holds, message in rules:

@@ -69,22 +69,22 @@ class BatchSection:
     """Sizes in samples. The gradient is that of the whole global batch, whatever the two smaller sizes are."""
 
     global_batch_size: int = 256
-    samples_per_forward: int | None = None  # outer micro-batch a rank; None: planned, or the rank's whole share
-    chunk_size: int | None = None  # samples that go through a block together; None: planned, or samples_per_forward
+    micro_batch_size: int | None = None  # of a rank, embedded in one forward; None: planned, or its whole local batch
+    chunk_size: int | None = None  # samples that go through a block together; None: planned, or micro_batch_size
     checkpointing: str = "auto"  # none | selective | full | offload | auto: planned, or full once chunk_size is set
-    coalesce_reduction: bool | None = None  # ZeRO-2/3: reduce once a step, not an outer micro-batch; None: planned
+    coalesce_reduction: bool | None = None  # ZeRO-2/3: reduce once a step, not a micro-batch; None: planned
     accumulation: str = "auto"  # auto: the sizes left open are planned from memory | manual: they have no limit
     memory_gb: float | None = None  # what a rank may use, for the plan; None: all of its device
 
     def sizes(self, world_size: int) -> tuple[int, int, str]:
-        """(samples of a forward, samples of a chunk, checkpointing) as the engine takes them: what is open is plain."""
+        """(samples of a micro-batch, samples of a chunk, checkpointing) as the engine takes them: what is open is plain."""
         local = self.global_batch_size // world_size
-        forward = min(self.samples_per_forward or local, local)
-        chunk = min(self.chunk_size or forward, forward)
+        micro_batch = min(self.micro_batch_size or local, local)
+        chunk = min(self.chunk_size or micro_batch, micro_batch)
         checkpointing = self.checkpointing
         if checkpointing == "auto":
             checkpointing = "none" if self.chunk_size is None else "full"
-        return forward, chunk, checkpointing
+        return micro_batch, chunk, checkpointing
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ SYNONYMS = {
     "optim.beta2": "adam_beta2",
     "optim.eps": "epsilon adam_eps adam_epsilon",
     "batch.global_batch_size": "batch batch_size batchsize bs train_batch_size global_batch",
-    "batch.samples_per_forward": "micro_batch micro_batch_size accum_batch_size",
+    "batch.micro_batch_size": "micro_batch microbatch microbatch_size accum_batch_size samples_per_forward",
     "batch.chunk_size": "chunk accum_chunk",
     "batch.checkpointing": "grad_checkpointing gradient_checkpointing activation_checkpointing",
     "train.steps": "max_steps num_steps iterations iters train_steps total_steps max_train_steps",
@@ -47,10 +47,10 @@ CONVERTED = {
     "warmup_epochs": "Set `optim.warmup_steps`: epochs × samples of the data set / batch.global_batch_size.",
     "per_device_train_batch_size": "Set `batch.global_batch_size`: it times the number of ranks.",
     "batch_size_per_gpu": "Set `batch.global_batch_size`: it times the number of ranks.",
-    "gradient_accumulation_steps": "Set `batch.global_batch_size` to all samples of a step; what a forward takes is planned "
-    "from memory, or `batch.samples_per_forward`.",
-    "accum_freq": "Set `batch.global_batch_size` to all samples of a step; what a forward takes is planned from memory, or "
-    "`batch.samples_per_forward`.",
+    "gradient_accumulation_steps": "Set `batch.global_batch_size` to all samples of a step; the micro-batch is planned "
+    "from memory, or `batch.micro_batch_size`.",
+    "accum_freq": "Set `batch.global_batch_size` to all samples of a step; the micro-batch is planned from memory, or "
+    "`batch.micro_batch_size`.",
     "precision": "The DeepSpeed JSON decides: `bf16`.",
     "grad_clip_norm": "The DeepSpeed JSON decides: `gradient_clipping`.",
     "max_grad_norm": "The DeepSpeed JSON decides: `gradient_clipping`.",

@@ -1,6 +1,6 @@
 """The contrastive engine: one optimizer step on exactly the loss of the whole global batch.
 
-Symbols: n samples of this rank, N of all ranks, D embedding width, k outer micro-batches a rank.
+Symbols: n samples of this rank, N of all ranks, D embedding width, k micro-batches a rank.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class ContrastiveEngine:
     `train_step(batch)`: batch["images"] [n, 3, S, S] uint8 (or float, normalised), batch["tokens"] [n, L] int64,
     batch["sample_ids"] [n] int64; by the recipe's loss also batch["keys"] [n] int64 (duplicates), and
     batch["hard_tokens"] [m, L] with batch["hard_owner"] [m] (hard negatives). Its gradient equals that of a single
-    process with the N samples in one batch, for every number of ranks, ZeRO stage, outer micro-batch and chunk size.
+    process with the N samples in one batch, for every number of ranks, ZeRO stage, micro-batch and chunk size.
     state_dict, init_scale: weights and logit scale to start from; those of rank 0 count.
-    Sizes that the batch section leaves open are plain: the whole share in one forward, nothing computed again.
+    Sizes that the batch section leaves open are plain: the local batch in one micro-batch, nothing computed again.
     `dsclip.plan.plan_recipe` fills them in from memory beforehand.
     """
 

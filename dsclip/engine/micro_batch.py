@@ -38,7 +38,7 @@ class Cutter:
     world_size: int
 
     def cut(self, batch: dict, step: int) -> list[MicroBatch]:
-        """The outer micro-batches. Raises UserError when the batch isn't what the recipe says."""
+        """The micro-batches. Raises UserError when the batch isn't what the recipe says."""
         n = len(batch["images"])
         expected = self.recipe.batch.global_batch_size // self.world_size
         if n != expected or len(batch["tokens"]) != n:
@@ -46,7 +46,7 @@ class Cutter:
                 f"step {step}: rank {self.rank} was given {n} images and {len(batch['tokens'])} captions; "
                 f"batch.global_batch_size over {self.world_size} ranks is {expected} pairs a rank"
             )
-        size = self.recipe.batch.samples_per_forward or n
+        size = self.recipe.batch.micro_batch_size or n
         return [self._part(batch, step, start, min(n, start + size)) for start in range(0, n, size)]
 
     def _part(self, batch: dict, step: int, start: int, stop: int) -> MicroBatch:

@@ -22,11 +22,11 @@ def advice(
     def peak(new_batch=batch, new_ds_config=ds_config, ranks=world_size) -> Estimate:
         return plan_batch(config, new_batch, new_ds_config, ranks, machine, loss=loss, text_tokens=text_tokens)[1]
 
-    free = replace(batch, samples_per_forward=None, chunk_size=None, checkpointing="auto", accumulation="auto")
+    free = replace(batch, micro_batch_size=None, chunk_size=None, checkpointing="auto", accumulation="auto")
     stage_3 = _with(ds_config, stage=3)
     offloaded = _with(stage_3, offload_optimizer={"device": "cpu"})
     zero = ds_config["zero_optimization"]
-    tries = {"leave samples_per_forward, chunk_size and checkpointing to accumulation: auto": lambda: peak(free)}
+    tries = {"leave micro_batch_size, chunk_size and checkpointing to accumulation: auto": lambda: peak(free)}
     if zero["stage"] < 3:
         tries["shard the parameters: ds_configs/zero3_bf16.json"] = lambda: peak(free, stage_3)
     small = 50_000_000  # a tenth of DeepSpeed's default
@@ -72,9 +72,10 @@ def _peak(result: Estimate) -> str:
 
 def describe_choice(found: Estimate) -> str:
     """How a batch goes through the towers, in a few words."""
-    outer = f"{found.outer} × {found.forward}" if found.outer > 1 else f"{found.forward} samples at once"
-    chunk = f", chunks of {found.chunk}" if found.chunk < found.forward else ""
-    return f"{outer}{chunk}, checkpointing {found.checkpointing}"
+    whole = f"{found.micro_batch} samples at once"
+    parts = f"{found.micro_batches} micro-batches of {found.micro_batch}" if found.micro_batches > 1 else whole
+    chunk = f", chunks of {found.chunk}" if found.chunk < found.micro_batch else ""
+    return f"{parts}{chunk}, checkpointing {found.checkpointing}"
 
 
 def _with(ds_config: dict, **zero) -> dict:

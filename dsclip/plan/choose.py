@@ -27,9 +27,9 @@ def plan_batch(
     config: ClipConfig, batch: BatchSection, ds_config: dict, world_size: int, machine: Machine, *,
     loss: LossSection | None = None, text_tokens: int | None = None,
 ) -> tuple[BatchSection, Estimate]:  # fmt: skip
-    """The batch section with samples_per_forward, chunk_size, checkpointing and coalesce_reduction filled in, and its estimate.
+    """The batch section with micro_batch_size, chunk_size, checkpointing and coalesce_reduction filled in, and its estimate.
 
-    What the section sets stays. Where everything fits, the forward is plain and nothing is recomputed. Where nothing
+    What the section sets stays. Where everything fits, there is one micro-batch and nothing is recomputed. Where nothing
     fits, the smallest is returned, and its estimate says so.
     """
 
@@ -48,7 +48,7 @@ def plan_batch(
     fitting = [pair for pair in looks if pair[1].fits]
     if not fitting:
         return min(looks, key=lambda pair: pair[1].peak_mb)
-    return max(fitting, key=lambda pair: (_speed(pair[1]), -pair[1].outer))
+    return max(fitting, key=lambda pair: (_speed(pair[1]), -pair[1].micro_batches))
 
 
 def _speed(found: Estimate) -> float:
@@ -57,23 +57,23 @@ def _speed(found: Estimate) -> float:
 
 def _candidates(batch: BatchSection, world_size: int, device: str, reduces_early: bool) -> Iterator[BatchSection]:
     local = batch.global_batch_size // world_size
-    forwards = [batch.samples_per_forward] if batch.samples_per_forward else list(_halves(local))
-    for forward in forwards:
+    micro_batches = [batch.micro_batch_size] if batch.micro_batch_size else list(_halves(local))
+    for micro_batch in micro_batches:
         for checkpointing in _checkpointings(batch, device):
             if batch.chunk_size:
                 chunks = [batch.chunk_size]
             elif checkpointing == "none":
                 chunks = [None]  # cutting saves nothing where everything is kept
             else:
-                chunks = list(_halves(forward))
+                chunks = list(_halves(micro_batch))
             coalesced = [batch.coalesce_reduction]
             if batch.coalesce_reduction is None:
-                coalesced = [False, True] if reduces_early and forward < local else [False]
+                coalesced = [False, True] if reduces_early and micro_batch < local else [False]
             for chunk, coalesce in product(chunks, coalesced):
                 yield replace(
                     batch,
-                    samples_per_forward=None if forward >= local else forward,
-                    chunk_size=None if chunk is None or chunk >= forward else chunk,
+                    micro_batch_size=None if micro_batch >= local else micro_batch,
+                    chunk_size=None if chunk is None or chunk >= micro_batch else chunk,
                     checkpointing=checkpointing,
                     coalesce_reduction=coalesce,
                 )

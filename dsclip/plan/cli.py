@@ -22,7 +22,7 @@ EXAMPLE = (
 )
 
 FLAGS = {
-    "batch.global_batch_size": "--batch", "batch.samples_per_forward": "--samples-per-forward",
+    "batch.global_batch_size": "--batch", "batch.micro_batch_size": "--micro-batch",
     "batch.chunk_size": "--chunk-size", "batch.checkpointing": "--checkpointing", "batch.memory_gb": "--memory-gb",
 }  # fmt: skip
 
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--ds_config", default="zero3_bf16", help="DeepSpeed JSON (default: zero3_bf16)")
     p.add_argument("--gpus", type=int, default=1, help="ranks of the whole job (default: 1)")
     p.add_argument("--batch", type=int, help="global batch (default: 256, or the recipe's)")
-    p.add_argument("--samples-per-forward", type=int, help="of a rank; default: planned")
-    p.add_argument("--chunk-size", "--micro-batch", type=int, help="samples in a block at a time; default: planned")
+    p.add_argument("--micro-batch", type=int, help="samples that a rank embeds in one forward; default: planned")
+    p.add_argument("--chunk-size", type=int, help="samples that go through a block at a time; default: planned")
     p.add_argument("--checkpointing", choices=("auto", "none", "selective", "full", "offload"))
     p.add_argument("--gpu", help="plan for a GPU by name, such as H100, and not for this machine")
     p.add_argument(
@@ -81,8 +81,8 @@ def plan(arguments: argparse.Namespace) -> tuple[dict, str]:
         "model": recipe.model.preset, "global_batch_size": batch.global_batch_size,
         "fits": found.fits, "peak_mb": found.peak_mb, "parts": found.parts, "device": machine.device,
         "memory_mb": 1e3 * (batch.memory_gb or machine.memory_gb), "parameters": parameter_counts(config)[0],
-        "samples_per_forward": found.forward, "chunk_size": found.chunk, "checkpointing": found.checkpointing,
-        "outer_micro_batches": found.outer, "gathers_per_step": found.gathers_per_step,
+        "micro_batch_size": found.micro_batch, "chunk_size": found.chunk, "checkpointing": found.checkpointing,
+        "micro_batches": found.micro_batches, "gathers_per_step": found.gathers_per_step,
         "reductions_per_step": found.reductions_per_step, "gathered_mb_per_step": found.gathered_mb_per_step,
         "reduced_mb_per_step": found.reduced_mb_per_step, "gflops_per_sample": found.gflops_per_sample,
         "recomputed_gflops_per_sample": found.recomputed_gflops_per_sample,

@@ -26,10 +26,10 @@ class Estimate:
 
     parts: dict[str, float]
     fits: bool
-    forward: int
+    micro_batch: int
     chunk: int
     checkpointing: str
-    outer: int
+    micro_batches: int
     gathers_per_step: int
     reductions_per_step: int
     gathered_mb_per_step: float
@@ -51,11 +51,11 @@ def estimate(
     """The estimate for one rank. text_tokens: of a chunk's longest caption; None: the context length."""
     loss = loss or LossSection()
     parameters, block = parameter_counts(config)
-    forward, chunk, checkpointing = batch.sizes(world_size)
+    micro_batch, chunk, checkpointing = batch.sizes(world_size)
     local = batch.global_batch_size // world_size
-    outer = -(-local // forward)
+    micro_batches = -(-local // micro_batch)
     texts = 1 if loss.hard_negatives == "none" else 2
-    kept, working = activation_bytes(config, forward, chunk, checkpointing, machine.device, text_tokens, texts)
+    kept, working = activation_bytes(config, micro_batch, chunk, checkpointing, machine.device, text_tokens, texts)
     ds_config = resolve_persistence(ds_config, batch)
     state = state_bytes(parameters, block, ds_config, world_size, machine.device)
     if batch.coalesce_reduction:
@@ -71,22 +71,24 @@ def estimate(
     sizes = {"process": machine.base_gb * 1e9, **state, "images": image_bytes(config, local), **losses, **activations}
     parts = {name: size / 1e6 for name, size in sizes.items()}
 
-    gathers, reductions = passes(parameters, batch, ds_config, world_size, outer)
+    gathers, reductions = passes(parameters, batch, ds_config, world_size, micro_batches)
     gathered, reduced = gathers * BF16 * parameters, reductions * FP32 * parameters
     one = sum(forward_flops(config, text_tokens))
-    again = one * (RECOMPUTED[checkpointing] + (outer - 1) / outer)
+    again = one * (RECOMPUTED[checkpointing] + (micro_batches - 1) / micro_batches)
     seconds = local * (3 * one + again) / (machine.tflops * 1e12 * machine.efficiency)
     seconds += (gathered + reduced) / (machine.gigabytes_per_second * 1e9) if world_size > 1 else 0
     if checkpointing == "offload" and machine.device == "cuda":
         inputs, _ = activation_bytes(config, local, chunk, "full", "cuda", text_tokens, texts)
         seconds += 2 * inputs / HOST_BYTES_PER_SECOND
     return Estimate(
-        parts, sum(parts.values()) <= USABLE * machine.memory_gb * 1e3, forward, chunk, checkpointing, outer, gathers,
+        parts, sum(parts.values()) <= USABLE * machine.memory_gb * 1e3, micro_batch, chunk, checkpointing, micro_batches, gathers,
         reductions, gathered / 1e6, reduced / 1e6, 3 * one / 1e9, again / 1e9, batch.global_batch_size / seconds,
     )  # fmt: skip
 
 
-def passes(parameters: int, batch: BatchSection, ds_config: dict, world_size: int, outer: int) -> tuple[int, int]:
+def passes(
+    parameters: int, batch: BatchSection, ds_config: dict, world_size: int, micro_batches: int
+) -> tuple[int, int]:
     """(all-gathers, gradient reductions) of a step, in passes over all parameters.
 
     ZeRO-3 gathers a block for each forward and each backward: 3k − 1; k where weights are kept until a backward, and 1 with
@@ -95,13 +97,13 @@ def passes(parameters: int, batch: BatchSection, ds_config: dict, world_size: in
     if world_size == 1:
         return 0, 0
     zero = ds_config["zero_optimization"]
-    reductions = 1 if zero["stage"] == 1 or batch.coalesce_reduction else outer
+    reductions = 1 if zero["stage"] == 1 or batch.coalesce_reduction else micro_batches
     if zero["stage"] < 3:
         return 1, reductions
     if zero.get("stage3_param_persistence_threshold", 1e5) >= parameters:
         return 1, reductions
     keeps = min(zero.get("stage3_max_live_parameters", 1e9), zero.get("stage3_max_reuse_distance", 1e9)) >= parameters
-    return (outer if keeps else 3 * outer - 1), reductions
+    return (micro_batches if keeps else 3 * micro_batches - 1), reductions
 
 
 @cache

@@ -2,7 +2,7 @@
 
 What tensors take is counted; what the C library's heap adds on a CPU, and what DeepSpeed's reductions take for a
 moment, was measured (tests/test_plan.py compares the sum with a real step). Symbols: P parameters, W ranks, n samples
-of a forward, c samples of a chunk.
+of a micro-batch, c samples of a chunk.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ def towers(config: ClipConfig, text_tokens: int | None) -> tuple[Tower, Tower]:
 
 
 def activation_bytes(
-    config: ClipConfig, forward: int, chunk: int, checkpointing: str, device: str, text_tokens: int | None, texts: float
-) -> tuple[float, float]:
+    config: ClipConfig, micro_batch: int, chunk: int, checkpointing: str, device: str, text_tokens: int | None,
+    texts: float,
+) -> tuple[float, float]:  # fmt: skip
     """(kept between forward and backward, working set of one block). texts: captions a sample, hard negatives included."""
     image, text = towers(config, text_tokens)
-    kept = forward * BF16 * (image.kept(checkpointing, device) + texts * text.kept(checkpointing, device))
+    kept = micro_batch * BF16 * (image.kept(checkpointing, device) + texts * text.kept(checkpointing, device))
     normalised = 3 * config.image_size**2 * (2 * FP32 + BF16)
     blocks = BF16 * max(image.working(checkpointing, device), texts * text.working(checkpointing, device))
     heap = HEAP[checkpointing] if device == "cpu" else 1

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from dsclip.checkpoint import read_manifest
 from dsclip.config import Recipe
+from dsclip.config.old_names import with_new_names
 from dsclip.config.schema import BatchSection, OptimSection
 from dsclip.data import merge_states
 from dsclip.errors import UserError
 from dsclip.optim.schedule import learning_rate
 
+CHECKPOINT = "the checkpoint's recipe"  # in messages
 # Where a run stands and how it is called changes nothing in it; with `model.init` only a fresh run begins.
 UNSHOWN = {"train.name", "train.output", "model.init"}
 
@@ -73,14 +75,15 @@ def keep_planned_sizes(batch: BatchSection, was: dict, world_size: int) -> Batch
     """
     if batch.accumulation == "manual" or was.get("global_batch_size") != batch.global_batch_size:
         return batch
-    size = batch.samples_per_forward or was.get("samples_per_forward") or batch.global_batch_size // world_size
+    was = with_new_names("batch", was, CHECKPOINT)
+    micro_batch = batch.micro_batch_size or was.get("micro_batch_size") or batch.global_batch_size // world_size
     checkpointing = was.get("checkpointing", "auto") if batch.checkpointing == "auto" else batch.checkpointing
-    chunk = batch.chunk_size or was.get("chunk_size") or (size if checkpointing != "none" else None)
+    chunk = batch.chunk_size or was.get("chunk_size") or (micro_batch if checkpointing != "none" else None)
     coalesce = was.get("coalesce_reduction") if batch.coalesce_reduction is None else batch.coalesce_reduction
     return replace(
         batch,
-        samples_per_forward=size,
-        chunk_size=None if chunk is None else min(chunk, size),
+        micro_batch_size=micro_batch,
+        chunk_size=None if chunk is None else min(chunk, micro_batch),
         checkpointing=checkpointing,
         coalesce_reduction=coalesce,
     )
@@ -90,8 +93,9 @@ def changed_keys(was: dict, recipe: Recipe) -> dict[str, list]:
     """{key: [value in the checkpoint, value now]} of two recipes. was: as a manifest holds it; keys it lacks aren't compared."""
     changed = {}
     for section, values in asdict(recipe).items():
+        before = with_new_names(section, was.get(section, {}), CHECKPOINT)
         for name, value in values.items():
-            key, before = f"{section}.{name}", was.get(section, {})
+            key = f"{section}.{name}"
             if key not in UNSHOWN and name in before and before[name] != _as_json(value):
                 changed[key] = [before[name], value]
     return changed

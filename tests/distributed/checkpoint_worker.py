@@ -28,7 +28,7 @@ def losses(engine, group, steps) -> list[str]:
 
 def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives, loss: LossSection) -> dict:
     """Six steps in one go against three, a checkpoint, and three more in a fresh engine."""
-    options = dict(outer=2, chunks=2, patch_dropout=0.5, bf16=bf16, group=group, loss=loss)
+    options = dict(micro_batches=2, chunks=2, patch_dropout=0.5, bf16=bf16, group=group, loss=loss)
     whole = build(stage, **options)
     expected = losses(whole, group, 6)
     whole.close()

@@ -82,13 +82,13 @@ def ds_config(stage: int, bf16: bool, world_size: int) -> dict:
     }
 
 
-def build(stage, outer, chunks, patch_dropout, bf16, group, loss=None, special=None) -> ContrastiveEngine:
+def build(stage, micro_batches, chunks, patch_dropout, bf16, group, loss=None, special=None) -> ContrastiveEngine:
     local = GLOBAL_BATCH // group.world_size
-    forward = local if outer == 1 else -(-local // outer)
-    chunk = None if chunks == 1 else max(1, -(-forward // chunks))
-    checkpointing = "auto" if outer == 1 else "selective"
+    micro_batch = local if micro_batches == 1 else -(-local // micro_batches)
+    chunk = None if chunks == 1 else max(1, -(-micro_batch // chunks))
+    checkpointing = "auto" if micro_batches == 1 else "selective"
     recipe = Recipe(
-        batch=BatchSection(GLOBAL_BATCH, forward, chunk, checkpointing, coalesce_reduction=special == "coalesced"),
+        batch=BatchSection(GLOBAL_BATCH, micro_batch, chunk, checkpointing, coalesce_reduction=special == "coalesced"),
         optim=OPTIM,
         loss=loss or LossSection(),
         train=TrainSection(seed=SEED, steps=10, compile="on" if special == "compiled" else "off"),
@@ -130,8 +130,10 @@ def coalesced_case(stage: int, group: Collectives) -> dict:
     """bf16 gradients of one sample after the other, reduced once, against those that ZeRO adds up in float32."""
     gradients = {}
     for special in (None, "coalesced"):
-        outer = GLOBAL_BATCH // group.world_size
-        engine = build(stage, outer=outer, chunks=1, patch_dropout=0.5, bf16=True, group=group, special=special)
+        micro_batches = GLOBAL_BATCH // group.world_size
+        engine = build(
+            stage, micro_batches=micro_batches, chunks=1, patch_dropout=0.5, bf16=True, group=group, special=special
+        )
         engine.accumulate(local_part(global_batch(0), group))
         gradients[special] = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
         engine.deepspeed.step()
@@ -141,7 +143,7 @@ def coalesced_case(stage: int, group: Collectives) -> dict:
 
 def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
     """Several whole steps: parameters and temperature against float64 AdamW on the same batches."""
-    engine = build(stage, outer=2, chunks=2, patch_dropout=0.5, bf16=False, group=group)
+    engine = build(stage, micro_batches=2, chunks=2, patch_dropout=0.5, bf16=False, group=group)
     model = Clip(CONFIG).double()
     model.load_state_dict(full_weights(engine))
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -171,13 +173,15 @@ def main(out: str) -> None:
     init_distributed()
     group = Collectives.current()
     results = []
-    for stage, outer, chunks, dropout, bf16 in itertools.product((1, 2, 3), (1, 3), (1, 2), (0.0, 0.5), (False, True)):
-        case = dict(stage=stage, outer=outer, chunks=chunks, patch_dropout=dropout, bf16=bf16)
+    for stage, micro_batches, chunks, dropout, bf16 in itertools.product(
+        (1, 2, 3), (1, 3), (1, 2), (0.0, 0.5), (False, True)
+    ):
+        case = dict(stage=stage, micro_batches=micro_batches, chunks=chunks, patch_dropout=dropout, bf16=bf16)
         results.append({"kind": "gradient", **case, **gradient_case(case, group)})
     for stage, special in ((2, "coalesced"), (3, "coalesced"), (3, "compiled")):
         if special == "compiled" and group.world_size > 1:
             continue  # compiling takes a while, and no rank compiles anything else than a single one does
-        case = dict(stage=stage, outer=3, chunks=2, patch_dropout=0.5, bf16=False, special=special)
+        case = dict(stage=stage, micro_batches=3, chunks=2, patch_dropout=0.5, bf16=False, special=special)
         results.append({"kind": "gradient", **case, **gradient_case(case, group)})
     for stage in (2, 3):
         results.append({"kind": "coalesced", "stage": stage, **coalesced_case(stage, group)})

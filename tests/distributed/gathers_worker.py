@@ -32,22 +32,21 @@ def evaluate(engine, batch: dict, towers: str) -> None:
 
 
 def bytes_per_step(
-    chunk_size: int | None, outer: int, keep: str, group: Collectives, evaluated: tuple[str, ...] = ("", "", "")
+    chunk_size: int | None, micro_batches: int, keep: str, group: Collectives, evaluated: tuple[str, ...] = ("", "", "")
 ) -> dict:
     """evaluated: the towers that an evaluation uses before each of the three steps, the last of which is counted."""
     settings = ds_config(3, True, group.world_size)
     settings["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True, "debug": False}
     settings["zero_optimization"] |= KEEP[keep]
+    micro_batch = GLOBAL_BATCH // group.world_size // micro_batches
     recipe = Recipe(
-        batch=BatchSection(
-            GLOBAL_BATCH, GLOBAL_BATCH // group.world_size // outer, chunk_size, coalesce_reduction=keep == "always"
-        ),
+        batch=BatchSection(GLOBAL_BATCH, micro_batch, chunk_size, coalesce_reduction=keep == "always"),
         optim=OptimSection(warmup_steps=0),
         train=TrainSection(),
     )
     engine = ContrastiveEngine(recipe, settings, WIDE)
     parameters = engine.module.parameter_count()
-    gathers, reductions = passes(parameters, recipe.batch, settings, group.world_size, outer)
+    gathers, reductions = passes(parameters, recipe.batch, settings, group.world_size, micro_batches)
     for step in range(2):  # the first steps record ZeRO's trace
         evaluate(engine, local_part(global_batch(step), group), evaluated[step])
         engine.train_step(local_part(global_batch(step), group))
@@ -63,7 +62,7 @@ def bytes_per_step(
     engine.close()
     return {
         "chunk_size": chunk_size,
-        "outer": outer,
+        "micro_batches": micro_batches,
         "keep": keep,
         "evaluated": evaluated,
         "planned": [gathers, reductions],
@@ -83,10 +82,10 @@ def main(out: str) -> None:
     init_distributed()
     group = Collectives.current()
     results = [bytes_per_step(size, 1, "nothing", group) for size in (None, 3, 1)]
-    results += [bytes_per_step(None, outer, keep, group) for outer in (2, 3) for keep in KEEP]
+    results += [bytes_per_step(None, micro_batches, keep, group) for micro_batches in (2, 3) for keep in KEEP]
     results.append(bytes_per_step(None, 1, "until backward", group))
     for evaluated in EVALUATED:
-        results += [bytes_per_step(None, outer, "until backward", group, evaluated) for outer in (1, 2)]
+        results += [bytes_per_step(None, micro_batches, "until backward", group, evaluated) for micro_batches in (1, 2)]
     share = share_held_while_building(group)
     results = [result | {"share_held_while_building": share} for result in results]
     if group.rank == 0:

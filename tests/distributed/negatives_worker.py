@@ -108,10 +108,10 @@ def reference(weights: dict, name: str, options: dict, batch: dict, queue) -> di
     return {"loss": loss.item(), "log_scale": log_scale.grad, "bias": bias.grad, "grads": grads}
 
 
-def case(name: str, options: dict, outer: int, group: Collectives) -> dict:
+def case(name: str, options: dict, micro_batches: int, group: Collectives) -> dict:
     local = GLOBAL_BATCH // group.world_size
     recipe = Recipe(
-        batch=BatchSection(GLOBAL_BATCH, -(-local // outer), None if outer == 1 else 2),
+        batch=BatchSection(GLOBAL_BATCH, -(-local // micro_batches), None if micro_batches == 1 else 2),
         optim=OPTIM, loss=LossSection(name=name, **options), train=TrainSection(seed=SEED, steps=10),
     )  # fmt: skip
     engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), CONFIG)
@@ -180,9 +180,14 @@ def main(out: str) -> None:
     init_distributed()
     group = Collectives.current()
     results = []
-    for name, option, outer in itertools.product(("softmax", "sigmoid", "filip"), OPTIONS, (1, 3)):
+    for name, option, micro_batches in itertools.product(("softmax", "sigmoid", "filip"), OPTIONS, (1, 3)):
         results.append(
-            {"loss_name": name, "option": option, "outer": outer, **case(name, OPTIONS[option], outer, group)}
+            {
+                "loss_name": name,
+                "option": option,
+                "micro_batches": micro_batches,
+                **case(name, OPTIONS[option], micro_batches, group),
+            }
         )
     results.append({"second_backward": second_backward(group), "by_chunk": second_losses_by_chunk(group)})
     if group.rank == 0:

@@ -26,7 +26,7 @@ def failures(results, wrong) -> list:
 
 def test_every_combination_is_covered(results):
     gradients = [r for r in results if r["kind"] == "gradient"]
-    keys = ("stage", "outer", "chunks", "patch_dropout", "bf16")
+    keys = ("stage", "micro_batches", "chunks", "patch_dropout", "bf16")
     assert len({tuple(r[k] for k in keys) for r in gradients}) == 3 * 2 * 2 * 2 * 2
 
 

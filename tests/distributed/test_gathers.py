@@ -17,7 +17,7 @@ def results(tmp_path_factory):
 
 
 def test_bytes_do_not_grow_with_the_number_of_chunks(results):
-    results = [r for r in results if r["outer"] == 1 and r["keep"] == "nothing"]
+    results = [r for r in results if r["micro_batches"] == 1 and r["keep"] == "nothing"]
     assert [r["chunk_size"] for r in results] == [None, 3, 1]
     whole, *chunked = [r["bytes"] for r in results]
     for bytes_ in chunked:
@@ -33,27 +33,28 @@ def times(result) -> tuple[float, float]:
 
 def test_parameters_are_gathered_at_most_twice_and_gradients_reduced_once(results):
     for result in results:
-        if result["outer"] == 1:
+        if result["micro_batches"] == 1:
             gathers, reductions = times(result)
             assert 0 < gathers <= 2 and reductions == 1
 
 
-def test_outer_micro_batches_cost_three_gathers_each_but_the_first(results):
-    sharded = [r for r in results if r["outer"] > 1 and r["keep"] == "nothing"]
+def test_micro_batches_cost_three_gathers_each_but_the_first(results):
+    sharded = [r for r in results if r["micro_batches"] > 1 and r["keep"] == "nothing"]
     assert len(sharded) == 2
     for result in sharded:
         gathers, reductions = times(result)
-        assert 0 < gathers <= 3 * result["outer"] - 1 and reductions == result["outer"]
+        assert 0 < gathers <= 3 * result["micro_batches"] - 1 and reductions == result["micro_batches"]
 
 
 def test_weights_kept_until_backward_are_gathered_once_a_backward(results):
     """Also after a first forward without a backward, and whichever towers an evaluation ran, and when."""
     kept = [r for r in results if r["keep"] == "until backward"]
-    assert {(r["outer"], *r["evaluated"]) for r in kept} >= {
-        (outer, *towers) for outer in (1, 2) for towers in (("", "", ""), ("image", "", ""), ("", "", "text image"))
+    assert {(r["micro_batches"], *r["evaluated"]) for r in kept} >= {
+        (k, *towers) for k in (1, 2) for towers in (("", "", ""), ("image", "", ""), ("", "", "text image"))
     }
     for result in kept:
-        assert times(result) == (result["outer"], result["outer"]), (result["outer"], result["evaluated"])
+        k = result["micro_batches"]
+        assert times(result) == (k, k), result["evaluated"]
 
 
 def test_persisted_parameters_and_coalesced_reduction_cost_one_of_each(results):

@@ -19,7 +19,7 @@ def results(request, tmp_path_factory):
 
 
 def test_every_combination_is_covered(results):
-    assert len({(r["loss_name"], r["option"], r["outer"]) for r in results}) == 3 * len(OPTIONS) * 2
+    assert len({(r["loss_name"], r["option"], r["micro_batches"]) for r in results}) == 3 * len(OPTIONS) * 2
 
 
 def test_gradients_of_encoders_and_scalars(results):

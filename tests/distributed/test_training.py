@@ -174,7 +174,7 @@ def test_every_deepspeed_configuration_runs_the_demo(ds_config, finished, tmp_pa
 
 def test_accumulation_gives_the_same_curve(finished, tmp_path):
     done = torchrun(
-        *SMALL, "train.export_hf=false", f"train.output={tmp_path}", "batch.samples_per_forward=6", "batch.chunk_size=4"
+        *SMALL, "train.export_hf=false", f"train.output={tmp_path}", "batch.micro_batch_size=6", "batch.chunk_size=4"
     )
     assert done.returncode == 0, done.stdout
     for step, loss in losses(tmp_path / "demo").items():
