@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
+
 from dsclip.config import load_recipe
 from dsclip.config.deepspeed import packaged_ds_configs
 
@@ -67,10 +72,24 @@ def test_tracked_files_refer_only_to_what_is_in_this_repository():
 
 
 def test_links_in_the_documents_lead_somewhere():
-    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         text = path.read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#\s]+)\)", text):
             assert ":" in target or (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"
+
+
+def test_the_layers_page_lists_the_rooms_in_the_order_that_is_checked():
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    rooms = [room.strip() for row in contract["layers"] for room in row.split("|")]
+    page = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8").split("## Layers")[1]
+    cells = re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE)
+    listed = [room for cell in cells[1:] for room in re.findall(r"`(\w+)`", cell)]
+    # Rooms of one layer may change places.
+    position = {room.strip(): n for n, row in enumerate(contract["layers"]) for room in row.split("|")}
+    assert sorted(listed) == sorted(rooms)
+    assert [position[room] for room in listed] == sorted(position.values())
+    figure = (ROOT / "docs" / "images" / "layers.svg").read_text(encoding="utf-8")
+    assert set(rooms) <= set(re.findall(r">(\w+)</text>", figure)), "draw it again: tools/draw_layers.py"
 
 
 def test_the_documents_commands_parse():
