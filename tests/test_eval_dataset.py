@@ -15,7 +15,7 @@ from dsclip.data.evaluation.texts import read_texts
 from dsclip.data.reading.samples import read_shard
 from dsclip.data.sources.storage import Reader
 from dsclip.errors import UserError
-from dsclip.evaluate import hard_negatives, retrieval, zeroshot
+from dsclip.evaluate import TASKS, Embedder, run_task
 from dsclip.losses import SingleRank
 from tests.http_shards import serve
 from tests.shard_files import jpeg, write_tar
@@ -57,10 +57,8 @@ def hash_of(text: str) -> int:
 
 
 def results(dataset, group) -> list[dict]:
-    return [
-        task(encode_image, encode_text, dataset, tokenize, group, **OPTIONS)
-        for task in (zeroshot, retrieval, hard_negatives)
-    ]
+    embedder = Embedder(encode_image, encode_text, tokenize, group, **OPTIONS)
+    return [run_task(task, embedder, dataset) for task in TASKS]
 
 
 def test_opening_reads_no_image(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dsclip.create import create_model
 from dsclip.data import build_eval_dataset, load_tokenizer
 from dsclip.errors import UserError
-from dsclip.evaluate import classification_metrics, retrieval_metrics, zeroshot
+from dsclip.evaluate import Embedder, classification_metrics, hard_negatives, retrieval_metrics, zeroshot
 from dsclip.evaluate.templates import CIFAR, OPENAI, load_classnames, load_templates
 from dsclip.evaluate.zeroshot import build_classifier
 from dsclip.losses import SingleRank
@@ -48,7 +48,7 @@ def test_chunks_do_not_change_recall(monkeypatch):
     image, text = torch.randn(23, 4, generator=generator), torch.randn(50, 4, generator=generator)
     owner = torch.arange(50) % 23
     whole = retrieval_metrics(image, text, owner)
-    monkeypatch.setattr(importlib.import_module("dsclip.evaluate.retrieval"), "CHUNK", 7)
+    monkeypatch.setattr(importlib.import_module("dsclip.evaluate.retrieval"), "ROWS_AT_ONCE", 7)
     assert retrieval_metrics(image, text, owner) == whole
 
 
@@ -66,9 +66,8 @@ def test_a_classifier_averages_unit_embeddings_over_templates(demo):
     model = create_model("demo", vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
     names, templates = ["red ring", "blue star", "green cross"], ["a {}", "there is a {}"]
     with torch.no_grad():
-        ours = build_classifier(
-            lambda t: model(None, t)[1], names, templates, tokenizer, SingleRank(), 32, batch_size=4
-        )
+        embedder = Embedder(Constant(), lambda t: model(None, t)[1], tokenizer, SingleRank(), 32, batch_size=4)
+        ours = build_classifier(embedder, names, templates)
         for name, row in zip(names, ours, strict=True):
             each = model(None, tokenizer([t.replace("{}", name) for t in templates], 32))[1]
             mean = each.double().mean(dim=0)
@@ -101,17 +100,17 @@ class Constant:
 
 def test_missing_labels_and_names_are_explained(demo):
     tokenizer, dataset = load_tokenizer("demo"), build_eval_dataset("demo:val", image_size=64, max_samples=8)
-    options = dict(context_length=32, batch_size=4)
+    embedder = Embedder(Constant(), Constant(), tokenizer, SingleRank(), context_length=32, batch_size=4)
     with pytest.raises(UserError, match="there are 2 class names"):
-        zeroshot(Constant(), Constant(), dataset, tokenizer, SingleRank(), classnames=["a", "b"], **options)
+        zeroshot(embedder, dataset, classnames=["a", "b"])
     dataset.classes = None
     with pytest.raises(UserError, match="needs class names"):
-        zeroshot(Constant(), Constant(), dataset, tokenizer, SingleRank(), **options)
+        zeroshot(embedder, dataset)
 
 
 def test_metrics_are_json(demo):
     tokenizer, dataset = load_tokenizer("demo"), build_eval_dataset("demo:val", image_size=64, max_samples=8)
-    metrics = zeroshot(Constant(), Constant(), dataset, tokenizer, SingleRank(), context_length=32, batch_size=3)
+    metrics = zeroshot(Embedder(Constant(), Constant(), tokenizer, SingleRank(), 32, batch_size=3), dataset)
     assert json.loads(json.dumps(metrics))["samples"] == 4
 
 
@@ -122,8 +121,8 @@ class WrittenByHand:
     negatives = [["north", "west"], [], ["south"]]
     directions = {"east": (1, 0), "east again": (1, 0), "north": (0, 1), "west": (-1, 0), "south": (0, -1)}
 
-    def __getitem__(self, index):
-        return {"image": torch.tensor([(1.0, 0.0), (0.0, 1.0), (0.6, -0.8)][index])}
+    def image(self, index):
+        return torch.tensor([(1.0, 0.0), (0.0, 1.0), (0.6, -0.8)][index])
 
     @classmethod
     def tokenize(cls, texts, _):
@@ -133,10 +132,5 @@ class WrittenByHand:
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_hard_negatives_count_pairs_of_the_same_image(batch_size):
     """The first image wins all four pairs; the third looks south-east, so that its own caption `west` loses."""
-    from dsclip.evaluate import hard_negatives
-
-    found = hard_negatives(
-        lambda x: x, lambda x: x, WrittenByHand(), WrittenByHand.tokenize, SingleRank(), context_length=4,
-        batch_size=batch_size,
-    )  # fmt: skip
-    assert found == {"accuracy": 4 / 5, "images": 2, "pairs": 5}
+    embedder = Embedder(lambda x: x, lambda x: x, WrittenByHand.tokenize, SingleRank(), 4, batch_size)
+    assert hard_negatives(embedder, WrittenByHand()) == {"accuracy": 4 / 5, "images": 2, "pairs": 5}

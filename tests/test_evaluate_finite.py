@@ -7,7 +7,7 @@ import torch
 
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
-from dsclip.evaluate.features import encode_texts
+from dsclip.evaluate import Embedder
 from dsclip.train.watch import RunFailed, Watch
 
 
@@ -21,9 +21,10 @@ def test_features_that_are_not_finite_are_not_measured(broken):
     def tokenizer(texts, context_length):
         return torch.tensor([[len(text)] * context_length for text in texts])
 
-    assert encode_texts(encode, ["a", "abc"], tokenizer, 3, 2, Collectives.single()).shape == (2, 4)
+    embedder = Embedder(encode, encode, tokenizer, Collectives.single(), context_length=3, batch_size=2)
+    assert embedder.texts(["a", "abc"]).shape == (2, 4)
     with pytest.raises(UserError, match="not finite: its training diverged"):
-        encode_texts(encode, ["a", "ab", "abc"], tokenizer, 3, 2, Collectives.single())
+        embedder.texts(["a", "ab", "abc"])
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import re
 import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
-from dsclip.checkpoint.manifest import MANIFEST, read_manifest
+from dsclip.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from dsclip.errors import UserError
 from dsclip.files import write_whole
 
@@ -21,18 +22,26 @@ RUN_FILE = "run.json"
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
+class Parent(TypedDict):
+    """Another run's checkpoint that a run continues. run: its id, None of a version that had none."""
+
+    run: str | None
+    step: int
+    path: str
+
+
 @dataclass(frozen=True)
 class Lineage:
     """run: a random id; start: the step at which the branch begins; steps: earlier checkpoints, the oldest first.
 
-    parent: {"run", "step", "path"} of another run's checkpoint that this one continues, or None. abandoned: steps that a
+    parent: the other run's checkpoint that this run began from, if it did. abandoned: steps that a
     rewind left, for checkpoints of earlier versions, which don't say their branch.
     """
 
     run: str
     branch: int = 1
     start: int = 0
-    parent: dict | None = None
+    parent: Parent | None = None
     steps: tuple[int, ...] = ()
     abandoned: tuple[int, ...] = ()
 
@@ -40,7 +49,7 @@ class Lineage:
         """The lineage with one more checkpoint."""
         return replace(self, steps=(*(s for s in self.steps if s < step), step))
 
-    def holds(self, manifest: dict) -> bool:
+    def holds(self, manifest: Manifest) -> bool:
         """Whether a checkpoint in the run's folder is of this branch or of what came before it."""
         origin, step = manifest.get("lineage"), manifest["step"]
         if step <= self.start:
@@ -70,18 +79,20 @@ def write_lineage(run_dir: Path, lineage: Lineage) -> None:
     write_whole(run_dir / RUN_FILE, json.dumps(content, indent=1) + "\n")
 
 
-def continued(run_dir: Path, resume: Path | None, manifest: dict | None, *, own: bool, later: list[int]) -> Lineage:
+def continued(
+    run_dir: Path, resume: Path | None, manifest: Manifest | None, *, same_run: bool, later: list[int]
+) -> Lineage:
     """The lineage of a run that starts in `run_dir`, from the checkpoint `resume` with this manifest, or afresh.
 
-    own: the checkpoint is the run's; later: steps of the run's later ones, which the new branch leaves.
+    same_run: the checkpoint is this run's; later: steps of the run's later ones, which the new branch leaves.
     """
-    if manifest is None:
+    if resume is None or manifest is None:
         return Lineage(uuid.uuid4().hex)
     origin = manifest.get("lineage") or {}
     earlier = origin.get("steps") or (step_of(c) for c in complete_checkpoints(run_dir / "checkpoints"))
     steps = (*sorted(s for s in earlier if s < manifest["step"]), manifest["step"])
-    if not own:
-        parent = {"run": origin.get("run"), "step": manifest["step"], "path": str(resume.resolve())}
+    if not same_run:
+        parent: Parent = {"run": origin.get("run"), "step": manifest["step"], "path": str(resume.resolve())}
         return Lineage(uuid.uuid4().hex, start=manifest["step"], parent=parent, steps=steps)
     present = read_lineage(run_dir)
     if present is None:
@@ -93,13 +104,13 @@ def continued(run_dir: Path, resume: Path | None, manifest: dict | None, *, own:
 
 def step_of(folder: Path) -> int:
     """The step of a checkpoint by its folder's name."""
-    return int(STEP_FOLDER.fullmatch(folder.name).group(1))
+    return int(folder.name.removeprefix("step_"))
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints below `folder`, oldest first; half-written ones have another name or no manifest."""
-    found = [p for p in folder.glob("step_*") if STEP_FOLDER.fullmatch(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=step_of)
+    complete = [p for p in folder.glob("step_*") if STEP_FOLDER.fullmatch(p.name) and (p / MANIFEST).is_file()]
+    return sorted(complete, key=step_of)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn, TypedDict
 
 import torch
 
 from dsclip.distributed import Collectives
+from dsclip.engine.state import EngineState
 from dsclip.errors import UserError
 from dsclip.files import on_disk, sha256, write_whole
 
@@ -27,6 +30,41 @@ ALLOWED_CLASSES = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
+
+
+class FileEntry(TypedDict):
+    """A file of the checkpoint: its size in bytes and the SHA-256 of its content, in hex."""
+
+    bytes: int
+    sha256: str
+
+
+class RunState(TypedDict):
+    """What every manifest says of the run at its step. Sections of the recipe and the model by their fields' names."""
+
+    step: int
+    samples: int
+    world_size: int
+    zero_stage: int
+    model: dict[str, Any]
+    recipe: dict[str, dict[str, Any]]
+    engine: EngineState
+    data: list[dict[str, Any]]  # the position in the data of each rank
+
+
+class LaterRunState(RunState, total=False):
+    """What earlier versions of dsclip did not write."""
+
+    lineage: dict[str, Any]
+    counters: dict[str, Any]
+
+
+class Manifest(LaterRunState):
+    """`dsclip.json`, read. files: by their paths within the folder, with `/`."""
+
+    format: str
+    files: dict[str, FileEntry]
+
 
 # What every manifest says, and of which type.
 FIELDS = {
@@ -41,12 +79,12 @@ def checkpoint_files(folder: Path) -> list[str]:
     return sorted(name for name in files if name != MANIFEST)
 
 
-def write_manifest(folder: Path, state: dict, group: Collectives) -> None:
+def write_manifest(folder: Path, state: LaterRunState, group: Collectives) -> None:
     """Collective. Ranks share the hashing; rank 0 writes the manifest, which makes the folder a checkpoint."""
     # All ranks' listings together: over NFS a rank may not see yet what another node wrote, and each must hash its share
     # of the same list.
-    names = sorted(set().union(*group.all_gather_object(checkpoint_files(folder))))
-    mine = {}
+    names = sorted({name for listing in group.all_gather_object(checkpoint_files(folder)) for name in listing})
+    mine: dict[str, FileEntry] = {}
     for name in names[group.rank :: group.world_size]:
         on_disk(folder / name)  # a manifest never outlives what it lists, power cuts included
         mine[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
@@ -57,7 +95,7 @@ def write_manifest(folder: Path, state: dict, group: Collectives) -> None:
     group.barrier()
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder. Raises UserError when it isn't one."""
     path = folder / MANIFEST
     if not path.is_file():
@@ -65,7 +103,7 @@ def read_manifest(folder: Path) -> dict:
             f"{folder} is no dsclip checkpoint: it has no {MANIFEST}. Give a folder such as runs/NAME/checkpoints/step_00001000."
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); use another checkpoint of the run") from error
     if problem := _problem(manifest):
@@ -73,7 +111,7 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _problem(manifest) -> str | None:
+def _problem(manifest: object) -> str | None:
     """What is wrong with the manifest itself."""
     if not isinstance(manifest, dict):
         return "it holds no JSON object"
@@ -101,7 +139,7 @@ def _problem(manifest) -> str | None:
     return None
 
 
-def verify(folder: Path) -> dict:
+def verify(folder: Path) -> Manifest:
     """The manifest, after every file was compared with it and scanned. Raises UserError that names the bad file."""
     manifest = read_manifest(folder)
     _refuse_unlisted(folder, manifest["files"].keys())
@@ -121,10 +159,10 @@ def verify(folder: Path) -> dict:
     return manifest
 
 
-def _refuse_unlisted(folder: Path, listed) -> None:
+def _refuse_unlisted(folder: Path, listed: Collection[str]) -> None:
     """Only plain files that the manifest lists may be there, so that nothing unverified can be loaded."""
 
-    def unreadable(error: OSError):
+    def unreadable(error: OSError) -> NoReturn:
         raise UserError(
             f"checkpoint {folder} can't be checked: {error.filename} can't be listed ({error.strerror}). Nothing was opened; make "
             "the folder readable."
@@ -148,10 +186,10 @@ def _refuse_unlisted(folder: Path, listed) -> None:
 
 def _refuse_foreign_classes(path: Path) -> None:
     try:
-        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        classes = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception as error:
         raise UserError(f"{path} is not a file that torch.save wrote ({error})") from error
-    if foreign := found - ALLOWED_CLASSES:
+    if foreign := classes - ALLOWED_CLASSES:
         raise UserError(
             f"{path} would run code when loaded: it refers to {', '.join(sorted(foreign))}. It was not opened."
         )

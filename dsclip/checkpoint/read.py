@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class Checkpoint:
     tokenizer_dir: Path
     step: int
     samples: int
-    recipe: dict
+    recipe: dict[str, dict[str, Any]]
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

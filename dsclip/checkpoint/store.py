@@ -5,26 +5,59 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint, step_of
-from dsclip.checkpoint.manifest import MANIFEST, read_manifest, verify, write_manifest
+from dsclip.checkpoint.manifest import MANIFEST, LaterRunState, Manifest, read_manifest, verify, write_manifest
+from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.files import on_disk
+
+if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
+    from dsclip.engine.contrastive import ContrastiveEngine
+
+
+class SavedTokenizer(Protocol):
+    """The tokenizer that goes with a checkpoint."""
+
+    def save(self, folder: Path) -> None:
+        """Writes its files into the folder."""
+
+
+class Lock(Protocol):
+    """A run's hold on its folder."""
+
+    def held(self) -> bool:
+        """Whether no other run has taken the folder over."""
 
 
 class CheckpointStore:
     """`<run>/checkpoints/step_XXXXXXXX/`. A folder counts only when its manifest, written last, is there."""
 
-    def __init__(self, run_dir: Path, keep: int, tokenizer, lineage: Lineage | None = None, lock=None):
+    def __init__(
+        self,
+        run_dir: Path,
+        keep: int,
+        tokenizer: SavedTokenizer,
+        lineage: Lineage | None = None,
+        lock: Lock | None = None,
+    ):
         """lock: a run's lock, which must still be held when a checkpoint is written."""
         self.folder = run_dir / "checkpoints"
         self._keep, self._tokenizer, self._lock = keep, tokenizer, lock
         self._lineage = lineage or Lineage(run_dir.name)
 
-    def save(self, engine, data_state: dict, recipe: dict, counters: dict | None = None) -> Path:
+    def save(
+        self,
+        engine: ContrastiveEngine,
+        data_state: dict[str, Any],
+        recipe: dict[str, dict[str, Any]],
+        counters: dict[str, Any] | None = None,
+    ) -> Path:
         """Saves step `engine.step`, with what the run counted so far. Collective: every rank writes its ZeRO shards.
 
-        Raises UserError when another run has taken over the folder.
+        data_state: the position of this rank in the data after that step. Raises UserError when another run has taken over
+        the folder.
         """
         group = engine.group
         self._check_lock(group)
@@ -35,7 +68,7 @@ class CheckpointStore:
             temporary.mkdir(parents=True)
             self._tokenizer.save(temporary / "tokenizer")
         group.barrier()
-        state = {
+        state: LaterRunState = {
             "step": engine.step,
             "samples": engine.step * engine.recipe.batch.global_batch_size,
             "world_size": group.world_size,
@@ -61,7 +94,7 @@ class CheckpointStore:
         path = self.folder / f"step_{step:08d}"
         return path if step in self._lineage.steps and path in complete_checkpoints(self.folder) else None
 
-    def _check_lock(self, group) -> None:
+    def _check_lock(self, group: Collectives) -> None:
         lost = group.broadcast_object(self._lock is not None and not self._lock.held())
         if lost:
             raise UserError(
@@ -70,8 +103,8 @@ class CheckpointStore:
 
     def _remove_old(self) -> None:
         """Only checkpoints that lead to the present state count and are removed."""
-        own = [c for c in complete_checkpoints(self.folder) if step_of(c) in self._lineage.steps]
-        for folder in own[: -self._keep]:
+        of_this_state = [c for c in complete_checkpoints(self.folder) if step_of(c) in self._lineage.steps]
+        for folder in of_this_state[: -self._keep]:
             aside = folder.rename(folder.with_name(folder.name + ".tmp"))  # half removed, it must not look complete
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -116,13 +149,14 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"{path} holds no complete checkpoint")
 
 
-def load_checkpoint(engine, path: Path, *, world_size: int) -> dict:
+def load_checkpoint(engine: ContrastiveEngine, path: Path, *, world_size: int) -> Manifest:
     """Verifies a checkpoint and loads it into the engine. Collective; returns its manifest.
 
     Rank 0 verifies, and every rank fails or none. Raises UserError when it is damaged, of another kind of run, or from
     another world size.
     """
-    problem = manifest = None
+    problem: str | None = None
+    manifest: Manifest | None = None
     if engine.group.rank == 0:
         try:
             manifest = verify(path)
@@ -130,13 +164,13 @@ def load_checkpoint(engine, path: Path, *, world_size: int) -> dict:
         except UserError as error:
             problem = str(error)
     problem, manifest = engine.group.broadcast_object((problem, manifest))
-    if problem:
-        raise UserError(problem)
+    if manifest is None or problem:
+        raise UserError(problem or f"{path} could not be read")
     engine.load(path, manifest["engine"])
     return manifest
 
 
-def _check_fits(manifest: dict, engine, path: Path, world_size: int) -> None:
+def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world_size: int) -> None:
     if manifest["world_size"] != world_size:
         raise UserError(
             f"{path} was written by {manifest['world_size']} ranks and this run has {world_size}. Use as many ranks again, "

@@ -24,6 +24,7 @@ from dsclip.engine.gradient_sums import GradientSums
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import Cutter, MicroBatch, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
+from dsclip.engine.state import EngineState
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss
 from dsclip.losses.observe import FeatureStatistics, feature_statistics
@@ -264,7 +265,7 @@ class ContrastiveEngine:
         """Unit features [b, D] of tokens [b, L]. Collective under ZeRO-3: every rank calls it equally often."""
         return self.deepspeed(None, self._cutter.put(tokens))[1]
 
-    def save(self, folder: Path) -> dict:
+    def save(self, folder: Path) -> EngineState:
         """Writes the sharded weights and optimizer below `folder`; returns the rest of the state, ready for JSON.
 
         Collective. `dsclip.checkpoint` wraps this with a manifest and an atomic rename: prefer it. Raises UserError for
@@ -284,7 +285,7 @@ class ContrastiveEngine:
         queue = None if self.queue is None else self.queue.state()
         return {"step": self.step, "scalars": self.scalars.state(), "queue": queue}
 
-    def load(self, folder: Path, state: dict) -> None:
+    def load(self, folder: Path, state: EngineState) -> None:
         """Restores what `save` wrote with the same number of ranks. Collective; `folder` must have been verified."""
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
         if path is None:

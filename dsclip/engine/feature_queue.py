@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsclip.config.schema import LossSection
 from dsclip.distributed import Collectives
+from dsclip.engine.state import QueueState
 from dsclip.errors import UserError
 from dsclip.plan.free_memory import free_bytes
 
@@ -22,7 +23,9 @@ class FeatureQueue:
     Captions of token-wise features [T, d] keep which of their tokens exist.
     """
 
-    def __init__(self, loss: LossSection, shape_image: tuple, shape_text: tuple, device: torch.device):
+    def __init__(
+        self, loss: LossSection, shape_image: tuple[int, ...], shape_text: tuple[int, ...], device: torch.device
+    ):
         self.size, self._warmup_steps = loss.queue_size, loss.queue_warmup_steps
         needed = 4 * self.size * (torch.Size(shape_image).numel() + torch.Size(shape_text).numel() + 2)
         if needed > _free_bytes(device):
@@ -69,16 +72,16 @@ class FeatureQueue:
         self._next = (self._next + len(gathered)) % self.size
         self.filled = min(self.size, self.filled + len(gathered))
 
-    def save(self, folder: Path) -> dict:
+    def save(self, folder: Path) -> QueueState:
         """Writes the features (call it on one rank) and returns the position for JSON."""
         save_file(self._tensors, str(folder / FILE))
         return self.state()
 
-    def state(self) -> dict:
+    def state(self) -> QueueState:
         """The position in the ring."""
         return {"filled": self.filled, "next": self._next}
 
-    def load(self, folder: Path, state: dict | None) -> None:
+    def load(self, folder: Path, state: QueueState | None) -> None:
         """Restores what `save` wrote. A token-wise queue of an earlier version, without `text_valid`, fills anew."""
         if state is None:
             return  # the run had no queue before: it fills anew

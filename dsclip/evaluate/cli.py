@@ -8,8 +8,10 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dsclip.checkpoint import read_checkpoint
 from dsclip.command_line import parser, report_error, say
@@ -19,11 +21,10 @@ from dsclip.data.sources.storage import Reader
 from dsclip.datasets.inspect_cli import add_remote, reader_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
-from dsclip.evaluate import hard_negatives, retrieval, zeroshot
+from dsclip.evaluate import TASKS, Embedder, run_task
 from dsclip.model import Clip, ClipConfig
 
 EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
-TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "hard_negatives": hard_negatives}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     p = parser("Evaluates a dsclip checkpoint, a run's newest checkpoint, or a converted HuggingFace folder.", EXAMPLE)
     p.add_argument("--model", required=True, type=Path, help="checkpoint folder, run folder or HuggingFace CLIP folder")
-    p.add_argument("--task", required=True, choices=list(TASKS))
+    p.add_argument("--task", required=True, choices=TASKS)
     p.add_argument("--data", required=True, help="shards: a folder, glob or brace expression, or demo:val")
     p.add_argument("--tokenizer", help="folder or hub name (default: the model's own)")
     p.add_argument("--classnames", help="file with one class name a line (default: those of the shards)")
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def evaluate(arguments: argparse.Namespace) -> dict:
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """{"task", "metrics", ...} of the model on the data; the same on every number of ranks."""
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
@@ -95,17 +96,18 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         reader=reader_of(arguments),
     )
 
-    def encode_image(images):
-        return model(images.to(device), None)[0]
+    def encode_image(images: Tensor) -> Tensor:
+        features: Tensor = model(images.to(device), None)[0]
+        return features
 
-    def encode_text(tokens):
-        return model(None, tokens.to(device))[1]
+    def encode_text(tokens: Tensor) -> Tensor:
+        features: Tensor = model(None, tokens.to(device))[1]
+        return features
 
-    shared = dict(context_length=config.context_length, batch_size=arguments.batch_size)
-    options = {}
-    if arguments.task == "zeroshot":
-        options = dict(classnames=arguments.classnames, templates=arguments.templates)
-    metrics = TASKS[arguments.task](encode_image, encode_text, dataset, tokenizer, group, **options, **shared)
+    embedder = Embedder(encode_image, encode_text, tokenizer, group, config.context_length, arguments.batch_size)
+    metrics = run_task(
+        arguments.task, embedder, dataset, classnames=arguments.classnames, templates=arguments.templates
+    )
     return {
         "task": arguments.task, "metrics": metrics, "model": str(arguments.model), "data": arguments.data,
         "training_pairs": _training_pairs(arguments.data, train_shards, reader_of(arguments)), "bad_samples": dict(dataset.bad),
@@ -124,7 +126,7 @@ def _join_ranks(arguments: argparse.Namespace) -> tuple[torch.device, Collective
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu"), Collectives(rank, world_size)
 
 
-def _training_pairs(shards: str, train_shards, reader: Reader) -> str | None:
+def _training_pairs(shards: str, train_shards: str | list[str] | None, reader: Reader) -> str | None:
     """`training pairs`, `partly training pairs` or None; also None where the training shards can't be found any more."""
     try:
         return training_pairs(shards, train_shards, reader) if train_shards else None
@@ -132,7 +134,7 @@ def _training_pairs(shards: str, train_shards, reader: Reader) -> str | None:
         return None
 
 
-def load_model(path: Path) -> tuple[ClipConfig, dict, Path, str | list[str] | None]:
+def load_model(path: Path) -> tuple[ClipConfig, dict[str, Tensor], Path, str | list[str] | None]:
     """(configuration, float32 weights, tokenizer folder, training shards) of a checkpoint, a run or a HuggingFace folder.
 
     Folders of others don't say what they were trained on: None.
@@ -147,7 +149,7 @@ def load_model(path: Path) -> tuple[ClipConfig, dict, Path, str | list[str] | No
     return checkpoint.config, checkpoint.state_dict, checkpoint.tokenizer_dir, train_shards
 
 
-def _report(result: dict, arguments: argparse.Namespace) -> None:
+def _report(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if arguments.json:

@@ -7,10 +7,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dsclip.data import EvalDataset
 from dsclip.data.decoding.sample import BadSample
 from dsclip.errors import UserError
 from dsclip.losses import Group
@@ -20,45 +23,69 @@ AHEAD = 2  # batches that are decoded while one is embedded
 THREADS = 8  # Pillow lets go of the interpreter while it decodes and resizes
 # What can be wrong with an image; travels between ranks as its place in this list.
 PROBLEMS = ("undecodable image", "too many pixels", "unreadable shard")
+Decoded = tuple[Tensor | None, int]  # an image [3, S, S], and 0 or 1 + the place in PROBLEMS
 
 
-def encode_texts(encode_text: Encoder, texts: list[str], tokenizer, context_length: int, batch_size: int, group: Group):
-    """Features [len(texts), d] of captions, on the CPU of every rank, in order. Collective."""
-    rows = (
-        encode_text(_padded(tokenizer(texts[start:stop], context_length), batch_size)).float()
-        for start, stop in own_batches(len(texts), batch_size, group)
-    )
-    return _gathered(rows, len(texts), group)
+class Tokenize(Protocol):
+    """Captions in, token ids out; `dsclip.data`'s Tokenizer is one."""
+
+    def __call__(self, captions: list[str], context_length: int, /) -> Tensor:
+        """int64 [n, context_length] of n captions."""
 
 
-def encode_images(
-    encode_image: Encoder, dataset, indices: list[int], batch_size: int, group: Group
-) -> tuple[Tensor, list[int]]:
-    """(features [k, d], the k of these indices whose images could be decoded), the same on every rank. Collective.
+@dataclass(frozen=True)
+class Embedder:
+    """The two towers of a model as the tasks use them: on all ranks of a group, in batches of one size.
 
-    An image that can't be decoded is embedded as a black one, so that no rank waits for another; then all leave it out and
-    write it down in `dataset.broken`. Raises UserError, on all ranks, when no image is left.
+    encode_image: images [batch_size, 3, S, S] uint8 to unit features [batch_size, d]; encode_text: tokens
+    [batch_size, context_length] to the same. Its methods are collective.
     """
 
-    def rows() -> Iterator[Tensor]:
-        for images, problems in _decoded(dataset, indices, own_batches(len(indices), batch_size, group)):
-            features = encode_image(_padded(images, batch_size)).float()
-            yield torch.cat([features, _padded(problems, batch_size).to(features)[:, None]], dim=1)
+    encode_image: Encoder
+    encode_text: Encoder
+    tokenize: Tokenize
+    group: Group
+    context_length: int
+    batch_size: int
 
-    found = _gathered(rows(), len(indices), group)
-    features, problems = found[:, :-1], found[:, -1].long().tolist()
-    if not any(problems):
-        return features.contiguous(), indices
-    for index, problem in zip(indices, problems, strict=True):
-        if problem:
-            dataset.broken[index] = PROBLEMS[problem - 1]
-    whole = [row for row, problem in enumerate(problems) if not problem]
-    if not whole:
-        raise UserError(f"none of the {len(indices)} images can be used ({PROBLEMS[problems[0] - 1]})")
-    return features[whole], [indices[row] for row in whole]
+    def texts(self, texts: list[str]) -> Tensor:
+        """Features [len(texts), d] of captions, on the CPU of every rank, in order."""
+        rows = (
+            self.encode_text(self._padded(self.tokenize(texts[start:stop], self.context_length))).float()
+            for start, stop in batches_of_rank(len(texts), self.batch_size, self.group)
+        )
+        return _gathered(rows, len(texts), self.group)
+
+    def images(self, dataset: EvalDataset, indices: list[int]) -> tuple[Tensor, list[int]]:
+        """(features [k, d], the k of these indices whose images could be decoded), the same on every rank.
+
+        An image that can't be decoded is embedded as a black one, so that no rank waits for another; then all leave it out
+        and write it down in `dataset.broken`. Raises UserError, on all ranks, when no image is left.
+        """
+        gathered = _gathered(self._image_rows(dataset, indices), len(indices), self.group)
+        features, problems = gathered[:, :-1], gathered[:, -1].long().tolist()
+        if not any(problems):
+            return features.contiguous(), indices
+        for index, problem in zip(indices, problems, strict=True):
+            if problem:
+                dataset.broken[index] = PROBLEMS[problem - 1]
+        whole = [row for row, problem in enumerate(problems) if not problem]
+        if not whole:
+            raise UserError(f"none of the {len(indices)} images can be used ({PROBLEMS[problems[0] - 1]})")
+        return features[whole], [indices[row] for row in whole]
+
+    def _image_rows(self, dataset: EvalDataset, indices: list[int]) -> Iterator[Tensor]:
+        """[batch_size, d + 1] of each of this rank's batches: the features, and what was wrong with the image."""
+        for images, problems in _decoded(dataset, indices, batches_of_rank(len(indices), self.batch_size, self.group)):
+            features = self.encode_image(self._padded(images)).float()
+            yield torch.cat([features, self._padded(problems).to(features)[:, None]], dim=1)
+
+    def _padded(self, batch: Tensor) -> Tensor:
+        missing = self.batch_size - len(batch)
+        return torch.cat([batch, batch[:1].expand(missing, *batch.shape[1:])]) if missing else batch
 
 
-def own_batches(total: int, batch_size: int, group: Group) -> list[tuple[int, int]]:
+def batches_of_rank(total: int, batch_size: int, group: Group) -> list[tuple[int, int]]:
     """(start, stop) of this rank's batches.
 
     Batch j belongs to rank j mod world size and is always full (the last one is padded), so every forward has the same
@@ -66,30 +93,27 @@ def own_batches(total: int, batch_size: int, group: Group) -> list[tuple[int, in
     one again: under ZeRO-3 each forward is collective.
     """
     batches = -(-total // batch_size)
-    own = (min(first + group.rank, batches - 1) for first in range(0, batches, group.world_size))
-    return [(j * batch_size, min(total, (j + 1) * batch_size)) for j in own]
+    numbers = (min(first + group.rank, batches - 1) for first in range(0, batches, group.world_size))
+    return [(j * batch_size, min(total, (j + 1) * batch_size)) for j in numbers]
 
 
 def _gathered(rows: Iterable[Tensor], total: int, group: Group) -> Tensor:
-    found = torch.cat([group.all_gather(part).cpu() for part in rows])[:total]
-    if not found.isfinite().all():  # comparisons with NaN would make every caption the right one
+    features = torch.cat([group.all_gather(part).cpu() for part in rows])[:total]
+    if not features.isfinite().all():  # comparisons with NaN would make every caption the right one
         raise UserError(
             "the model gives features that are not finite: its training diverged, and there is nothing to measure"
         )
-    return found
+    return features
 
 
-def _padded(batch: Tensor, batch_size: int) -> Tensor:
-    missing = batch_size - len(batch)
-    return torch.cat([batch, batch[:1].expand(missing, *batch.shape[1:])]) if missing else batch
-
-
-def _decoded(dataset, indices: list[int], batches: list[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _decoded(
+    dataset: EvalDataset, indices: list[int], batches: list[tuple[int, int]]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(images [b, 3, S, S], problems [b]: 0, or 1 + the place in PROBLEMS) of each batch, decoded ahead by threads."""
     threads = min(THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     # Decoding silences Pillow's warnings for a moment, which threads can't do one beside the other.
     with warnings.catch_warnings(), ThreadPoolExecutor(threads, thread_name_prefix="dsclip-eval") as pool:
-        waiting: deque[list[Future]] = deque()
+        waiting: deque[list[Future[Decoded]]] = deque()
         for start, stop in batches:
             waiting.append([pool.submit(_image, dataset, index) for index in indices[start:stop]])
             if len(waiting) > AHEAD:
@@ -98,14 +122,14 @@ def _decoded(dataset, indices: list[int], batches: list[tuple[int, int]]) -> Ite
             yield _stacked(dataset, waiting.popleft())
 
 
-def _image(dataset, index: int) -> tuple[Tensor | None, int]:
+def _image(dataset: EvalDataset, index: int) -> Decoded:
     try:
-        return dataset[index]["image"], 0
+        return dataset.image(index), 0
     except BadSample as reason:
         return None, 1 + (PROBLEMS.index(str(reason)) if str(reason) in PROBLEMS else 0)
 
 
-def _stacked(dataset, decoding: list[Future]) -> tuple[Tensor, Tensor]:
-    found = [future.result() for future in decoding]
-    images = [dataset.blank() if image is None else image for image, _ in found]
-    return torch.stack(images), torch.tensor([problem for _, problem in found])
+def _stacked(dataset: EvalDataset, decoding: list[Future[Decoded]]) -> tuple[Tensor, Tensor]:
+    decoded = [future.result() for future in decoding]
+    images = [dataset.blank() if image is None else image for image, _ in decoded]
+    return torch.stack(images), torch.tensor([problem for _, problem in decoded])

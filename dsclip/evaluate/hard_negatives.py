@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.features import Encoder, encode_images, encode_texts
-from dsclip.losses import Group
+from dsclip.evaluate.features import Embedder
 
 
-def hard_negatives(
-    encode_image: Encoder,
-    encode_text: Encoder,
-    dataset,
-    tokenizer,
-    group: Group,
-    *,
-    context_length: int,
-    batch_size: int,
-) -> dict[str, float]:
+def hard_negatives(embedder: Embedder, dataset: EvalDataset) -> dict[str, float]:
     """{"accuracy", "images", "pairs"}: the share of pairs (own caption, hard negative of the same image) in which the
     own caption is the more similar one; 0.5 by chance. Images without hard negatives don't count. Collective.
     """
-    images, indices = encode_images(encode_image, dataset, hard_negative_samples(dataset), batch_size, group)
+    images, indices = embedder.images(dataset, hard_negative_samples(dataset))
     texts = [t for i in indices for t in (*dataset.captions[i], *dataset.negatives[i])]
-    features = encode_texts(encode_text, texts, tokenizer, context_length, batch_size, group)
+    features = embedder.texts(texts)
     right = pairs = start = 0
     for row, i in enumerate(indices):
         middle = start + len(dataset.captions[i])
@@ -34,10 +25,12 @@ def hard_negatives(
     return {"accuracy": right / pairs, "images": len(indices), "pairs": pairs}
 
 
-def hard_negative_samples(dataset) -> list[int]:
+def hard_negative_samples(dataset: EvalDataset) -> list[int]:
     """The samples that have captions and hard negatives. Raises UserError when none has."""
     indices = [
-        i for i, (own, wrong) in enumerate(zip(dataset.captions, dataset.negatives, strict=True)) if own and wrong
+        i
+        for i, (captions, negatives) in enumerate(zip(dataset.captions, dataset.negatives, strict=True))
+        if captions and negatives
     ]
     if not indices:
         raise UserError(
@@ -46,6 +39,6 @@ def hard_negative_samples(dataset) -> list[int]:
     return indices
 
 
-def _wins(image: Tensor, own: Tensor, wrong: Tensor) -> Tensor:
-    """[captions, negatives] bool for an image [d]."""
-    return (own @ image)[:, None] > (wrong @ image)[None, :]
+def _wins(image: Tensor, captions: Tensor, negatives: Tensor) -> Tensor:
+    """bool [captions, negatives] for an image [d], features of captions [captions, d] and of negatives [negatives, d]."""
+    return (captions @ image)[:, None] > (negatives @ image)[None, :]

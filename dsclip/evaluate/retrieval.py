@@ -5,38 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.features import Encoder, encode_images, encode_texts
-from dsclip.losses import Group
+from dsclip.evaluate.features import Embedder
 
 RECALL_AT = (1, 5, 10)
-CHUNK = 1024  # rows of the similarity matrix held at a time
+ROWS_AT_ONCE = 1024  # of the similarity matrix
 
 
-def retrieval(
-    encode_image: Encoder,
-    encode_text: Encoder,
-    dataset,
-    tokenizer,
-    group: Group,
-    *,
-    context_length: int,
-    batch_size: int,
-) -> dict[str, float]:
+def retrieval(embedder: Embedder, dataset: EvalDataset) -> dict[str, float]:
     """{"image_to_text_recall@k", "text_to_image_recall@k" for k = 1, 5, 10, "images", "captions"}; recalls in 0..1.
 
     Image to text: one of the image's own captions is among the k best of all captions, averaged over images. Text to
     image: the caption's image is among the k best, averaged over captions (as in CLIP_benchmark). Images without captions don't take part, also
     not as candidates. Collective.
     """
-    image, indices = encode_images(encode_image, dataset, retrieval_samples(dataset), batch_size, group)
+    image, indices = embedder.images(dataset, retrieval_samples(dataset))
     texts = [caption for i in indices for caption in dataset.captions[i]]
     owner = torch.tensor([row for row, i in enumerate(indices) for _ in dataset.captions[i]])
-    text = encode_texts(encode_text, texts, tokenizer, context_length, batch_size, group)
+    text = embedder.texts(texts)
     return retrieval_metrics(image, text, owner)
 
 
-def retrieval_samples(dataset) -> list[int]:
+def retrieval_samples(dataset: EvalDataset) -> list[int]:
     """The samples that have captions; the others don't take part. Raises UserError when none has."""
     indices = [i for i, captions in enumerate(dataset.captions) if captions]
     if not indices:
@@ -46,8 +37,8 @@ def retrieval_samples(dataset) -> list[int]:
 
 def retrieval_metrics(image: Tensor, text: Tensor, owner: Tensor) -> dict[str, float]:
     """The metrics from features: image [n, d], text [m, d], owner [m]: the image each caption belongs to."""
-    text_ranks = _rank_of_owner(text, image, owner)
-    image_ranks = _best_rank_of_own(image, text, owner)
+    text_ranks = _rank_of_positive(text, image, owner)
+    image_ranks = _best_rank_of_positives(image, text, owner)
     recalls = {f"image_to_text_recall@{k}": _share(image_ranks < k) for k in RECALL_AT}
     recalls |= {f"text_to_image_recall@{k}": _share(text_ranks < k) for k in RECALL_AT}
     return recalls | {"images": len(image), "captions": len(text)}
@@ -57,28 +48,28 @@ def _share(hits: Tensor) -> float:
     return hits.double().mean().item()
 
 
-def _rank_of_owner(queries: Tensor, candidates: Tensor, owner: Tensor) -> Tensor:
-    """Rank from 0 of each query's own candidate; among equal scores the one with the lower index comes first."""
+def _rank_of_positive(queries: Tensor, candidates: Tensor, owner: Tensor) -> Tensor:
+    """Rank from 0 of each query's positive, the candidate `owner` says; among equal scores the one with the lower index comes first."""
     ranks = []
-    for start in range(0, len(queries), CHUNK):
-        scores = queries[start : start + CHUNK] @ candidates.T
-        own = owner[start : start + CHUNK, None]
-        ranks.append(_ranks(scores, own).squeeze(1))
+    for start in range(0, len(queries), ROWS_AT_ONCE):
+        scores = queries[start : start + ROWS_AT_ONCE] @ candidates.T
+        positive = owner[start : start + ROWS_AT_ONCE, None]
+        ranks.append(_ranks(scores, positive).squeeze(1))
     return torch.cat(ranks)
 
 
-def _best_rank_of_own(image: Tensor, text: Tensor, owner: Tensor) -> Tensor:
+def _best_rank_of_positives(image: Tensor, text: Tensor, owner: Tensor) -> Tensor:
     """Rank from 0 of the best placed of each image's captions."""
     best = torch.full((len(image),), len(text))
-    for start in range(0, len(image), CHUNK):
-        scores = image[start : start + CHUNK] @ text.T
-        captions = ((owner >= start) & (owner < start + CHUNK)).nonzero().squeeze(1)
+    for start in range(0, len(image), ROWS_AT_ONCE):
+        scores = image[start : start + ROWS_AT_ONCE] @ text.T
+        captions = ((owner >= start) & (owner < start + ROWS_AT_ONCE)).nonzero().squeeze(1)
         rows = owner[captions] - start
-        # Only an image's best own caption matters, and it is the one with the highest score, first among equals.
-        own = torch.full_like(scores, -torch.inf)
-        own[rows, captions] = scores[rows, captions]
-        column = own.argmax(dim=1, keepdim=True)
-        best[start : start + CHUNK] = _ranks(scores, column).squeeze(1)
+        # Only an image's best positive matters, and it is the one with the highest score, first among equals.
+        positives = torch.full_like(scores, -torch.inf)
+        positives[rows, captions] = scores[rows, captions]
+        column = positives.argmax(dim=1, keepdim=True)
+        best[start : start + ROWS_AT_ONCE] = _ranks(scores, column).squeeze(1)
     return best
 
 

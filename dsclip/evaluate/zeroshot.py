@@ -6,23 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.features import Encoder, encode_images, encode_texts
-from dsclip.evaluate.templates import load_classnames, load_templates
-from dsclip.losses import Group
+from dsclip.evaluate.features import Embedder
+from dsclip.evaluate.templates import SIMPLE, load_classnames, load_templates
 
 
 def zeroshot(
-    encode_image: Encoder,
-    encode_text: Encoder,
-    dataset,
-    tokenizer,
-    group: Group,
+    embedder: Embedder,
+    dataset: EvalDataset,
     *,
     classnames: str | list[str] | None = None,
     templates: str | list[str] | None = None,
-    context_length: int,
-    batch_size: int,
 ) -> dict[str, float]:
     """{"top1", "top5" (with five classes or more), "mean_per_class_recall", "samples", "classes"}; shares in 0..1.
 
@@ -30,12 +25,14 @@ def zeroshot(
     Source: Radford et al. 2021, section 3.1.4: unit embeddings averaged over templates, made unit again. Collective.
     """
     names, sentences = zeroshot_prompts(dataset, classnames, templates)
-    classifier = build_classifier(encode_text, names, sentences, tokenizer, group, context_length, batch_size)
-    image, indices = encode_images(encode_image, dataset, zeroshot_samples(dataset, len(names)), batch_size, group)
+    classifier = build_classifier(embedder, names, sentences)
+    image, indices = embedder.images(dataset, zeroshot_samples(dataset, len(names)))
     return classification_metrics(image @ classifier.T, torch.tensor([dataset.labels[i] for i in indices]))
 
 
-def zeroshot_prompts(dataset, classnames, templates) -> tuple[list[str], list[str]]:
+def zeroshot_prompts(
+    dataset: EvalDataset, classnames: str | list[str] | None, templates: str | list[str] | None
+) -> tuple[list[str], list[str]]:
     """(class names, sentences with {}), given or of the shards' manifest. Raises UserError when there are none."""
     names = load_classnames(classnames) or dataset.classes
     if not names:
@@ -43,25 +40,25 @@ def zeroshot_prompts(dataset, classnames, templates) -> tuple[list[str], list[st
             "zero-shot classification needs class names, and these shards' manifest has none: give eval.classnames "
             "(--classnames), one name a line"
         )
-    return names, load_templates(templates) or dataset.templates or load_templates("simple")
+    return names, load_templates(templates) or dataset.templates or SIMPLE
 
 
-def zeroshot_samples(dataset, classes: int) -> list[int]:
+def zeroshot_samples(dataset: EvalDataset, classes: int) -> list[int]:
     """The samples that have a label. Raises UserError when none has, or one is of a class without a name."""
     indices = [i for i, label in enumerate(dataset.labels) if label is not None]
     if not indices:
         raise UserError("zero-shot classification needs labels: none of these samples has a .cls member")
-    largest = max(dataset.labels[i] for i in indices)
+    largest = max(label for label in dataset.labels if label is not None)
     if largest >= classes:
         raise UserError(f"a sample has class {largest}, but there are {classes} class names")
     return indices
 
 
-def build_classifier(encode_text, names, templates, tokenizer, group, context_length, batch_size) -> Tensor:
+def build_classifier(embedder: Embedder, names: list[str], templates: list[str]) -> Tensor:
     """Unit class embeddings [classes, d]: the mean over templates."""
     # Not str.format: a class name or template is data, and braces in it are text.
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    text = encode_texts(encode_text, prompts, tokenizer, context_length, batch_size, group)
+    text = embedder.texts(prompts)
     return F.normalize(text.view(len(names), len(templates), -1).mean(dim=1), dim=-1)
 
 

@@ -8,10 +8,15 @@ from torch import Tensor
 
 
 class Group(Protocol):
-    """The ranks of one global batch; `dsclip.engine.Collectives` is the distributed one."""
+    """The ranks of one global batch; `dsclip.distributed.Collectives` is the distributed one."""
 
-    rank: int
-    world_size: int
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [n, ...] of all ranks in rank order, [world_size·n, ...]."""

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from dsclip.config import Recipe
 from dsclip.data import EvalDataset, build_eval_dataset
+from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.shards.overlap import data_name, training_pairs
 from dsclip.data.sources.storage import Reader
 from dsclip.errors import UserError
-from dsclip.evaluate import hard_negatives, retrieval, zeroshot
-from dsclip.evaluate.features import encode_images, encode_texts
-from dsclip.evaluate.hard_negatives import hard_negative_samples
+from dsclip.evaluate import TASKS, Embedder, check_task, run_task
 from dsclip.evaluate.retrieval import retrieval_samples
-from dsclip.evaluate.zeroshot import zeroshot_prompts, zeroshot_samples
+from dsclip.evaluate.tasks import Task
 from dsclip.model import ClipConfig
 from dsclip.train.pictures import retrieval_grid, similarity_matrix
+from dsclip.train.watch import Watch
+
+if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
+    from dsclip.engine.contrastive import ContrastiveEngine
 
 PICTURE_SAMPLES = 64
-TASKS = ("zeroshot", "retrieval", "hard_negatives")
 
 
 class Evaluation:
@@ -28,10 +32,10 @@ class Evaluation:
     step: raises UserError, which names the key. names: {task: its data, and whether they are training pairs}.
     """
 
-    def __init__(self, recipe: Recipe, model: ClipConfig, tokenizer):
+    def __init__(self, recipe: Recipe, model: ClipConfig, tokenizer: Tokenizer):
         self._settings, self._data, self._model, self._tokenizer = recipe.eval, recipe.data, model, tokenizer
         self._reader = Reader(tuple(recipe.data.trusted_hosts), recipe.data.retries)
-        self.sets: dict[str, EvalDataset] = {}
+        self.sets: dict[Task, EvalDataset] = {}
         self.names: dict[str, str] = {}
         for task in TASKS:
             shards = getattr(recipe.eval, f"{task}_shards")
@@ -39,7 +43,7 @@ class Evaluation:
                 continue
             try:
                 self.sets[task] = self._open(shards)
-                self._check(task)
+                check_task(task, self.sets[task], classnames=recipe.eval.classnames, templates=recipe.eval.templates)
             except UserError as error:
                 raise UserError(f"eval.{task}_shards={data_name(shards, None)}: {error}") from error
             self.names[task] = data_name(shards, training_pairs(shards, recipe.data.train_shards, self._reader))
@@ -55,39 +59,29 @@ class Evaluation:
             reader=self._reader,
         )
 
-    def _check(self, task: str) -> None:
-        dataset = self.sets[task]
-        if task == "zeroshot":
-            names, _ = zeroshot_prompts(dataset, self._settings.classnames, self._settings.templates)
-            zeroshot_samples(dataset, len(names))
-        elif task == "retrieval":
-            retrieval_samples(dataset)
-        else:
-            hard_negative_samples(dataset)
-
     def due(self, step: int, last: bool) -> bool:
         """Whether this step is followed by an evaluation."""
         every = self._settings.every_steps
         return last or (every is not None and step % every == 0)
 
-    def run(self, engine, watch) -> dict[str, dict[str, float]]:
+    def run(self, engine: ContrastiveEngine, watch: Watch) -> dict[str, dict[str, float]]:
         """{task: {metric: value}}, also written to TensorBoard with pictures of what the model retrieves.
 
         Collective: ZeRO-3 gathers weights in each forward.
         """
-        shared = dict(context_length=self._model.context_length, batch_size=self._settings.batch_size)
-        results = {}
+        settings = self._settings
+        embedder = Embedder(
+            engine.encode_image, engine.encode_text, self._tokenizer, engine.group, self._model.context_length,
+            settings.batch_size,
+        )  # fmt: skip
+        results: dict[str, dict[str, float]] = {}
         for task, dataset in self.sets.items():
             watch.message(f"evaluating {task.replace('_', ' ')} on {self.names[task]}")
-            inputs = (engine.encode_image, engine.encode_text, dataset, self._tokenizer, engine.group)
-            if task == "zeroshot":
-                prompts = dict(classnames=self._settings.classnames, templates=self._settings.templates)
-                results[task] = zeroshot(*inputs, **prompts, **shared)
-            elif task == "retrieval":
-                results[task] = retrieval(*inputs, **shared)
-                self._show_pictures(engine, watch)
-            else:
-                results[task] = hard_negatives(*inputs, **shared)
+            results[task] = run_task(
+                task, embedder, dataset, classnames=settings.classnames, templates=settings.templates
+            )
+            if task == "retrieval":
+                self._show_pictures(embedder, engine.step, watch)
             if dataset.bad:
                 results[task]["left_out"] = dataset.bad.total()
                 reasons = ", ".join(f"{count} {reason}" for reason, count in dataset.bad.items())
@@ -95,18 +89,17 @@ class Evaluation:
         watch.evaluated(engine.step, results, self.names)
         return results
 
-    def _show_pictures(self, engine, watch) -> None:
+    def _show_pictures(self, embedder: Embedder, step: int, watch: Watch) -> None:
         """The first pairs of the retrieval set: what each caption finds, and all similarities as a heat map."""
-        data, batch_size, group = self.sets["retrieval"], self._settings.batch_size, engine.group
+        data = self.sets["retrieval"]
         # Some labelled images have no caption, and some images can't be decoded: the evaluation has found those by now.
         indices = [i for i in retrieval_samples(data) if i not in data.broken][:PICTURE_SAMPLES]
-        image, indices = encode_images(engine.encode_image, data, indices, batch_size, group)
+        image, indices = embedder.images(data, indices)
         captions = [data.captions[i][0] for i in indices]
-        context_length = self._model.context_length
-        text = encode_texts(engine.encode_text, captions, self._tokenizer, context_length, batch_size, group)
-        if group.rank == 0:
+        text = embedder.texts(captions)
+        if embedder.group.rank == 0:
             similarity = (text @ image.T).numpy()
             images = torch.stack([data.image(i) for i in indices]).numpy()
             name = self.names["retrieval"]
-            watch.picture("eval/retrieval", retrieval_grid(images, captions, similarity, name), engine.step)
-            watch.picture("eval/similarity", similarity_matrix(similarity, name), engine.step)
+            watch.picture("eval/retrieval", retrieval_grid(images, captions, similarity, name), step)
+            watch.picture("eval/similarity", similarity_matrix(similarity, name), step)

@@ -112,7 +112,7 @@ class RunFolder:
             step = manifest["step"] if manifest else 0
             later = [c for c in complete_checkpoints(self._run_dir / "checkpoints") if step_of(c) > step]
             steps = [step_of(c) for c in later]
-            lineage = continued(self._run_dir, self.resume, manifest, own=own, later=steps)
+            lineage = continued(self._run_dir, self.resume, manifest, same_run=own, later=steps)
             write_lineage(self._run_dir, lineage)  # first: from here on the later ones are none of this run's
             if later:
                 self.messages.append(_archive(self._run_dir, later, step))
