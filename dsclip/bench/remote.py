@@ -132,10 +132,15 @@ def late_server(folder: Path, latency_ms: float) -> Iterator[str]:
 
 def serve(folder: str, latency_ms: float) -> None:
     """Prints its port and answers range requests until it is ended."""
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Late)
+    server = _Server(("127.0.0.1", 0), _Late)
     server.daemon_threads, server.folder, server.latency_s = True, Path(folder), latency_ms / 1000
     print(server.server_address[1], flush=True)
     server.serve_forever()
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    def handle_error(self, request, client_address):
+        """Nothing: workers that end break their connections off."""
 
 
 class _Late(socketserver.BaseRequestHandler):

@@ -76,7 +76,9 @@ def image_slots(settings: Settings) -> torch.Tensor | None:
             f"rank {settings.rank}: the loader's workers need {math.prod(shape) / 1e9:.1f} GB of shared memory for images, and "
             f"/dev/shm has {free / 1e9:.1f} GB free. Start the container with a larger --shm-size, or set data.workers=0."
         )
-    return torch.empty(shape, dtype=torch.uint8).share_memory_()
+    # Shared from the beginning: `share_memory_` would copy what nobody has written, page by page.
+    shared = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)
 
 
 def _shared_memory_bytes() -> int | None:
