@@ -42,11 +42,11 @@ def test_a_peer_takes_steps_of_the_same_model(micro_batch):
 
 def test_batches_have_captions_of_real_length():
     config = resolve_preset("ViT-B-32")
-    tokens = step.make_batch(config, 50, 0)["tokens"]
+    tokens = step.make_batch(config, 50, 0).tokens
     ends = (tokens == config.eot_token_id).int().argmax(1)
     assert (tokens == config.eot_token_id).sum(1).tolist() == [1] * 50
     assert 8 <= ends.min() and ends.max() < 22
-    create_model("demo")(step.make_batch(resolve_preset("demo"), 2, 0)["images"], None)
+    create_model("demo")(step.make_batch(resolve_preset("demo"), 2, 0).images, None)
 
 
 def test_bench_loss_prints_one_json_object():

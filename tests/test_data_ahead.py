@@ -44,7 +44,7 @@ def batches(tokenizer, shards, batch=64, **options):
 
 
 def captions(found, count):
-    return [b["captions"] for b in itertools.islice(found, count)]
+    return [b.report.captions for b in itertools.islice(found, count)]
 
 
 @pytest.mark.parametrize("options", [{}, {"shuffle_unit": 400}, {"resampled": True, "shuffle_window": 9}])
@@ -64,8 +64,8 @@ def test_the_first_batch_does_not_wait_for_whole_windows(written, tokenizer):
         server.latency_s = 0.02
         started = time.monotonic()
         found = next(batches(tokenizer, url, batch=256, trusted_hosts=[host]))
-        assert time.monotonic() - started < 5 and len(found["captions"]) == 256
-        assert 0 < found["waited"] < found["seconds"]
+        assert time.monotonic() - started < 5 and len(found.report.captions) == 256
+        assert 0 < found.report.waited < found.report.seconds
         # One request a connection at most THREADS at a time, all of them kept, and one for the manifest.
         assert server.connections <= THREADS + 1 < len(server.requests)
 

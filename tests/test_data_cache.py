@@ -51,7 +51,7 @@ def test_workers_of_a_machine_copy_a_shard_once(written, tokenizer):
     with serve(written) as (server, url, host):
         server.latency_s = 0.1
         batches = list(itertools.islice(loader(tokenizer, url, host, workers=4), 4))
-        numbers = [int(c.rpartition(" ")[2]) for b in batches for c in b["captions"]]
+        numbers = [int(c.rpartition(" ")[2]) for b in batches for c in b.report.captions]
         assert len(set(numbers[:24])) == 24
         fetched = [p for method, p, _ in server.requests if method == "GET" and p.endswith(".tar")]
         assert sorted(fetched) == ["/00000.tar", "/00001.tar", "/00002.tar"]

@@ -57,9 +57,9 @@ def run(shards, tokenizer, split, count, state=None, **options):
         digest = hashlib.sha256()
         for name in ("sample_ids", "images", "tokens", "keys", "augmentation"):
             for part in parts:
-                digest.update(part[name].numpy().tobytes())
+                digest.update(getattr(part, name).numpy().tobytes())
         hashes.append(digest.hexdigest())
-    return hashes, [[part["state"] for part in parts] for parts in zip(*ranks, strict=True)]
+    return hashes, [[part.state for part in parts] for parts in zip(*ranks, strict=True)]
 
 
 @pytest.mark.parametrize("options", [{}, {"decoder": "exact"}, {"resampled": True}, {"shuffle_unit": 4}])
@@ -112,8 +112,8 @@ def test_data_sets_mixed_by_weight_are_the_same_on_every_split(tmp_path, tokeniz
                 world_size=split[0], state=state,
             )  # fmt: skip
             ranks.append(list(itertools.islice(loader, count)))
-        captions = [[c for part in parts for c in part["captions"]] for parts in zip(*ranks, strict=True)]
-        return captions, merge_states([part[-1]["state"] for part in ranks])
+        captions = [[c for part in parts for c in part.report.captions] for parts in zip(*ranks, strict=True)]
+        return captions, merge_states([part[-1].state for part in ranks])
 
     expected, _ = mixed((1, 0), 20)
     numbers = [int(c.rpartition(" ")[2]) for batch in expected for c in batch]

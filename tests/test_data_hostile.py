@@ -40,8 +40,8 @@ def epoch(folder, tokenizer, good=GOOD, **options):
     batches = list(itertools.islice(loader, good))
     bad = Counter()
     for batch in batches:
-        bad.update(batch["bad"])
-    return sorted(int(b["captions"][0].rpartition(" ")[2]) for b in batches), bad, batches
+        bad.update(batch.report.bad)
+    return sorted(int(b.report.captions[0].rpartition(" ")[2]) for b in batches), bad, batches
 
 
 def good_samples(first=0):
@@ -198,11 +198,11 @@ def test_a_cut_shard_never_pairs_a_picture_with_another_caption(tmp_path, tokeni
     pictures = {i: numbers_of_picture(tmp_path / "one", i, tokenizer) for i in set(numbers)}
     assert set(range(GOOD, 2 * GOOD)) <= set(numbers) and len(set(numbers)) < 2 * GOOD
     for batch in batches:
-        number = int(batch["captions"][0].rpartition(" ")[2])
-        assert (batch["images"][0].float() - pictures[number].float()).abs().mean() < 30
+        number = int(batch.report.captions[0].rpartition(" ")[2])
+        assert (batch.images[0].float() - pictures[number].float()).abs().mean() < 30
     if manifest:
         assert bad["missing sample"] >= 1
-        assert {e["what"] for b in batches for e in b["journal"]} == {"fewer samples than its manifest says"}
+        assert {e["what"] for b in batches for e in b.report.journal} == {"fewer samples than its manifest says"}
     else:
         assert bad["damaged shard"] == 1
 
@@ -212,7 +212,7 @@ def numbers_of_picture(folder, number, tokenizer):
     path = folder / f"{number}.tar"
     if not path.exists():
         write_tar(path, {"0": sample(number)})
-    return epoch(path, tokenizer, good=1)[2][0]["images"][0]
+    return epoch(path, tokenizer, good=1)[2][0].images[0]
 
 
 def test_garbage_between_members_loses_what_follows_and_says_so(tmp_path, tokenizer):
@@ -297,6 +297,6 @@ def test_an_image_is_what_pillow_says_it_is(tmp_path, tokenizer):
     for decoder in ("fast", "exact"):
         numbers, bad, batches = epoch(tmp_path / "a.tar", tokenizer, good=5, decoder=decoder)
         assert numbers == list(range(5)) and not bad
-        shown[decoder] = {b["captions"][0]: b["images"][0].float() for b in batches}
+        shown[decoder] = {b.report.captions[0]: b.images[0].float() for b in batches}
     for caption, image in shown["exact"].items():
         assert (image - shown["fast"][caption]).abs().mean() < 4, caption

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from dsclip.config.schema import DataSection
+from dsclip.data.batch import Batch
 from dsclip.data.decoding.augment import IDENTITY, augment, draw_augmentation
 from dsclip.data.decoding.fast_image import FastImages
 from dsclip.data.decoding.sample import BadSample, RawSample, decode_image
@@ -140,13 +141,13 @@ DEVICES = [
 def test_batches_arrive_on_the_device_in_order_and_augmented(device):
     images = pictures(4)
     given = [
-        {"images": images + i, "tokens": torch.tensor([i]), "state": i, "augmentation": numbers(flip=1.0)}
+        Batch(images + i, torch.tensor([i]), torch.arange(4), augmentation=numbers(flip=1.0), state={"batches": i})
         for i in range(5)
     ]
     taken = list(zip(range(4), on_device(iter(given), torch.device(device)), strict=False))
     for i, batch in taken:
-        assert batch["state"] == i and batch["tokens"].tolist() == [i] and batch["images"].device.type == device
-        assert torch.equal(batch["images"].cpu(), (images + i).flip(3)) and "augmentation" not in batch
+        assert batch.state == {"batches": i} and batch.tokens.tolist() == [i] and batch.images.device.type == device
+        assert torch.equal(batch.images.cpu(), (images + i).flip(3)) and batch.augmentation is None
 
 
 def test_jpegs_that_only_pillow_reads_are_used_and_counted():

@@ -35,22 +35,22 @@ def take(batches, count):
 
 def fingerprint(batch) -> str:
     parts = (
-        batch["images"].numpy().tobytes(),
-        batch["tokens"].numpy().tobytes(),
-        batch["sample_ids"].numpy().tobytes(),
+        batch.images.numpy().tobytes(),
+        batch.tokens.numpy().tobytes(),
+        batch.sample_ids.numpy().tobytes(),
     )
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def numbers(batches) -> list[int]:
-    return [int(caption.rpartition(" ")[2]) for batch in batches for caption in batch["captions"]]
+    return [int(caption.rpartition(" ")[2]) for batch in batches for caption in batch.report.captions]
 
 
 def test_batches_have_the_promised_shapes(tmp_path, tokenizer):
     (batch,) = take(loader(write_set(tmp_path, 2, 20), tokenizer), 1)
-    assert batch["images"].shape == (8, 3, 16, 16) and str(batch["images"].dtype) == "torch.uint8"
-    assert batch["tokens"].shape == (8, 16) and str(batch["tokens"].dtype) == "torch.int64"
-    assert len(set(batch["sample_ids"].tolist())) == 8 and len(batch["captions"]) == 8
+    assert batch.images.shape == (8, 3, 16, 16) and str(batch.images.dtype) == "torch.uint8"
+    assert batch.tokens.shape == (8, 16) and str(batch.tokens.dtype) == "torch.int64"
+    assert len(set(batch.sample_ids.tolist())) == 8 and len(batch.report.captions) == 8
 
 
 @pytest.mark.parametrize("shards, world_size", [(8, 4), (2, 4)])
@@ -84,24 +84,24 @@ def test_a_resumed_loader_gives_exactly_the_next_batches(tmp_path, tokenizer, wo
         write_tar(tmp_path / f"{s}.tar", broken)
     options = dict(workers=workers, max_bad_fraction=0.5)
     whole = take(loader(tmp_path, tokenizer, **options), stop + 8)
-    resumed = take(loader(tmp_path, tokenizer, state=whole[stop - 1]["state"], **options), 8)
+    resumed = take(loader(tmp_path, tokenizer, state=whole[stop - 1].state, **options), 8)
     assert [fingerprint(b) for b in resumed] == [fingerprint(b) for b in whole[stop:]]
-    assert [b["state"] for b in resumed] == [b["state"] for b in whole[stop:]]
+    assert [b.state for b in resumed] == [b.state for b in whole[stop:]]
 
 
 def test_captions_and_crops_vary_between_epochs(tmp_path, tokenizer):
     write_set(tmp_path, 1, 8, captions=3)
     first, second = take(loader(tmp_path, tokenizer, crop_scale=[0.3, 1.0]), 2)
-    captions = [dict(zip(b["sample_ids"].tolist(), b["captions"], strict=True)) for b in (first, second)]
+    captions = [dict(zip(b.sample_ids.tolist(), b.report.captions, strict=True)) for b in (first, second)]
     assert captions[0].keys() == captions[1].keys() and captions[0] != captions[1]
-    assert {hashlib.sha256(i.numpy().tobytes()).digest() for i in first["images"]}.isdisjoint(
-        {hashlib.sha256(i.numpy().tobytes()).digest() for i in second["images"]}
+    assert {hashlib.sha256(i.numpy().tobytes()).digest() for i in first.images}.isdisjoint(
+        {hashlib.sha256(i.numpy().tobytes()).digest() for i in second.images}
     )
 
 
 @pytest.mark.parametrize("change", [{"batch": 4}, {"seed": 3}, {"shuffle_window": 7}, {"resampled": True}])
 def test_another_order_is_refused_on_resume(tmp_path, tokenizer, change):
-    state = take(loader(write_set(tmp_path, 2, 16), tokenizer), 1)[0]["state"]
+    state = take(loader(write_set(tmp_path, 2, 16), tokenizer), 1)[0].state
     with pytest.raises(UserError, match="not that of the checkpoint"):
         loader(tmp_path, tokenizer, state=state, **change)
 
@@ -112,7 +112,7 @@ def test_a_state_of_an_earlier_version_is_refused():
 
 
 def test_other_shards_are_refused_on_resume(tmp_path, tokenizer):
-    state = take(loader(write_set(tmp_path, 2, 16), tokenizer), 1)[0]["state"]
+    state = take(loader(write_set(tmp_path, 2, 16), tokenizer), 1)[0].state
     write_set(tmp_path, 3, 16)
     with pytest.raises(UserError, match="the shards changed"):
         loader(tmp_path, tokenizer, state=state)
@@ -132,8 +132,8 @@ def test_bad_samples_are_skipped_and_counted_by_reason(tmp_path, tokenizer):
         assert all(sorted(numbers(found[i : i + 30])) == list(range(30)) for i in (0, 30, 60))
         counts, read = Counter(), 0
         for batch in found:
-            counts.update(batch["bad"])
-            read += batch["read"]
+            counts.update(batch.report.bad)
+            read += batch.report.read
         assert read == 90 + counts.total() and 2 * 8 <= counts.total() <= 3 * 8
         assert counts.keys() == {
             "undecodable image", "no caption", "no image", "empty caption", "unreadable caption", "too many pixels"
@@ -159,7 +159,7 @@ def test_an_empty_shard_is_counted_and_the_others_are_read(tmp_path, tokenizer):
     (tmp_path / "999.tar").write_bytes(b"")
     batches = take(loader(tmp_path, tokenizer), 8)
     assert sorted(numbers(batches[:4])) == list(range(32))
-    assert sum(b["bad"].get("damaged shard", 0) for b in batches) == 1
+    assert sum(b.report.bad.get("damaged shard", 0) for b in batches) == 1
 
 
 @pytest.mark.parametrize("cut", range(0, 9))
@@ -252,17 +252,17 @@ def test_hard_negatives_come_from_text_members_and_json_with_their_owner(tmp_pat
     (batch,) = take(batches, 1)
     expected = {0: 2, 1: 1, 2: 0}
     counts = [expected[number % 3] for number in numbers([batch])]
-    assert batch["hard_owner"].tolist() == [row for row, count in enumerate(counts) for _ in range(count)]
+    assert batch.hard_owner.tolist() == [row for row, count in enumerate(counts) for _ in range(count)]
     first = next(row for row, number in enumerate(numbers([batch])) if number % 3 == 0)
     sentence = f"a blue circle number {numbers([batch])[first]}"
-    own = batch["hard_tokens"][batch["hard_owner"] == first]
+    own = batch.hard_tokens[batch.hard_owner == first]
     assert own[0].tolist() == tokenizer([sentence], 16)[0].tolist() and len(own) == 2
 
 
 def test_at_most_max_negatives_of_a_sample_are_used(tmp_path, tokenizer):
     folder = with_negatives(tmp_path, lambda i: {"neg.txt": b"one\ntwo\nthree\nfour"})
     (batch,) = take(loader(folder, tokenizer, hard_negatives=True, max_negatives=3), 1)
-    assert len(batch["hard_owner"]) == 3 * 8
+    assert len(batch.hard_owner) == 3 * 8
 
 
 def test_hard_negatives_that_no_sample_has_are_refused(tmp_path, tokenizer):
@@ -277,7 +277,7 @@ def test_keys_are_equal_for_equal_captions_or_equal_groups(tmp_path, tokenizer):
 
     folder = with_negatives(tmp_path, members)
     (batch,) = take(loader(folder, tokenizer, batch=20), 1)
-    by_caption = {(caption, key) for caption, key in zip(batch["captions"], batch["keys"].tolist(), strict=True)}
+    by_caption = {(caption, key) for caption, key in zip(batch.report.captions, batch.keys.tolist(), strict=True)}
     assert len(by_caption) == len({key for _, key in by_caption}) == 4
     (batch,) = take(loader(folder, tokenizer, batch=20, group_key="place"), 1)
-    assert len(set(batch["keys"].tolist())) == 4
+    assert len(set(batch.keys.tolist())) == 4

@@ -119,7 +119,7 @@ def test_pairs_come_with_a_recipe_that_fits_them(tmp_path, capsys):
         image_size=32, context_length=recipe.model.context_length, global_batch_size=recipe.batch.global_batch_size
     )
     batch = next(iter(build_loader(recipe.data, tokenizer=tokenizer, seed=0, **sizes)))
-    assert not batch["bad"] and len(set(batch["keys"].tolist())) == recipe.batch.global_batch_size
+    assert not batch.report.bad and len(set(batch.keys.tolist())) == recipe.batch.global_batch_size
 
 
 def test_labelled_images_come_with_a_recipe_that_never_trains_on_the_test_split(tmp_path, capsys):

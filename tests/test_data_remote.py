@@ -35,7 +35,7 @@ def captions(tokenizer, shards, count=8, workers=0, **options):
     data = DataSection(train_shards=str(shards), workers=workers, shuffle_window=8, **options)
     loader = build_loader(data, tokenizer=tokenizer, image_size=16, context_length=16, global_batch_size=8, seed=0)
     batches = list(itertools.islice(loader, count))
-    return [b["captions"] for b in batches], batches
+    return [b.report.captions for b in batches], batches
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_shards_without_a_manifest_are_indexed_from_afar(tmp_path, tokenizer):
         assert [e["samples"] for e in found.entries] == [10, 10, 10] and not found.problems
         remote, batches = captions(tokenizer, tmp_path / "near", trusted_hosts=[host])
     # The names of folder and server differ, and with them the sample ids, but not the order.
-    assert remote == expected and sum(b["read"] for b in batches) == 64
+    assert remote == expected and sum(b.report.read for b in batches) == 64
 
 
 def test_remote_evaluation_shards_are_read_with_trusted_hosts_and_retries(tmp_path, monkeypatch):
@@ -145,9 +145,9 @@ def test_a_shard_that_stays_unreadable_stops_the_run_or_is_left_out(written, tok
         found, batches = captions(tokenizer, url, on_unreadable="skip", max_bad_fraction=1.0, **options)
     numbers = {int(c.rpartition(" ")[2]) for batch in found for c in batch}
     assert numbers == set(range(10)) | set(range(20, 30))
-    journal = [entry for b in batches for entry in b["journal"]]
+    journal = [entry for b in batches for entry in b.report.journal]
     assert {e["what"] for e in journal} == {"unreadable, left out"} and len(journal) <= max(1, workers)
-    assert sum(b["bad"].get("unreadable shard", 0) for b in batches) >= 20
+    assert sum(b.report.bad.get("unreadable shard", 0) for b in batches) >= 20
 
 
 def test_a_server_without_range_requests_is_named(written, tokenizer):
@@ -203,7 +203,7 @@ def test_no_secret_reaches_an_error_or_a_log(written, tokenizer, monkeypatch, ca
         _, batches = captions(
             tokenizer, url, trusted_hosts=[host], retries=0, on_unreadable="skip", max_bad_fraction=1.0
         )
-        messages.append(json.dumps([b["journal"] for b in batches]))
+        messages.append(json.dumps([b.report.journal for b in batches]))
         assert any(h.get("Authorization") == SECRETS[2] for _, _, h in server.requests), "the server got it"
         with pytest.raises(SourceError) as failure:
             Reader((host,), retries=0).read(f"{url}/no.tar?{SECRETS[4]}&token={SECRETS[0]}", 0, 9)

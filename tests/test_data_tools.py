@@ -108,10 +108,10 @@ def test_check_data_accepts_and_refuses_what_training_does(tmp_path, demo):
     report = check_data(str(tmp_path), LOCAL, data=data, image_size=16)
     loader = build_loader(data, tokenizer=load_tokenizer("demo"), image_size=16, context_length=16, global_batch_size=9, seed=0)  # fmt: skip
     batch = next(iter(loader))
-    assert report.usable == 9 and report.bad == batch["bad"] == {"sample too large": 1, "no group key": 1}
-    assert report.slow_decoded == batch["slow_decoded"] == 1
+    assert report.usable == 9 and report.bad == batch.report.bad == {"sample too large": 1, "no group key": 1}
+    assert report.slow_decoded == batch.report.slow_decoded == 1
     counters = Counters(Collectives(0, 1), None, None)
-    counters.add(batch, skipped=False)
+    counters.add(batch.report, skipped=False)
     counters.gather()
     assert (
         counters.total["slow_decoded"] == 1

@@ -5,13 +5,17 @@ import math
 import pytest
 import torch
 
-from dsclip.config.schema import LossSection, OptimSection
+from dsclip.bench.step import make_batch
+from dsclip.config import load_ds_config
+from dsclip.config.schema import BatchSection, LossSection, OptimSection, Recipe
 from dsclip.distributed import Collectives
+from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads
 from dsclip.losses.observe import feature_statistics
+from dsclip.model import resolve_preset
 
 CPU = torch.device("cpu")
 SINGLE = Collectives.single()
@@ -110,6 +114,18 @@ def test_the_bias_is_learned_and_both_come_back():
     for each in (first, second):
         each.step(gradients(-0.7, torch.tensor(0.9)), lr=0.1)
     assert first.state() == second.state()
+
+
+@pytest.mark.parametrize("loss, field", [({"hard_negatives": "own"}, "hard_owner"), ({"duplicates": "mask"}, "keys")])
+def test_what_a_batch_lacks_for_the_loss_is_said(loss, field):
+    recipe = Recipe(batch=BatchSection(4), loss=LossSection(**loss))
+    ds_config = load_ds_config("ds_configs/zero1_bf16.json", recipe, 1)
+    engine = ContrastiveEngine(recipe, ds_config, resolve_preset("demo"))
+    try:
+        with pytest.raises(UserError, match=f"needs batch.{field}, which is missing"):
+            engine.train_step(make_batch(engine.config, 4, 0))
+    finally:
+        engine.close()
 
 
 def test_alignment_and_uniformity_of_hand_made_features():

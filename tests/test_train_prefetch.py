@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from dsclip.data.batch import Batch
 from dsclip.errors import UserError
 from dsclip.train.prefetch import in_background, on_device, pipelined
 
@@ -74,9 +75,8 @@ def test_the_thread_ends_when_nobody_takes_batches_any_more():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_batches_are_the_same_and_copies_overlap():
     device = torch.device("cuda", 0)
-    batches = [
-        {"images": torch.full((64, 3, 224, 224), i, dtype=torch.uint8, pin_memory=True), "n": i} for i in range(4)
-    ]
+    images = [torch.full((64, 3, 224, 224), i, dtype=torch.uint8, pin_memory=True) for i in range(4)]
+    batches = [Batch(x, torch.full((64, 8), i), torch.arange(64), state={"batches": i}) for i, x in enumerate(images)]
     for number, batch in enumerate(on_device(iter(batches), device)):
-        assert batch["n"] == number and batch["images"].is_cuda
-        assert bool((batch["images"] == number).all())
+        assert batch.state == {"batches": number} and all(x.is_cuda for x in batch.tensors().values())
+        assert bool((batch.images == number).all()) and bool((batch.tokens == number).all())

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsclip.data import Batch
 from dsclip.model import ClipConfig
 
 Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # unit image and text features, scale
@@ -62,10 +63,10 @@ def _trainer(model: torch.nn.Module, features: Features, config: ClipConfig, mic
         with torch.autocast(device.type, torch.bfloat16):
             return features((images.to(device).float() / 255 - mean) / std, tokens.to(device))
 
-    def step(batch: dict) -> None:
+    def step(batch: Batch) -> None:
         adamw.zero_grad()
-        size = micro_batch or len(batch["images"])
-        parts = list(zip(batch["images"].split(size), batch["tokens"].split(size), strict=True))
+        size = micro_batch or len(batch)
+        parts = list(zip(batch.images.split(size), batch.tokens.split(size), strict=True))
         if len(parts) == 1:
             _loss(*encode(*parts[0])).backward()
         else:

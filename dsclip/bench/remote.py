@@ -83,10 +83,10 @@ def measure(host: str, batch: int, workers: int, batches: int, image_size: int, 
     )
     times, working, waited = [], 0.0, 0.0
     for _ in range(batches):
-        found = next(loader)
+        batch_report = next(loader).report
         times.append(time.perf_counter() - started)
-        working, waited = working + found["seconds"], waited + found["waited"]
-    del loader, found
+        working, waited = working + batch_report.seconds, waited + batch_report.waited
+    del loader
     gc.collect()  # ends the workers, whose memory is known then
     gaps = [b - a for a, b in zip(times, times[1:], strict=False)] or [0.0]
     median = statistics.median(gaps)

@@ -14,6 +14,7 @@ import torch
 from dsclip.bench.measure import peak_mb, settle
 from dsclip.bench.peers import PEERS
 from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
+from dsclip.data import Batch
 from dsclip.distributed import Collectives
 from dsclip.engine.cpu_bf16 import speed_up_bf16
 from dsclip.model import ClipConfig, resolve_preset
@@ -25,8 +26,8 @@ from dsclip.plan.machine import this_machine
 CAPTION_TOKENS = (8, 22)  # COCO's and web captions, begin and end token included
 
 
-def make_batch(config: ClipConfig, n: int, seed: int) -> dict:
-    """images uint8 [n, 3, S, S], tokens [n, context], sample_ids [n]."""
+def make_batch(config: ClipConfig, n: int, seed: int) -> Batch:
+    """n samples that the seed draws: images uint8, captions of real length."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(*CAPTION_TOKENS, (n,), generator=generator)
     tokens = torch.randint(1, config.eot_token_id - 1, (n, config.context_length), generator=generator)
@@ -36,7 +37,7 @@ def make_batch(config: ClipConfig, n: int, seed: int) -> dict:
     )
     shape = (n, 3, config.image_size, config.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    return {"images": images, "tokens": tokens, "sample_ids": torch.arange(n)}
+    return Batch(images, tokens, torch.arange(n))
 
 
 def ours(config: ClipConfig, batch: BatchSection, ds_config: str):

@@ -9,14 +9,19 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dsclip.config.schema import DataSection
+from dsclip.data.batch import Batch, summed
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.order.exact import Order, SetOrder, check_split, default_streams
 from dsclip.data.reading.open_shards import check_copies_fit
+from dsclip.data.reading.part import Part
 from dsclip.data.reading.samples import SampleReader
 from dsclip.data.reading.worker import PREFETCH, Parts, Settings, image_slots
 from dsclip.data.shards import identity as same_shards
@@ -24,8 +29,6 @@ from dsclip.data.shards.identity import check_sizes
 from dsclip.data.shards.shard_set import open_shards, told_apart
 from dsclip.data.sources.storage import Reader
 from dsclip.errors import UserError
-
-JOINED = ("images", "tokens", "sample_ids", "keys", "augmentation", "hard_tokens")
 
 
 def build_loader(
@@ -43,13 +46,10 @@ def build_loader(
 ) -> Loader:
     """This rank's endless iterable over its n = N / world_size samples of every global batch.
 
-    A batch: images uint8 [n, 3, S, S], tokens int64 [n, L], sample_ids int64 [n], keys int64 [n] (equal for duplicates),
-    captions (n strings), read and bad (samples read and skipped, by reason, for this batch), journal (shards that failed), seconds and waited
-    (of all workers for this batch, and of these for remote bytes), slow_decoded (JPEGs that only Pillow could read);
-    with hard_negatives also hard_tokens [m, L] and hard_owner [m], the sample of each; with flips or colour jitter
-    augmentation [n, 6], see `augment`; epoch (passes over the data so far); state (JSON: the position after this batch). That state, or those of all ranks of another run
-    put together by `merge_states`, continues with exactly the next batch, on any number of ranks and workers. Raises
-    UserError for shards that are missing or all unusable, and for a split that doesn't divide the streams.
+    A `Batch` has images uint8 [n, 3, S, S], keys and a state; with hard_negatives also their tokens and owners, with flips
+    or colour jitter augmentation. That state, or those of all ranks of another run put together by `merge_states`,
+    continues with exactly the next batch, on any number of ranks and workers. Raises UserError for shards that are missing
+    or all unusable, and for a split that doesn't divide the streams.
     """
     streams = data.streams or default_streams(global_batch_size)
     check_split(streams, global_batch_size, world_size, data.workers)
@@ -120,7 +120,7 @@ class Loader:
             if first < state["first"] or len(self._drawn) != stop - first:
                 raise UserError("the state is that of another rank; put the states of all ranks together first")
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Batch]:
         workers, readers = self._settings.data.workers, self._settings.workers
         options = (
             dict(prefetch_factor=PREFETCH, persistent_workers=True, worker_init_fn=_start_worker) if workers else {}
@@ -138,31 +138,31 @@ class Loader:
             depth = _queue_depth(parts)
             taken = [_checked(next(parts)) for _ in range(readers)]
             if slots is not None:
-                taken = [part | {"images": slots[w, part["images"]]} for w, part in enumerate(taken)]
-            batch = self._join(taken)
+                taken = [replace(part, images=slots[w, part.images]) for w, part in enumerate(taken)]
             number += 1
-            first, _ = self._settings.streams
-            state = {"batches": number, "first": first, "drawn": batch.pop("drawn"), "order": self._identity}
-            yield batch | {
-                "state": state,
-                "queue_depth": depth,
-                "epoch": number * self._settings.global_batch / self._total,
-            }
+            yield self._join(taken, number, depth)
 
-    def _join(self, parts: list[dict]) -> dict:
-        """The parts of all workers as one batch, in the order of the streams, in memory that a GPU copies from."""
-        batch = {name: _concatenate([torch.as_tensor(p[name]) for p in parts]) for name in JOINED if name in parts[0]}
-        for name in ("captions", "journal", "drawn"):
-            batch[name] = [x for p in parts for x in p[name]]
-        bad = sum((Counter(p["bad"]) for p in parts), Counter()) + self._problems
+    def _join(self, parts: list[Part], number: int, queue_depth: int | None) -> Batch:
+        """The parts of all workers as batch `number`, counted from 1, in the order of the streams, in memory that a GPU copies from."""
+        first, _ = self._settings.streams
+        report = summed([part.report for part in parts])
+        report = replace(
+            report, bad=dict(Counter(report.bad) + self._problems), queue_depth=queue_depth,
+            epoch=number * self._settings.global_batch / self._total,
+        )  # fmt: skip
         self._problems = Counter()
-        batch |= {"read": sum(p["read"] for p in parts), "bad": dict(bad)}
-        batch |= {name: sum(p[name] for p in parts) for name in ("seconds", "waited", "slow_decoded")}
-        if "hard_owner" in parts[0]:
-            sizes = [len(p["sample_ids"]) for p in parts]
-            owners = [torch.from_numpy(p["hard_owner"] + sum(sizes[:i])) for i, p in enumerate(parts)]
-            batch["hard_owner"] = torch.cat(owners)
-        return batch
+        drawn = [counts for part in parts for counts in part.drawn]
+        return Batch(
+            images=_concatenate([torch.as_tensor(p.images) for p in parts]),
+            tokens=_joined([p.tokens for p in parts]),
+            sample_ids=_joined([p.sample_ids for p in parts]),
+            keys=_joined([p.keys for p in parts]),
+            hard_tokens=_joined_or_none([p.hard_tokens for p in parts]),
+            hard_owner=_hard_owner(parts),
+            augmentation=_joined_or_none([p.augmentation for p in parts]),
+            state={"batches": number, "first": first, "drawn": drawn, "order": self._identity},
+            report=report,
+        )
 
 
 def _check_state(state: dict, identity: dict) -> None:
@@ -176,13 +176,29 @@ def _check_state(state: dict, identity: dict) -> None:
         )
 
 
-def _checked(part: dict) -> dict:
-    if "error" in part:
-        raise UserError(part["error"])
+def _checked(part: Part | UserError) -> Part:
+    if isinstance(part, UserError):
+        raise part
     return part
 
 
-def _concatenate(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _joined(arrays: list[np.ndarray]) -> Tensor:
+    return _concatenate([torch.from_numpy(x) for x in arrays])
+
+
+def _joined_or_none(arrays: list[np.ndarray | None]) -> Tensor | None:
+    present = [x for x in arrays if x is not None]
+    return _joined(present) if present else None
+
+
+def _hard_owner(parts: list[Part]) -> Tensor | None:
+    """The rows of the batch that hard negatives belong to."""
+    firsts = np.cumsum([0, *(len(p.sample_ids) for p in parts[:-1])])
+    owners = [p.hard_owner if p.hard_owner is None else p.hard_owner + f for p, f in zip(parts, firsts, strict=True)]
+    return _joined_or_none(owners)
+
+
+def _concatenate(tensors: list[Tensor]) -> Tensor:
     if not torch.cuda.is_available():
         fresh = len(tensors) == 1 and not tensors[0].is_shared()  # a slot of shared memory is written again
         return tensors[0] if fresh else torch.cat(tensors)
@@ -200,7 +216,7 @@ def _queue_depth(parts) -> int | None:
         return None
 
 
-def _as_it_is(part: dict) -> dict:
+def _as_it_is(part: Part | UserError) -> Part | UserError:
     return part
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsclip.config.deepspeed import resolve_persistence
 from dsclip.config.schema import Recipe
+from dsclip.data.batch import Batch
 from dsclip.distributed import Collectives
 from dsclip.engine.build import build_model, init_distributed, initialize
 from dsclip.engine.consolidate import DEEPSPEED_TAG
@@ -22,7 +23,7 @@ from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.finite import all_finite, check_weights, one_if_finite, skip_reason
 from dsclip.engine.gradient_sums import GradientSums
 from dsclip.engine.loss_scalars import LossScalars
-from dsclip.engine.micro_batch import Cutter, MicroBatch, split_gradients
+from dsclip.engine.micro_batch import Cutter, MicroBatch, needed, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
 from dsclip.engine.state import EngineState
 from dsclip.errors import UserError
@@ -61,9 +62,8 @@ class StepMetrics:
 class ContrastiveEngine:
     """DeepSpeed's engine with the step that contrastive learning needs.
 
-    `train_step(batch)`: batch["images"] [n, 3, S, S] uint8 (or float, normalised), batch["tokens"] [n, L] int64,
-    batch["sample_ids"] [n] int64; by the recipe's loss also batch["keys"] [n] int64 (duplicates), and
-    batch["hard_tokens"] [m, L] with batch["hard_owner"] [m] (hard negatives). Its gradient equals that of a single
+    `train_step(batch)` needs a `Batch` with images, tokens and sample ids; by the recipe's loss also with keys (duplicates),
+    and with hard tokens and their owners (hard negatives). Its gradient equals that of a single
     process with the N samples in one batch, for every number of ranks, ZeRO stage, micro-batch and chunk size.
     state_dict, init_scale: weights and logit scale to start from; those of rank 0 count.
     Sizes that the batch section leaves open are plain: the local batch in one micro-batch, nothing computed again.
@@ -120,7 +120,7 @@ class ContrastiveEngine:
         """The model. Under ZeRO-3 its parameters are shards: use `encode_image` and `encode_text`."""
         return self.deepspeed.module
 
-    def train_step(self, batch: dict) -> StepMetrics:
+    def train_step(self, batch: Batch) -> StepMetrics:
         """One optimizer step on the global batch of which `batch` is this rank's share. Collective.
 
         A step with a number that isn't finite, on whichever rank, is skipped on all: see `engine/finite.py`.
@@ -142,7 +142,7 @@ class ContrastiveEngine:
         reason = None if applied else skip_reason(pairs, grads, self.group)
         return self._metrics(grads, lr, reason, batch)
 
-    def accumulate(self, batch: dict) -> LossGrads:
+    def accumulate(self, batch: Batch) -> LossGrads:
         """Features, loss and backward of the towers; the gradients then wait in DeepSpeed for its step.
 
         The last micro-batch keeps its graph and goes backward first; the others ran without one and run again.
@@ -150,7 +150,7 @@ class ContrastiveEngine:
         """
         return self._accumulate(batch)[0]
 
-    def _accumulate(self, batch: dict) -> tuple[LossGrads, list[MicroBatch], Pairs]:
+    def _accumulate(self, batch: Batch) -> tuple[LossGrads, list[MicroBatch], Pairs]:
         micro = self._cutter.cut(batch, self.step)
         with torch.no_grad():
             cached = [self._features(m) for m in micro[:-1]]
@@ -184,13 +184,13 @@ class ContrastiveEngine:
             kept=micro.kept, token_wise=self._loss.token_wise,
         )  # fmt: skip
 
-    def _pairs(self, micro: list[MicroBatch], features: list[tuple[Tensor, Tensor]], batch: dict) -> Pairs:
+    def _pairs(self, micro: list[MicroBatch], features: list[tuple[Tensor, Tensor]], batch: Batch) -> Pairs:
         """What the loss sees: the features of all micro-batches, hard negatives and queue."""
         image = torch.cat([i for i, _ in features])
         text = torch.cat([t[: len(i)] for i, t in features])
         extra = {}
         if self._negatives.duplicates != "negative":
-            extra["keys"] = self._cutter.put(self._cutter.need(batch, "keys", self.step))
+            extra["keys"] = self._cutter.put(needed(batch.keys, "keys", self.step))
         if self._loss.token_wise:
             valid = [self.module.valid_tokens(m.tokens) for m in micro]
             extra["text_valid"] = torch.cat([v[: len(m.images)] for v, m in zip(valid, micro, strict=True)])
@@ -232,8 +232,8 @@ class ContrastiveEngine:
                 return
         self.queue.push(image, text, pairs.keys, self.group, pairs.text_valid)
 
-    def _metrics(self, grads: LossGrads, lr: float, reason: str | None, batch: dict) -> StepMetrics:
-        hard = torch.tensor(len(batch.get("hard_owner", ())), device=self.device)
+    def _metrics(self, grads: LossGrads, lr: float, reason: str | None, batch: Batch) -> StepMetrics:
+        hard = torch.tensor(0 if batch.hard_owner is None else len(batch.hard_owner), device=self.device)
         counts = torch.stack([grads.correct_image, grads.correct_text, grads.masked.to(self.device), hard])
         correct_image, correct_text, masked, hard = self.group.all_reduce_sum(counts).tolist()
         total = self.recipe.batch.global_batch_size

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsclip.config.schema import Recipe
+from dsclip.data.batch import Batch
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads
 from dsclip.model import ClipConfig
@@ -37,33 +38,25 @@ class Cutter:
     rank: int
     world_size: int
 
-    def cut(self, batch: dict, step: int) -> list[MicroBatch]:
+    def cut(self, batch: Batch, step: int) -> list[MicroBatch]:
         """The micro-batches. Raises UserError when the batch isn't what the recipe says."""
-        n = len(batch["images"])
+        n = len(batch)
         expected = self.recipe.batch.global_batch_size // self.world_size
-        if n != expected or len(batch["tokens"]) != n:
+        if n != expected or len(batch.tokens) != n:
             raise UserError(
-                f"step {step}: rank {self.rank} was given {n} images and {len(batch['tokens'])} captions; "
+                f"step {step}: rank {self.rank} was given {n} images and {len(batch.tokens)} captions; "
                 f"batch.global_batch_size over {self.world_size} ranks is {expected} pairs a rank"
             )
         size = self.recipe.batch.micro_batch_size or n
-        return [self._part(batch, step, start, min(n, start + size)) for start in range(0, n, size)]
+        return [self._part(batch.rows(start, min(n, start + size)), step, start) for start in range(0, n, size)]
 
-    def _part(self, batch: dict, step: int, start: int, stop: int) -> MicroBatch:
-        images, tokens = (self.put(batch[name][start:stop]) for name in ("images", "tokens"))
+    def _part(self, rows: Batch, step: int, start: int) -> MicroBatch:
+        images, tokens = self.put(rows.images), self.put(rows.tokens)
         hard_owner = torch.zeros(0, dtype=torch.int64, device=self.device)
         if self.recipe.loss.hard_negatives != "none":
-            owner = self.need(batch, "hard_owner", step)
-            chosen = (owner >= start) & (owner < stop)
-            hard_owner = self.put(owner[chosen])
-            tokens = torch.cat([tokens, self.put(self.need(batch, "hard_tokens", step)[chosen])])
-        return MicroBatch(images, tokens, hard_owner, self._kept(batch["sample_ids"][start:stop], step))
-
-    def need(self, batch: dict, name: str, step: int) -> Tensor:
-        """batch[name], which the recipe's loss can't do without. Raises UserError."""
-        if name not in batch:
-            raise UserError(f"step {step}: the loss section of the recipe needs batch[{name!r}], which is missing")
-        return batch[name]
+            hard_owner = self.put(needed(rows.hard_owner, "hard_owner", step) + start)
+            tokens = torch.cat([tokens, self.put(needed(rows.hard_tokens, "hard_tokens", step))])
+        return MicroBatch(images, tokens, hard_owner, self._kept(rows.sample_ids, step))
 
     def put(self, x: Tensor) -> Tensor:
         """x on the device."""
@@ -74,6 +67,13 @@ class Cutter:
             return None
         seed, share = self.recipe.train.seed, self.config.patch_dropout
         return kept_patches(self.put(sample_ids), self.config.patches, share, seed=seed, step=step)
+
+
+def needed(value: Tensor | None, name: str, step: int) -> Tensor:
+    """A field of the batch which the recipe's loss can't do without. Raises UserError."""
+    if value is None:
+        raise UserError(f"step {step}: the loss section of the recipe needs batch.{name}, which is missing")
+    return value
 
 
 def split_gradients(micro: list[MicroBatch], grads: LossGrads) -> list[tuple[Tensor, Tensor]]:

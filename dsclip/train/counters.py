@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 
+from dsclip.data.batch import LoadReport
+
 
 class Counters:
     """Samples read, bad samples by reason, JPEGs that only Pillow read, skipped steps, seconds, and where the run was resumed with which changes.
@@ -23,11 +25,11 @@ class Counters:
         self._resumes = [*saved.get("resumes", []), *([resumed] if resumed else [])]
         self.total = self._own()
 
-    def add(self, batch: dict, skipped: bool) -> None:
+    def add(self, report: LoadReport, skipped: bool) -> None:
         """One step's batch of this rank."""
-        self._read += batch["read"]
-        self._slow += batch["slow_decoded"]
-        self._bad.update(batch["bad"])
+        self._read += report.read
+        self._slow += report.slow_decoded
+        self._bad.update(report.bad)
         self.skipped_steps += skipped
 
     def launch_seconds(self) -> float:

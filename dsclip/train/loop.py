@@ -48,7 +48,7 @@ def train(recipe: Recipe, engine, loader, evaluation, store, watch, data_state: 
         batch = next(batches)
         waited = time.monotonic() - started
         metrics = engine.train_step(batch)
-        loss, data_state = metrics.loss, batch["state"]
+        loss, data_state = metrics.loss, batch.state
         watch.step(metrics, batch, waited, time.monotonic() - started)
 
         last = engine.step == settings.steps

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from queue import Empty, Full, Queue
 from typing import Any
 
 import torch
 
+from dsclip.data.batch import Batch
 from dsclip.data.decoding.augment import augment
 
 LOOK_S = 0.1  # how often a thread that waits looks whether it is still wanted
 
 
-def on_device(batches: Iterator[dict], device: torch.device) -> Iterator[dict]:
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches with their tensors on `device` and their images augmented.
 
     On a GPU a thread puts the next batch together in pinned memory, and it is copied on a stream of its own, while the
@@ -48,23 +50,21 @@ class CudaLane:
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def queue(self, batch: dict) -> tuple[dict, torch.cuda.Event, dict]:
+    def queue(self, batch: Batch) -> tuple[Batch, torch.cuda.Event, Batch]:
         """(the batch on the device, the event that ends its copy, the pinned batch, which must live until then)."""
         with torch.cuda.stream(self._stream):
-            copied = {k: v.to(self._device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-            copied = _augmented(copied)
+            copied = _augmented(batch.to(self._device))
             done = torch.cuda.Event()
             done.record(self._stream)
         return copied, done, batch
 
-    def ready(self, queued: tuple[dict, torch.cuda.Event, dict]) -> dict:
+    def ready(self, queued: tuple[Batch, torch.cuda.Event, Batch]) -> Batch:
         """The batch for the current stream, which waits for this copy and keeps its memory from the next ones."""
         batch, done, _ = queued
         main = torch.cuda.current_stream(self._device)
         main.wait_event(done)
-        for value in batch.values():
-            if torch.is_tensor(value):
-                value.record_stream(main)
+        for tensor in batch.tensors().values():
+            tensor.record_stream(main)
         return batch
 
 
@@ -122,6 +122,7 @@ def _drain(queue: Queue) -> None:
         pass
 
 
-def _augmented(batch: dict) -> dict:
-    numbers = batch.pop("augmentation", None)
-    return batch if numbers is None else batch | {"images": augment(batch["images"], numbers)}
+def _augmented(batch: Batch) -> Batch:
+    if batch.augmentation is None:
+        return batch
+    return replace(batch, images=augment(batch.images, batch.augmentation), augmentation=None)

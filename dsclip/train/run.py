@@ -183,7 +183,7 @@ def describe(plan: Plan) -> str:
         f"model               {plan.recipe.model.preset}, {parameters / 1e6:.2f} M parameters, {plan.tokenizer.vocab_size} token vocabulary",
         f"global batch        {plan.recipe.batch.global_batch_size} = {world_size} ranks x {local} samples",
         f"a rank's step       {describe_plan(found)}",
-        f"data                {plan.recipe.data.train_shards}: first caption {batch['captions'][0]!r}",
+        f"data                {plan.recipe.data.train_shards}: first caption {batch.report.captions[0]!r}",
         *(f"evaluation          {task} on {name}, {len(plan.evaluation.sets[task])} samples" for task, name in plan.evaluation.names.items()),
         *data_warnings(plan.recipe, loader.set_samples),
         "The settings fit together. Leave out --dry-run to train.",

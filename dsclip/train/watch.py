@@ -10,6 +10,7 @@ from hashlib import sha256
 import torch
 
 from dsclip.config import dump_recipe
+from dsclip.data.batch import Batch
 from dsclip.data.shards.overlap import ALL, PART
 from dsclip.errors import RunFailed
 from dsclip.train.counters import Counters
@@ -42,7 +43,7 @@ class Watch:
             self._log.text("recipe", f"```yaml\n{dump_recipe(plan.recipe)}\n```")
             self._log.text("deepspeed", f"```json\n{json.dumps(plan.ds_config, indent=2)}\n```")
 
-    def step(self, metrics, batch: dict, waited_s: float, seconds: float) -> None:
+    def step(self, metrics, batch: Batch, waited_s: float, seconds: float) -> None:
         """One optimizer step: shown every time, logged every `train.log_every` steps."""
         self._window.update(seconds=seconds, waited=waited_s, steps=1)
         self._seconds += seconds
@@ -51,13 +52,14 @@ class Watch:
             self.message(f"step {metrics.step}: skipped, not finite: {metrics.skip_reason}")
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics.skipped else 0
         self._memory_gb = peak_memory_gb()
-        self._counters.add(batch, metrics.skipped)
-        self._window.update(decoded=batch["read"], decoding=batch["seconds"])
-        self._journal += batch["journal"]
+        report = batch.report
+        self._counters.add(report, metrics.skipped)
+        self._window.update(decoded=report.read, decoding=report.seconds)
+        self._journal += report.journal
         step, window = metrics.step, self._window
         logged = step % self._settings.log_every == 0 or step == self._settings.steps
         if logged:
-            others = self._counters.gather((self._journal, batch["sample_ids"].cpu().numpy().tobytes()))
+            others = self._counters.gather((self._journal, batch.sample_ids.cpu().numpy().tobytes()))
         shown = {
             "loss": metrics.loss,
             "accuracy": metrics.accuracy_image_to_text,
@@ -68,8 +70,8 @@ class Watch:
             "data_wait": window["waited"] / window["seconds"],
             "skipped_steps": self._counters.skipped_steps,
             "bad_samples": sum(self._counters.total["bad_samples"].values()),
-            "epoch": batch["epoch"],
-            "data_queue_depth": batch["queue_depth"],
+            "epoch": report.epoch,
+            "data_queue_depth": report.queue_depth,
             "decoded_per_worker_second": window["decoded"] / window["decoding"] if window["decoding"] else None,
         }
         self._progress.update(step, shown)

@@ -12,6 +12,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from dsclip.config.schema import BatchSection, LossSection, OptimSection, Recipe, TrainSection
+from dsclip.data import Batch
 from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
 from dsclip.engine.contrastive import ContrastiveEngine
@@ -27,25 +28,25 @@ CONFIG = resolve_preset(
 OPTIM = OptimSection(lr=1e-3, warmup_steps=0, schedule="constant", weight_decay=0.1, eps=1e-6)
 
 
-def global_batch(step: int) -> dict:
+def global_batch(step: int) -> Batch:
     generator = torch.Generator().manual_seed(100 + step)
     images = torch.randint(0, 256, (GLOBAL_BATCH, 3, 32, 32), generator=generator, dtype=torch.uint8)
     tokens = torch.randint(0, 49, (GLOBAL_BATCH, CONTEXT), generator=generator)
     ends = torch.randint(2, CONTEXT, (GLOBAL_BATCH,), generator=generator)
     tokens[torch.arange(GLOBAL_BATCH), ends] = 49
-    return {"images": images, "tokens": tokens, "sample_ids": torch.arange(GLOBAL_BATCH) * 7919 + step}
+    return Batch(images, tokens, torch.arange(GLOBAL_BATCH) * 7919 + step)
 
 
-def local_part(batch: dict, group: Collectives) -> dict:
+def local_part(batch: Batch, group: Collectives) -> Batch:
     n = GLOBAL_BATCH // group.world_size
-    return {k: v[group.rank * n : (group.rank + 1) * n] for k, v in batch.items()}
+    return batch.rows(group.rank * n, (group.rank + 1) * n)
 
 
 def dense_loss(model, log_scale, batch, step, patch_dropout, dtype):
     kept = None
     if patch_dropout:
-        kept = kept_patches(batch["sample_ids"], CONFIG.patches, patch_dropout, seed=SEED, step=step)
-    image, text = model(batch["images"], batch["tokens"], kept=kept)
+        kept = kept_patches(batch.sample_ids, CONFIG.patches, patch_dropout, seed=SEED, step=step)
+    image, text = model(batch.images, batch.tokens, kept=kept)
     logits = log_scale.exp() * image @ text.T
     target = torch.arange(GLOBAL_BATCH)
     cross_entropy = torch.nn.functional.cross_entropy

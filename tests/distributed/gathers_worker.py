@@ -7,6 +7,7 @@ from dataclasses import replace
 import deepspeed.comm as dist
 
 from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
+from dsclip.data import Batch
 from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import build_model, init_distributed
 from dsclip.engine.contrastive import ContrastiveEngine
@@ -24,11 +25,11 @@ KEEP = {
 }
 
 
-def evaluate(engine, batch: dict, towers: str) -> None:
+def evaluate(engine, batch: Batch, towers: str) -> None:
     if "image" in towers:
-        engine.encode_image(batch["images"])
+        engine.encode_image(batch.images)
     if "text" in towers:
-        engine.encode_text(batch["tokens"])
+        engine.encode_text(batch.tokens)
 
 
 def bytes_per_step(

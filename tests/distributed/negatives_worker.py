@@ -3,11 +3,13 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 
 import torch
 from deepspeed.utils import safe_get_full_grad
 
 from dsclip.config.schema import BatchSection, LossSection, Recipe, TrainSection
+from dsclip.data import Batch
 from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
 from dsclip.engine.contrastive import ContrastiveEngine
@@ -50,26 +52,14 @@ def captions(count: int, seed: int) -> torch.Tensor:
     return tokens
 
 
-def whole_batch() -> dict:
+def whole_batch() -> Batch:
     counts = torch.tensor([1, 0, 2, 0, 0, 1, 1, 0, 3, 0, 0, 1])  # some ranks have few, one of four has none
     owner = torch.repeat_interleave(torch.arange(GLOBAL_BATCH), counts)
-    return global_batch(0) | {
-        "keys": torch.tensor([1, 2, 1, 3, 4, 5, 2, 6, 7, 8, 9, 2]),
-        "hard_tokens": captions(len(owner), 5),
-        "hard_owner": owner,
-    }
+    keys = torch.tensor([1, 2, 1, 3, 4, 5, 2, 6, 7, 8, 9, 2])
+    return replace(global_batch(0), keys=keys, hard_tokens=captions(len(owner), 5), hard_owner=owner)
 
 
-def part_of(batch: dict, group: Collectives) -> dict:
-    n = GLOBAL_BATCH // group.world_size
-    owner = batch["hard_owner"]
-    chosen = (owner >= group.rank * n) & (owner < (group.rank + 1) * n)
-    pairs = {k: v for k, v in batch.items() if not k.startswith("hard")}
-    own = {"hard_tokens": batch["hard_tokens"][chosen], "hard_owner": owner[chosen] - group.rank * n}
-    return local_part(pairs, group) | own
-
-
-def reference(weights: dict, name: str, options: dict, batch: dict, queue) -> dict:
+def reference(weights: dict, name: str, options: dict, batch: Batch, queue) -> dict:
     model = Clip(CONFIG).double()
     model.load_state_dict(weights)
     log_scale = torch.nn.Parameter(
@@ -80,14 +70,14 @@ def reference(weights: dict, name: str, options: dict, batch: dict, queue) -> di
     if queue is not None:
         queue_valid = queue.get("queue_text_valid")
         queue = (queue["queue_image"].double(), queue["queue_text"].double(), queue["queue_keys"])
-    image, text = model(batch["images"], batch["tokens"], token_wise=token_wise)
+    image, text = model(batch.images, batch.tokens, token_wise=token_wise)
     hard = hard_owner = None
     if options.get("hard_negatives", "none") != "none":
-        _, hard = model(None, batch["hard_tokens"], token_wise=token_wise)
-        hard_owner = batch["hard_owner"]
+        _, hard = model(None, batch.hard_tokens, token_wise=token_wise)
+        hard_owner = batch.hard_owner
     similar = loss_reference.cosine
     if token_wise:
-        valid = {id(text): model.valid_tokens(batch["tokens"]), id(hard): model.valid_tokens(batch["hard_tokens"])}
+        valid = {id(text): model.valid_tokens(batch.tokens), id(hard): model.valid_tokens(batch.hard_tokens)}
         if queue is not None:
             valid[id(queue[1])] = queue_valid
 
@@ -101,7 +91,7 @@ def reference(weights: dict, name: str, options: dict, batch: dict, queue) -> di
         options.get("duplicates", "negative"), "own" if options.get("hard_negatives") == "own" else "global",
         options.get("filter_margin"), options.get("beta", 0.0), options.get("label_smoothing", 0.0),
     )  # fmt: skip
-    keys = batch["keys"] if negatives.duplicates != "negative" else None
+    keys = batch.keys if negatives.duplicates != "negative" else None
     loss = loss_reference.loss(name, image, text, log_scale, bias, negatives, similar, keys, hard, hard_owner, queue)
     loss.backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
@@ -125,7 +115,7 @@ def case(name: str, options: dict, micro_batches: int, group: Collectives) -> di
         engine.queue.push(*old, torch.arange(6), Collectives.single(), valid)
         queue = {k: v.clone() for k, v in engine.queue.negatives(0).items()}
     weights = full_weights(engine)
-    ours = engine.accumulate(part_of(batch, group))
+    ours = engine.accumulate(local_part(batch, group))
     grads = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
     expected = reference(weights, name, options, batch, queue)
     result = {
@@ -150,12 +140,12 @@ def second_losses_by_chunk(group: Collectives) -> list[float]:
         )  # fmt: skip
         engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), CONFIG)
         batch = whole_batch()
-        batch["tokens"] = batch["tokens"].clamp(max=48)
-        batch["tokens"][torch.arange(GLOBAL_BATCH), torch.tensor([2, 3, 12, 13, 4, 5, 10, 11, 6, 2, 3, 9])] = (
+        batch = replace(batch, tokens=batch.tokens.clamp(max=48))
+        batch.tokens[torch.arange(GLOBAL_BATCH), torch.tensor([2, 3, 12, 13, 4, 5, 10, 11, 6, 2, 3, 9])] = (
             49  # chunks of unequal length
         )
-        engine.train_step(part_of(batch, group))
-        seen.append(engine.train_step(part_of(batch, group)).loss)
+        engine.train_step(local_part(batch, group))
+        seen.append(engine.train_step(local_part(batch, group)).loss)
         engine.close()
     return seen
 
@@ -165,8 +155,8 @@ def second_backward(group: Collectives) -> str:
     local = GLOBAL_BATCH // group.world_size
     recipe = Recipe(batch=BatchSection(GLOBAL_BATCH), optim=OPTIM, train=TrainSection(steps=10))
     engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), CONFIG)
-    batch = part_of(whole_batch(), group)
-    image, text = engine.deepspeed(batch["images"], batch["tokens"])
+    batch = local_part(whole_batch(), group)
+    image, text = engine.deepspeed(batch.images, batch.tokens)
     first, second = (image * text)[: local // 2].sum(), (image * text)[local // 2 :].sum()
     engine.deepspeed.backward(first, retain_graph=True)
     try:

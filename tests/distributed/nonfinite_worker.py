@@ -9,6 +9,7 @@ import torch
 
 from dsclip.config import load_ds_config
 from dsclip.config.schema import BatchSection, LossSection, Recipe, TrainSection
+from dsclip.data import Batch
 from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
 from dsclip.engine.contrastive import ContrastiveEngine
@@ -49,13 +50,13 @@ def breakable(pairs, *, group, **options):
 register("breakable", breakable, has_bias=True)
 
 
-def batch_of(step: int, group: Collectives) -> dict:
+def batch_of(step: int, group: Collectives) -> Batch:
     batch = local_part(global_batch(step), group)
-    batch["images"] = batch["images"].float() / 255 - 0.5
+    images = batch.images.float() / 255 - 0.5
     injected = state["injected"]
     if injected is not None and injected[0] == "images" and group.rank in injected[2]:
-        batch["images"][0, 0, 0, 0] = injected[1]
-    return batch
+        images[0, 0, 0, 0] = injected[1]
+    return replace(batch, images=images)
 
 
 def build(name: str, coalesce: bool, group: Collectives) -> ContrastiveEngine:

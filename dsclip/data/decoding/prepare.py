@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -9,6 +11,16 @@ from dsclip.config.schema import DataSection
 from dsclip.data.decoding.augment import draw_augmentation
 from dsclip.data.decoding.sample import RawSample, decode_image, read_captions, read_group, read_negatives
 from dsclip.data.decoding.transforms import train_image
+
+
+class TrainSample(NamedTuple):
+    """A sample that is ready for a batch, but for its image, which lies in the batch already. augmentation: see `augment`."""
+
+    caption: str
+    sample_id: int
+    key: int
+    hard_negatives: list[str]
+    augmentation: tuple[float, ...] | None
 
 
 class Preparer:
@@ -26,8 +38,8 @@ class Preparer:
     def slow_decoded(self) -> int:
         return 0 if self._fast is None else self._fast.slow_decoded
 
-    def __call__(self, raw: RawSample, round_: int, image: torch.Tensor) -> tuple:
-        """(caption, sample id, key, hard negatives, augmentation); the crop goes to image uint8 [3, S, S]. Raises BadSample.
+    def __call__(self, raw: RawSample, round_: int, image: torch.Tensor) -> TrainSample:
+        """The sample; its crop goes to image uint8 [3, S, S]. Raises BadSample.
 
         All randomness is that of (seed, round, sample id), see `order.Draw`.
         """
@@ -43,4 +55,4 @@ class Preparer:
         else:
             picture = decode_image(raw, data.max_image_pixels)
             image.copy_(train_image(picture, self._image_size, data.crop_scale, rng))
-        return caption, sample_id, key, negatives, draw_augmentation(data, rng)
+        return TrainSample(caption, sample_id, key, negatives, draw_augmentation(data, rng))

@@ -15,11 +15,13 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dsclip.config.schema import DataSection
-from dsclip.data.decoding.prepare import Preparer
+from dsclip.data.batch import LoadReport
+from dsclip.data.decoding.prepare import Preparer, TrainSample
 from dsclip.data.decoding.sample import BadSample, RawSample
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.order.exact import Draw, Order
 from dsclip.data.reading.ahead import ReadAhead, Threads
+from dsclip.data.reading.part import Part
 from dsclip.data.reading.samples import SampleReader
 from dsclip.data.sources.storage import SourceError, is_remote, redact
 from dsclip.errors import UserError
@@ -89,13 +91,13 @@ def _shared_memory_bytes() -> int | None:
     return found.f_bavail * found.f_frsize
 
 
-class Parts(IterableDataset):
-    """In a worker: its part of every batch, that of its share of the rank's streams."""
+class Parts(IterableDataset[Part | UserError]):
+    """In a worker: its part of every batch, that of its share of the rank's streams; what ends the run comes as a value."""
 
     def __init__(self, settings: Settings, drawn: list[list[int]], slots: torch.Tensor | None):
         self._settings, self._drawn, self._slots = settings, drawn, slots
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Part | UserError]:
         worker = get_worker_info()
         number = worker.id if worker else 0
         first, stop = self._settings.streams
@@ -105,7 +107,7 @@ class Parts(IterableDataset):
         try:
             yield from Worker(self._settings, drawn, None if self._slots is None else self._slots[number]).parts()
         except UserError as error:
-            yield {"error": str(error)}
+            yield error
 
 
 class Worker:
@@ -122,7 +124,7 @@ class Worker:
         self._prepare = Preparer(settings.data, settings.image_size, settings.seed, settings.hard_negatives)
         self._total = sum(s.total for s in settings.order.sets)
 
-    def parts(self) -> Iterator[dict]:
+    def parts(self) -> Iterator[Part]:
         """Endless parts of quota · streams samples each. Their images are a tensor, or the number of a slot."""
         threads = self._read_ahead()
         try:
@@ -141,10 +143,12 @@ class Worker:
             self._ahead[k] = ReadAhead(self._s.readers[k], self._s.order.sets[k], drawn, self._s.quota, share, threads)
         return threads
 
-    def _parts(self) -> Iterator[dict]:
+    def _parts(self) -> Iterator[Part]:
         for number in itertools.count():
             started, waited, slow = time.monotonic(), self._waited, self._prepare.slow_decoded
-            samples, skipped, read = [], Counter(), self._read
+            samples: list[TrainSample] = []
+            skipped: Counter[str] = Counter()
+            read = self._read
             size, slot = self._s.image_size, number % SLOTS
             if self._slots is None:
                 images = torch.empty(len(self._drawn) * self._s.quota, 3, size, size, dtype=torch.uint8)
@@ -153,19 +157,24 @@ class Worker:
             for stream in self._drawn:
                 for _ in range(self._s.quota):
                     samples.append(self._next_good(stream, images[len(samples)], skipped))
-            given = images if self._slots is None else slot
-            part = self._part(given, samples, self._read - read, skipped, time.monotonic() - started)
+            report = LoadReport(
+                captions=[sample.caption for sample in samples], read=self._read - read, bad=dict(skipped), journal=self._journal,
+                seconds=time.monotonic() - started, waited=self._waited - waited,
+                slow_decoded=self._prepare.slow_decoded - slow,
+            )  # fmt: skip
+            self._journal = []
+            part = self._part(images if self._slots is None else slot, samples, report)
             if number == 0:
                 for ahead in self._ahead.values():
                     ahead.fill()
-            yield part | {"waited": self._waited - waited, "slow_decoded": self._prepare.slow_decoded - slow}
+            yield part
 
     @property
     def _waited(self) -> float:
         """Seconds in which this worker waited for bytes of remote shards."""
         return sum(ahead.waited_s for ahead in self._ahead.values())
 
-    def _next_good(self, stream: int, image: torch.Tensor, skipped: Counter) -> tuple:
+    def _next_good(self, stream: int, image: torch.Tensor, skipped: Counter[str]) -> TrainSample:
         """The stream's next usable sample, its picture written to `image`; the others are counted."""
         while True:
             draw = self._s.order.next(stream, self._drawn[stream])
@@ -183,7 +192,7 @@ class Worker:
                 self._judge(skipped)
                 continue
             self._bad_in_a_row = 0
-            self._negatives += len(sample[3])
+            self._negatives += len(sample.hard_negatives)
             self._judge_negatives()
             return sample
 
@@ -217,30 +226,25 @@ class Worker:
             self._journaled.add((shard, what))
             self._journal.append({"shard": shard, "what": what, "detail": redact(detail)})
 
-    def _part(self, images, samples: list[tuple], read: int, bad: Counter, seconds: float) -> dict:
-        captions, sample_ids, keys, negatives, augmentation = zip(*samples, strict=True)
-        # NumPy arrays are pickled into the queue; torch would open shared memory for each of these small tensors.
-        part = {
-            "images": images,
-            "tokens": self._s.tokenizer(list(captions), self._s.context_length).numpy(),
-            "sample_ids": np.array(sample_ids),
-            "keys": np.array(keys),
-            "captions": list(captions),
-            "read": read,
-            "bad": dict(bad),
-            "journal": self._journal,
-            "drawn": [list(drawn) for drawn in self._drawn.values()],
-            "seconds": seconds,
-        }
-        if augmentation[0] is not None:
-            part["augmentation"] = np.array(augmentation, dtype=np.float32)
+    def _part(self, images: torch.Tensor | int, samples: list[TrainSample], report: LoadReport) -> Part:
+        tokenizer, length = self._s.tokenizer, self._s.context_length
+        hard_tokens = hard_owner = augmentation = None
+        if samples[0].augmentation is not None:
+            augmentation = np.array([s.augmentation for s in samples], dtype=np.float32)
         if self._s.hard_negatives:
-            owners = [row for row, own in enumerate(negatives) for _ in own]
-            sentences = [sentence for own in negatives for sentence in own]
-            part["hard_tokens"] = self._s.tokenizer(sentences, self._s.context_length).numpy()
-            part["hard_owner"] = np.array(owners, dtype=np.int64)
-        self._journal = []
-        return part
+            hard_tokens = tokenizer([sentence for s in samples for sentence in s.hard_negatives], length).numpy()
+            hard_owner = np.repeat(np.arange(len(samples)), [len(s.hard_negatives) for s in samples])
+        return Part(
+            images=images,
+            tokens=tokenizer(report.captions, length).numpy(),
+            sample_ids=np.array([s.sample_id for s in samples]),
+            keys=np.array([s.key for s in samples]),
+            hard_tokens=hard_tokens,
+            hard_owner=hard_owner,
+            augmentation=augmentation,
+            drawn=[list(drawn) for drawn in self._drawn.values()],
+            report=report,
+        )
 
     def _judge_negatives(self) -> None:
         """Stops a run that declares hard negatives and has none: it would train another loss than it says."""

@@ -1,0 +1,32 @@
+"""What a loader worker hands over: its part of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsclip.data.batch import LoadReport
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A worker's p samples of a batch, with the fields of `Batch`.
+
+    NumPy arrays are pickled into the queue; torch would open shared memory for each of these small tensors. Images have
+    shared memory of their own: then they are the number of a slot.
+    """
+
+    images: Tensor | int
+    tokens: NDArray[np.int64]
+    sample_ids: NDArray[np.int64]
+    keys: NDArray[np.int64]
+    hard_tokens: NDArray[np.int64] | None
+    hard_owner: NDArray[np.int64] | None
+    """The rows of the part, from 0."""
+    augmentation: NDArray[np.float32] | None
+    drawn: list[list[int]]
+    """What each of the worker's streams has drawn of each data set."""
+    report: LoadReport
