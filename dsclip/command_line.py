@@ -14,7 +14,10 @@ from dsclip.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """With --json among its arguments, what is wrong with them is said in JSON too."""
+    """With --json among its arguments, what is wrong with them is said in JSON too. Options are never abbreviated."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; `error` needs to know what was given."""

@@ -77,9 +77,9 @@ def test_each_way_to_fail_has_its_exit_code_in_the_object(capsys, error, code, s
 
 def test_a_misspelt_option_is_answered_with_the_right_one(capsys):
     with pytest.raises(SystemExit) as end:
-        parse_arguments(["--recume", "auto"])
+        parse_arguments(["--resum", "auto"])
     assert end.value.code == 2
-    assert "unrecognized arguments: --recume" in (said := capsys.readouterr().err)
+    assert "unrecognized arguments: --resum" in (said := capsys.readouterr().err)
     assert "Did you mean `--resume`?" in said
 
 

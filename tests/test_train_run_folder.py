@@ -208,9 +208,16 @@ def test_a_run_from_another_s_checkpoint_that_was_killed_before_it_saved_begins_
         folder = RunFolder(tmp_path / "second", "auto", Collectives.single())
         folder.claim(load_recipe("demo"), {}, read_manifest(parent))
         folder.release()
-    shutil.rmtree(parent)
+    archived = tmp_path / "first" / "archive" / "branch_1_after_step_00000002" / "checkpoints" / parent.name
+    archived.parent.mkdir(parents=True)
+    parent.rename(archived)
+    assert find_resume("auto", tmp_path / "second") == archived
+    checkpoint(tmp_path / "first", 4, {"run": "a", "branch": 2, "start": 2, "steps": [2]})
+    assert find_resume("auto", tmp_path / "second") == archived, "the new step 4 is of another branch"
+    shutil.rmtree(archived)
     with pytest.raises(
-        UserError, match=f"second has saved nothing yet and began from the checkpoint {parent}, which is gone"
+        UserError,
+        match=f"second has saved nothing yet and began from the checkpoint {parent}, which is gone or is another",
     ):
         find_resume("auto", tmp_path / "second")
     assert find_resume("none", tmp_path / "second") is None

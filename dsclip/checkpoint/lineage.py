@@ -16,18 +16,19 @@ from typing import TypedDict
 
 from dsclip.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from dsclip.errors import UserError
-from dsclip.files import write_whole
+from dsclip.files import sha256, write_whole
 
 RUN_FILE = "run.json"
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
 class Parent(TypedDict):
-    """Another run's checkpoint that a run continues. run: its id, None of a version that had none."""
+    """Another run's checkpoint that a run continues. run: its id, None of a version that had none; sha256: of its manifest."""
 
     run: str | None
     step: int
     path: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,10 @@ def continued(
     earlier = origin.get("steps") or (step_of(c) for c in complete_checkpoints(run_dir / "checkpoints"))
     steps = (*sorted(s for s in earlier if s < manifest["step"]), manifest["step"])
     if not same_run:
-        parent: Parent = {"run": origin.get("run"), "step": manifest["step"], "path": str(resume.resolve())}
+        parent: Parent = {
+            "run": origin.get("run"), "step": manifest["step"], "path": str(resume.resolve()),
+            "sha256": sha256(resume / MANIFEST),
+        }  # fmt: skip
         return Lineage(uuid.uuid4().hex, start=manifest["step"], parent=parent, steps=steps)
     present = read_lineage(run_dir)
     if present is None:

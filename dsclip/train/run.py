@@ -205,6 +205,9 @@ def finish(plan: Plan, engine, watch: Watch, outcome, planned_mb: float) -> None
             results = dict(metrics=outcome.evaluation, data=plan.evaluation.names)
             export_hf(read_checkpoint(outcome.checkpoint), hf_export, **results, overwrite=True)
         summary = {
+            "model": plan.recipe.model.preset,
+            "train_shards": plan.recipe.data.train_shards,
+            "global_batch_size": plan.recipe.batch.global_batch_size,
             "steps": outcome.step,
             "samples": outcome.step * plan.recipe.batch.global_batch_size,
             "loss": outcome.loss,

@@ -14,6 +14,7 @@ from dsclip.checkpoint.manifest import MANIFEST
 from dsclip.checkpoint.store import remove_unfinished
 from dsclip.config import dump_recipe
 from dsclip.errors import UserError
+from dsclip.files import sha256
 from dsclip.train.metrics_log import drop_entries_after
 from dsclip.train.run_lock import LOCK, RunLock
 
@@ -46,17 +47,19 @@ def find_resume(resume: str, run_dir: Path) -> Path | None:
 
 
 def _parent(run_dir: Path) -> Path | None:
-    """The other run's checkpoint that a run without one of its own began from."""
+    """The other run's checkpoint that a run without one of its own began from, also where a rewind has archived it."""
     lineage = read_lineage(run_dir)
     if lineage is None or not lineage.parent or complete_checkpoints(run_dir / "checkpoints"):
         return None
     path = Path(lineage.parent.get("path", "of an unknown place"))
-    if not (path / MANIFEST).is_file():
-        raise UserError(
-            f"{run_dir} has saved nothing yet and began from the checkpoint {path}, which is gone. Give another with --resume "
-            "PATH, or begin afresh with --resume none."
-        )
-    return path
+    archived = path.parent.parent.glob(f"{ARCHIVE}/*/checkpoints/{path.name}")
+    for place in (path, *sorted(archived)):
+        if (place / MANIFEST).is_file() and sha256(place / MANIFEST) == lineage.parent.get("sha256"):
+            return place
+    raise UserError(
+        f"{run_dir} has saved nothing yet and began from the checkpoint {path}, which is gone or is another one by now. Give "
+        "one with --resume PATH, or begin afresh with --resume none."
+    )
 
 
 def is_own(checkpoint: Path, run_dir: Path) -> bool:

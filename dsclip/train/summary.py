@@ -58,7 +58,10 @@ def result_rows(summary: dict) -> list[tuple[str, str]]:
 def markdown(summary: dict, run_dir: Path) -> str:
     """The text of summary.md."""
     rate = summary.get("samples_per_second")
+    data = summary.get("train_shards")
     rows = [
+        *([("model", summary["model"]), ("trained on", _argument(data))] if data else []),
+        *([("global batch", summary["global_batch_size"])] if data else []),
         ("steps", summary["steps"]),
         ("samples seen", f"{summary['samples']:,}"),
         ("time", format_seconds(summary["seconds"])),
