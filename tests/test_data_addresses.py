@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from dsclip.data.sources import http as http_source
-from dsclip.data.sources.storage import Reader, SourceError
+from dsclip.data.sources.storage import SourceError, Storage
 from tests.http_shards import serve
 
 NAME = "shards.example.org"
@@ -65,7 +65,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to(folder, certificat
         port = int(host.rpartition(":")[2])
         with serve(folder / "inside", "127.0.0.1", port, certificate) as (inside, _, _):
             names("127.0.0.2", "127.0.0.1")
-            assert Reader(retries=0).read(f"https://{NAME}:{port}/a.tar", 0, 12) == b"public bytes"
+            assert Storage(retries=0).read(f"https://{NAME}:{port}/a.tar", 0, 12) == b"public bytes"
             assert public.requests[0][2]["Host"] == f"{NAME}:{port}" and not inside.requests
 
 
@@ -74,7 +74,7 @@ def test_the_certificate_must_be_that_of_the_name(folder, certificate, names):
     with serve(folder / "set", "127.0.0.2", certificate=certificate) as (server, _, host):
         names("127.0.0.2")
         with pytest.raises(SourceError, match="certificate verify failed|doesn't match|not valid for"):
-            Reader(retries=0).read(f"https://other.example.org:{host.rpartition(':')[2]}/a.tar", 0, 12)
+            Storage(retries=0).read(f"https://other.example.org:{host.rpartition(':')[2]}/a.tar", 0, 12)
         assert not server.requests
 
 
@@ -85,7 +85,7 @@ def test_a_redirect_to_a_name_that_leads_inside_is_refused(folder, certificate, 
         server.redirects = {"a.tar": f"https://other.example.org:{port}/a.tar"}
         names("127.0.0.2", "127.0.0.1")
         with pytest.raises(SourceError, match="leads to 127.0.0.1, which is no public address"):
-            Reader(retries=0).read(f"https://{NAME}:{port}/a.tar", 0, 12)
+            Storage(retries=0).read(f"https://{NAME}:{port}/a.tar", 0, 12)
         assert len(server.requests) == 1
 
 
@@ -107,7 +107,7 @@ def test_a_proxy_is_asked_for_the_checked_address(folder, certificate, names, mo
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.delenv("no_proxy", raising=False)
         with pytest.raises(SourceError, match="403"):
-            Reader(retries=0).read(f"https://{NAME}:8443/a.tar", 0, 12)
+            Storage(retries=0).read(f"https://{NAME}:8443/a.tar", 0, 12)
     http_source._proxy.cache_clear()
     assert wanted == ["CONNECT 127.0.0.2:8443 HTTP/1.1"] or wanted == ["CONNECT 127.0.0.2:8443 HTTP/1.0"]
 
@@ -116,9 +116,9 @@ def test_a_proxy_is_asked_for_the_checked_address(folder, certificate, names, mo
 def test_connections_are_kept(folder, certificate, names):
     with serve(folder / "set", "127.0.0.2", certificate=certificate) as (server, _, host):
         names("127.0.0.2")
-        reader = Reader(retries=0)
+        storage = Storage(retries=0)
         for _ in range(5):
-            reader.read(f"https://{NAME}:{host.rpartition(':')[2]}/a.tar", 0, 6)
+            storage.read(f"https://{NAME}:{host.rpartition(':')[2]}/a.tar", 0, 6)
         assert len(server.requests) == 5 and server.connections == 1
 
 

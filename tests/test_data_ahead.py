@@ -12,7 +12,7 @@ from dsclip.data.order.exact import SetOrder
 from dsclip.data.reading.ahead import THREADS, ReadAhead, Threads
 from dsclip.data.reading.samples import SampleReader
 from dsclip.data.shards.shard_set import open_shards
-from dsclip.data.sources.storage import LOCAL, Reader
+from dsclip.data.sources.storage import LOCAL, Storage
 from dsclip.datasets.index import index_shards
 from tests.distributed.launch import run_command
 from tests.http_shards import serve
@@ -74,7 +74,7 @@ def test_streams_begin_new_blocks_one_after_another_in_bounded_memory(written):
     """When all of them did at the same batch, every batch between was fast and that one took as long as all together."""
     streams, bound, begun = range(32), 2_000_000, []
     with serve(written) as (_, url, host):
-        samples = SampleReader(open_shards(url, Reader((host,))), Reader((host,)))
+        samples = SampleReader(open_shards(url, Storage((host,))), Storage((host,)))
         order = SetOrder(samples.shards.samples, global_batch=32, streams=32, seed=0, window=50, unit=400)
         threads = Threads()
         ahead = ReadAhead(samples, order, dict.fromkeys(streams, 0), 1, bound, threads)

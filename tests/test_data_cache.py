@@ -9,7 +9,7 @@ from dsclip.data import ShardWriter, build_loader, load_tokenizer
 from dsclip.data.reading.samples import SampleReader
 from dsclip.data.shards.shard_set import open_shards
 from dsclip.data.sources import storage as sources
-from dsclip.data.sources.storage import Reader
+from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
 from tests.http_shards import serve
 from tests.shard_files import sample
@@ -40,7 +40,7 @@ def loader(tokenizer, url, host, **options):
 def test_a_copy_that_gave_way_is_fetched_again(written, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MOST_OPEN_FILES", 1)
     with serve(written) as (_, url, host):
-        samples = SampleReader(open_shards(url, Reader((host,))), Reader((host,)))
+        samples = SampleReader(open_shards(url, Storage((host,))), Storage((host,)))
         keys = [samples.read(shard, 0).key for shard in range(3)]
         for path in (tmp_path / "cache" / "shards").glob("*.tar"):
             path.unlink()  # as another run does that needs the room

@@ -91,7 +91,10 @@ def test_settings_travel_to_workers_that_are_spawned(shards, tokenizer):
     )
     settings = pickle.loads(pickle.dumps(loader._settings))
     places = [[s.order.next(v, [d]) for v in range(8) for d in range(9)] for s in (settings, loader._settings)]
-    assert places[0] == places[1] and settings.readers[0].read(0, 1).key == loader._settings.readers[0].read(0, 1).key
+    assert (
+        places[0] == places[1]
+        and settings.sample_readers[0].read(0, 1).key == loader._settings.sample_readers[0].read(0, 1).key
+    )
 
 
 def test_data_sets_mixed_by_weight_are_the_same_on_every_split(tmp_path, tokenizer):

@@ -20,7 +20,7 @@ def make(sizes, batch, *, streams=None, seed=0, window=7, **options):
 
 
 def sequence(order: SetOrder, batch: int, streams: int, batches: int) -> list[tuple[int, int, int]]:
-    """The draws of whole global batches, as W·workers readers would put them together."""
+    """The draws of whole global batches, as the workers of W ranks would put them together."""
     quota = batch // streams
     return [order.draw(v, b * quota + i) for b in range(batches) for v in range(streams) for i in range(quota)]
 

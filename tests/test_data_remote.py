@@ -10,7 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from dsclip.config.schema import DataSection
 from dsclip.data import ShardWriter, build_eval_dataset, build_loader, load_tokenizer
 from dsclip.data.sources import storage as sources_module
-from dsclip.data.sources.storage import Reader, SourceError, is_remote, redact
+from dsclip.data.sources.storage import SourceError, Storage, is_remote, redact
 from dsclip.datasets.index import index_shards
 from dsclip.errors import UserError
 from tests.http_shards import serve
@@ -79,7 +79,7 @@ def test_shards_without_a_manifest_are_indexed_from_afar(tmp_path, tokenizer):
     with serve(tmp_path / "far") as (_, url, host):
         with pytest.raises(UserError, match="tools/index_shards.py"):
             captions(tokenizer, f"{url}/{{000..002}}.tar", trusted_hosts=[host])
-        found = index_shards(f"{url}/{{000..002}}.tar", tmp_path / "near", Reader((host,)))
+        found = index_shards(f"{url}/{{000..002}}.tar", tmp_path / "near", Storage((host,)))
         assert [e["samples"] for e in found.entries] == [10, 10, 10] and not found.problems
         remote, batches = captions(tokenizer, tmp_path / "near", trusted_hosts=[host])
     # The names of folder and server differ, and with them the sample ids, but not the order.
@@ -96,11 +96,11 @@ def test_remote_evaluation_shards_are_read_with_trusted_hosts_and_retries(tmp_pa
         with pytest.raises(UserError, match="data.trusted_hosts can allow"):
             build_eval_dataset(url, image_size=16)
         server.failures = {"00001.tar": 1}
-        found = build_eval_dataset(url, image_size=16, reader=Reader((host,), retries=1))
+        found = build_eval_dataset(url, image_size=16, storage=Storage((host,), retries=1))
         assert found.captions == expected.captions and found.classes == expected.classes == ["a", "b"]
         server.failures = {"00002.tar": 10**6, "manifest.json": 0}
         with pytest.raises(UserError, match="00002.tar"):
-            build_eval_dataset(f"{url}/00002.tar", image_size=16, reader=Reader((host,), retries=1))
+            build_eval_dataset(f"{url}/00002.tar", image_size=16, storage=Storage((host,), retries=1))
 
 
 class Bucket(MemoryFileSystem):
@@ -172,18 +172,18 @@ def test_redirects_into_the_network_are_not_followed(written, target):
     with serve(written) as (server, url, host):
         server.redirects = {"00000.tar": target}
         with pytest.raises(SourceError, match="no public address|only https"):
-            Reader((host,), retries=0).read(f"{url}/00000.tar", 0, 10)
+            Storage((host,), retries=0).read(f"{url}/00000.tar", 0, 10)
         assert len(server.requests) == 1
 
 
 def test_private_addresses_are_refused_unless_trusted(written):
     with serve(written) as (server, url, host):
         with pytest.raises(SourceError, match="only https is read; data.trusted_hosts can allow"):
-            Reader(retries=0).read(f"{url}/00000.tar", 0, 10)
+            Storage(retries=0).read(f"{url}/00000.tar", 0, 10)
         with pytest.raises(SourceError, match="no public address"):
-            Reader(retries=0).read("https://127.0.0.1:1/00000.tar", 0, 10)
+            Storage(retries=0).read("https://127.0.0.1:1/00000.tar", 0, 10)
         assert not server.requests
-        assert len(Reader((host,)).read(f"{url}/00000.tar", 0, 10)) == 10
+        assert len(Storage((host,)).read(f"{url}/00000.tar", 0, 10)) == 10
 
 
 SECRETS = [
@@ -206,7 +206,7 @@ def test_no_secret_reaches_an_error_or_a_log(written, tokenizer, monkeypatch, ca
         messages.append(json.dumps([b.report.journal for b in batches]))
         assert any(h.get("Authorization") == SECRETS[2] for _, _, h in server.requests), "the server got it"
         with pytest.raises(SourceError) as failure:
-            Reader((host,), retries=0).read(f"{url}/no.tar?{SECRETS[4]}&token={SECRETS[0]}", 0, 9)
+            Storage((host,), retries=0).read(f"{url}/no.tar?{SECRETS[4]}&token={SECRETS[0]}", 0, 9)
         messages.append(str(failure.value))
     with pytest.raises(UserError) as refused:
         is_remote(f"https://user:{SECRETS[3]}@host/a.tar")
@@ -223,5 +223,5 @@ def test_the_authorization_stays_with_its_host(written, monkeypatch):
     monkeypatch.setenv("DSCLIP_AUTHORIZATION", SECRETS[2])
     with serve(written) as (first, url, host), serve(written) as (second, other_url, other):
         first.redirects = {"00000.tar": f"{other_url}/00000.tar"}
-        Reader((host, other)).read(f"{url}/00000.tar", 0, 10)
+        Storage((host, other)).read(f"{url}/00000.tar", 0, 10)
         assert "Authorization" in first.requests[-1][2] and "Authorization" not in second.requests[-1][2]

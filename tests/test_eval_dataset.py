@@ -13,7 +13,7 @@ from dsclip.data import ShardWriter, build_eval_dataset
 from dsclip.data.decoding.sample import IMAGE_EXTENSIONS
 from dsclip.data.evaluation.texts import read_texts
 from dsclip.data.reading.samples import read_shard
-from dsclip.data.sources.storage import Reader
+from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, Embedder, run_task
 from dsclip.losses import SingleRank
@@ -163,7 +163,7 @@ def test_a_copy_of_a_remote_shard_that_gave_way_is_fetched_again(tmp_path, monke
     monkeypatch.setenv("DSCLIP_CACHE", str(tmp_path / "cache"))
     write(tmp_path / "set")
     with serve(tmp_path / "set") as (_, address, host):
-        dataset = build_eval_dataset(f"{address}/manifest.json", image_size=16, reader=Reader((host,)))
+        dataset = build_eval_dataset(f"{address}/manifest.json", image_size=16, storage=Storage((host,)))
         copies = list((tmp_path / "cache" / "shards").glob("*.tar"))
         assert len(dataset) == SAMPLES and copies
         for copy in copies:

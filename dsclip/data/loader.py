@@ -27,7 +27,7 @@ from dsclip.data.reading.worker import PREFETCH, Parts, Settings, image_slots
 from dsclip.data.shards import identity as same_shards
 from dsclip.data.shards.identity import check_sizes
 from dsclip.data.shards.shard_set import open_shards, told_apart
-from dsclip.data.sources.storage import Reader
+from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
 
 
@@ -53,20 +53,20 @@ def build_loader(
     """
     streams = data.streams or default_streams(global_batch_size)
     check_split(streams, global_batch_size, world_size, data.workers)
-    reader = Reader(tuple(data.trusted_hosts), data.retries)
-    sets = told_apart([open_shards(spec, reader) for spec in data_sets(data)])
+    storage = Storage(tuple(data.trusted_hosts), data.retries)
+    sets = told_apart([open_shards(spec, storage) for spec in data_sets(data)])
     for shards, spec in zip(sets, data_sets(data), strict=True):
         if not shards.samples.sum():
             reasons = ", ".join(f"{n} {reason}" for reason, n in shards.problems.items()) or "they are empty"
             raise UserError(f"there is no sample in {spec} ({reasons})")
-        check_copies_fit(shards, reader)
-        check_sizes(shards, reader, skip=data.on_unreadable == "skip")
+        check_copies_fit(shards, storage)
+        check_sizes(shards, storage, skip=data.on_unreadable == "skip")
     options = dict(global_batch=global_batch_size, streams=streams, seed=seed, window=data.shuffle_window,
                    unit=data.shuffle_unit, resampled=data.resampled)  # fmt: skip
     order = Order([SetOrder(s.samples, **options) for s in sets], data.weights, streams, seed)
     share = streams // world_size
     settings = Settings(
-        data, order, [SampleReader(s, reader, data.max_sample_bytes) for s in sets], tokenizer, image_size, context_length,
+        data, order, [SampleReader(s, storage, data.max_sample_bytes) for s in sets], tokenizer, image_size, context_length,
         global_batch_size, seed, rank, (rank * share, (rank + 1) * share), hard_negatives,
     )  # fmt: skip
     identity = {
@@ -121,7 +121,7 @@ class Loader:
                 raise UserError("the state is that of another rank; put the states of all ranks together first")
 
     def __iter__(self) -> Iterator[Batch]:
-        workers, readers = self._settings.data.workers, self._settings.workers
+        workers, processes = self._settings.data.workers, self._settings.workers
         options = (
             dict(prefetch_factor=PREFETCH, persistent_workers=True, worker_init_fn=_start_worker) if workers else {}
         )
@@ -136,7 +136,7 @@ class Loader:
         parts, number = iter(loader), self._batches
         while True:
             depth = _queue_depth(parts)
-            taken = [_checked(next(parts)) for _ in range(readers)]
+            taken = [_checked(next(parts)) for _ in range(processes)]
             if slots is not None:
                 taken = [replace(part, images=slots[w, part.images]) for w, part in enumerate(taken)]
             number += 1

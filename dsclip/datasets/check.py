@@ -19,7 +19,7 @@ from dsclip.data.decoding.prepare import Preparer
 from dsclip.data.decoding.sample import BadSample, RawSample, decode_image, image_bytes, read_captions
 from dsclip.data.reading.samples import SampleReader
 from dsclip.data.shards.shard_set import ShardSet, open_shards
-from dsclip.data.sources.storage import Reader, SourceError, is_remote
+from dsclip.data.sources.storage import SourceError, Storage, is_remote
 from dsclip.errors import UserError
 from dsclip.files import sha256
 
@@ -64,7 +64,7 @@ class Report:
 
 
 def check_data(
-    spec: str, reader: Reader, *, data: DataSection | None = None, image_size: int = 224, hard_negatives: bool = False,
+    spec: str, storage: Storage, *, data: DataSection | None = None, image_size: int = 224, hard_negatives: bool = False,
     most: int | None = None, sheet: Path | None = None,
 ) -> Report:  # fmt: skip
     """Makes every sample (or the first `most`) as training does with these `data` settings, once with one crop.
@@ -72,13 +72,13 @@ def check_data(
     Writes a contact sheet of 32 pairs spread over them.
     """
     data = data or DataSection()
-    shards = open_shards(spec, reader)
+    shards = open_shards(spec, storage)
     total = int(shards.samples.sum())
     if not total:
         raise UserError(f"there is no sample in {spec}")
     report = Report(samples=total)
-    _check_files(shards, reader, report)
-    samples = SampleReader(shards, reader, data.max_sample_bytes)
+    _check_files(shards, storage, report)
+    samples = SampleReader(shards, storage, data.max_sample_bytes)
     prepare = Preparer(data, image_size, 0, hard_negatives)
     crop = torch.empty(3, image_size, image_size, dtype=torch.uint8)
     seen_images, seen_captions, pictures = set(), set(), []
@@ -104,7 +104,7 @@ def check_data(
     return report
 
 
-def _check_files(shards: ShardSet, reader: Reader, report: Report) -> None:
+def _check_files(shards: ShardSet, storage: Storage, report: Report) -> None:
     """Sizes and hashes against the manifest; damage of shards without one."""
     for reason, count in shards.problems.items():
         report.problem("shards without a manifest", reason, count)
@@ -113,7 +113,7 @@ def _check_files(shards: ShardSet, reader: Reader, report: Report) -> None:
         if recorded < 0:
             continue
         try:
-            size = reader.size(location)
+            size = storage.size(location)
         except SourceError:
             report.problem(shards.name(number), "unreadable shard")
             continue

@@ -11,7 +11,7 @@ from pathlib import Path
 from dsclip.data.shards.manifest import read_manifest, write_manifest
 from dsclip.data.shards.specification import resolve_shards
 from dsclip.data.shards.tar_index import SUFFIX, scan, to_bytes
-from dsclip.data.sources.storage import Reader, SourceError, is_remote
+from dsclip.data.sources.storage import SourceError, Storage, is_remote
 from dsclip.errors import UserError
 
 PIECE = 1 << 24
@@ -26,13 +26,13 @@ class Indexed:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-def index_shards(spec: str, out: Path | None, reader: Reader, progress=lambda text: None) -> Indexed:
+def index_shards(spec: str, out: Path | None, storage: Storage, progress=lambda text: None) -> Indexed:
     """Writes a sidecar index for each shard and one manifest for all, beside the shards or in `out`.
 
     Remote shards are read once from end to end; their indexes go to `out`, with a manifest that points to them. Raises
     UserError when shards of several folders would share a manifest, none can be read, or none holds a sample.
     """
-    locations = resolve_shards(spec, reader)
+    locations = resolve_shards(spec, storage)
     folders = {location.rpartition("/")[0] or "." for location in locations}
     if len(folders) > 1:
         raise UserError(f"{spec} has shards of {len(folders)} folders; index one folder at a time")
@@ -45,7 +45,7 @@ def index_shards(spec: str, out: Path | None, reader: Reader, progress=lambda te
         name = location.rpartition("/")[2]
         progress(f"{number + 1} of {len(locations)}: {name}")
         try:
-            entry, problems, index = _index(location, name, reader)
+            entry, problems, index = _index(location, name, storage)
         except SourceError as error:
             found.unreadable[name] = str(error)
             continue
@@ -73,8 +73,8 @@ def index_shards(spec: str, out: Path | None, reader: Reader, progress=lambda te
     return found
 
 
-def _index(location: str, name: str, reader: Reader) -> tuple[dict, dict, bytes]:
-    stream = _Pieces(location, reader)
+def _index(location: str, name: str, storage: Storage) -> tuple[dict, dict, bytes]:
+    stream = _Pieces(location, storage)
     index = scan(stream, stream.size)
     digest = sha256()
     for start in range(0, stream.size, PIECE):
@@ -86,16 +86,16 @@ def _index(location: str, name: str, reader: Reader) -> tuple[dict, dict, bytes]
 class _Pieces(io.RawIOBase):
     """A file that is read in pieces of 16 MB, the last two kept: headers are 512 bytes here and there."""
 
-    def __init__(self, location: str, reader: Reader):
-        self._location, self._reader = location, reader
-        self.size, self._position = reader.size(location), 0
+    def __init__(self, location: str, storage: Storage):
+        self._location, self._storage = location, storage
+        self.size, self._position = storage.size(location), 0
         self._kept: dict[int, bytes] = {}
 
     def piece(self, start: int) -> bytes:
         if start not in self._kept:
             while len(self._kept) > 1:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[start] = self._reader.read(self._location, start, min(PIECE, self.size - start))
+            self._kept[start] = self._storage.read(self._location, start, min(PIECE, self.size - start))
         return self._kept[start]
 
     def seek(self, position: int, whence: int = 0) -> int:

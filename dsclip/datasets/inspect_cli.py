@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsclip.command_line import parser, run_tool, say
 from dsclip.config.schema import DataSection
-from dsclip.data.sources.storage import Reader
+from dsclip.data.sources.storage import Storage
 from dsclip.datasets.check import Report, check_data
 from dsclip.datasets.index import index_shards, problem_counts
 from dsclip.errors import UserError
@@ -62,13 +62,13 @@ def add_remote(p: argparse.ArgumentParser) -> None:
     p.add_argument("--retries", type=int, default=5, help="further attempts at a remote read (default: 5)")
 
 
-def reader_of(arguments: argparse.Namespace) -> Reader:
-    """The reader that these flags describe."""
-    return Reader(tuple(arguments.trusted_host), arguments.retries)
+def storage_of(arguments: argparse.Namespace) -> Storage:
+    """The storage that these flags describe."""
+    return Storage(tuple(arguments.trusted_host), arguments.retries)
 
 
 def _index(arguments: argparse.Namespace) -> tuple[dict, str]:
-    found = index_shards(arguments.shards, arguments.out, reader_of(arguments), progress=say)
+    found = index_shards(arguments.shards, arguments.out, storage_of(arguments), progress=say)
     samples = sum(e["samples"] for e in found.entries)
     counts = problem_counts(found.problems)
     lines = [f"{len(found.entries)} shards with {samples:,} samples, {sum(e['bytes'] for e in found.entries):,} bytes"]
@@ -103,7 +103,7 @@ def run_check(arguments: argparse.Namespace) -> int:
             max_sample_bytes=a.max_sample_bytes, negative_key=a.hard_negatives or "negatives",
         )  # fmt: skip
         report = check_data(
-            a.shards, reader_of(a), data=data, image_size=a.image_size, hard_negatives=a.hard_negatives is not None,
+            a.shards, storage_of(a), data=data, image_size=a.image_size, hard_negatives=a.hard_negatives is not None,
             most=a.max_samples, sheet=a.sheet,
         )  # fmt: skip
         share = report.bad.total() / max(1, min(report.samples, a.max_samples or report.samples))

@@ -17,8 +17,8 @@ from dsclip.checkpoint import read_checkpoint
 from dsclip.command_line import parser, report_error, say
 from dsclip.data import build_eval_dataset, load_tokenizer
 from dsclip.data.shards.overlap import data_name, training_pairs
-from dsclip.data.sources.storage import Reader
-from dsclip.datasets.inspect_cli import add_remote, reader_of
+from dsclip.data.sources.storage import Storage
+from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, Embedder, run_task
@@ -93,7 +93,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         max_samples=arguments.max_samples,
         caption_key=arguments.caption_key,
         negative_key=arguments.negative_key,
-        reader=reader_of(arguments),
+        storage=storage_of(arguments),
     )
 
     def encode_image(images: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "task": arguments.task, "metrics": metrics, "model": str(arguments.model), "data": arguments.data,
-        "training_pairs": _training_pairs(arguments.data, train_shards, reader_of(arguments)), "bad_samples": dict(dataset.bad),
+        "training_pairs": _training_pairs(arguments.data, train_shards, storage_of(arguments)), "bad_samples": dict(dataset.bad),
     }  # fmt: skip
 
 
@@ -126,10 +126,10 @@ def _join_ranks(arguments: argparse.Namespace) -> tuple[torch.device, Collective
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu"), Collectives(rank, world_size)
 
 
-def _training_pairs(shards: str, train_shards: str | list[str] | None, reader: Reader) -> str | None:
+def _training_pairs(shards: str, train_shards: str | list[str] | None, storage: Storage) -> str | None:
     """`training pairs`, `partly training pairs` or None; also None where the training shards can't be found any more."""
     try:
-        return training_pairs(shards, train_shards, reader) if train_shards else None
+        return training_pairs(shards, train_shards, storage) if train_shards else None
     except UserError:
         return None
 

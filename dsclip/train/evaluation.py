@@ -10,7 +10,7 @@ from dsclip.config import Recipe
 from dsclip.data import EvalDataset, build_eval_dataset
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.shards.overlap import data_name, training_pairs
-from dsclip.data.sources.storage import Reader
+from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, Embedder, check_task, run_task
 from dsclip.evaluate.retrieval import retrieval_samples
@@ -34,7 +34,7 @@ class Evaluation:
 
     def __init__(self, recipe: Recipe, model: ClipConfig, tokenizer: Tokenizer):
         self._settings, self._data, self._model, self._tokenizer = recipe.eval, recipe.data, model, tokenizer
-        self._reader = Reader(tuple(recipe.data.trusted_hosts), recipe.data.retries)
+        self._storage = Storage(tuple(recipe.data.trusted_hosts), recipe.data.retries)
         self.sets: dict[Task, EvalDataset] = {}
         self.names: dict[str, str] = {}
         for task in TASKS:
@@ -46,7 +46,7 @@ class Evaluation:
                 check_task(task, self.sets[task], classnames=recipe.eval.classnames, templates=recipe.eval.templates)
             except UserError as error:
                 raise UserError(f"eval.{task}_shards={data_name(shards, None)}: {error}") from error
-            self.names[task] = data_name(shards, training_pairs(shards, recipe.data.train_shards, self._reader))
+            self.names[task] = data_name(shards, training_pairs(shards, recipe.data.train_shards, self._storage))
 
     def _open(self, shards: str | list[str]) -> EvalDataset:
         return build_eval_dataset(
@@ -56,7 +56,7 @@ class Evaluation:
             caption_key=self._data.caption_key,
             negative_key=self._data.negative_key,
             max_image_pixels=self._data.max_image_pixels,
-            reader=self._reader,
+            storage=self._storage,
         )
 
     def due(self, step: int, last: bool) -> bool:

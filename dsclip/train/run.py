@@ -12,7 +12,7 @@ from dsclip.config import Recipe, dump_recipe, load_ds_config, load_recipe
 from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.loader import data_sets
 from dsclip.data.order.exact import check_split, default_streams
-from dsclip.data.sources.storage import Reader
+from dsclip.data.sources.storage import Storage
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import RunFailed, UserError
 from dsclip.losses import check_options, find_loss
@@ -98,10 +98,10 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     batch = recipe.batch.global_batch_size
     check_split(recipe.data.streams or default_streams(batch), batch, world_size, recipe.data.workers)
-    reader = Reader(tuple(recipe.data.trusted_hosts), recipe.data.retries)
+    storage = Storage(tuple(recipe.data.trusted_hosts), recipe.data.retries)
     for key, shards in named_shards(recipe):
         try:
-            resolve_shards(shards, reader)
+            resolve_shards(shards, storage)
         except UserError as error:
             raise UserError(f"`{key}`: {error}") from error
     run_dir = Path(recipe.train.output) / recipe.train.name

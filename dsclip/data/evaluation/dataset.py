@@ -21,7 +21,7 @@ from dsclip.data.evaluation.texts import TextSample, read_texts
 from dsclip.data.shards.manifest import read_manifest
 from dsclip.data.shards.specification import resolve_shards
 from dsclip.data.sources.cache import local_copy
-from dsclip.data.sources.storage import LOCAL, Reader, SourceError, is_remote
+from dsclip.data.sources.storage import LOCAL, SourceError, Storage, is_remote
 from dsclip.errors import UserError
 
 
@@ -41,8 +41,8 @@ class EvalDataset:
     reason} of samples whose image turned out to be unusable.
     """
 
-    def __init__(self, image_size: int, max_pixels: int, reader: Reader):
-        self._image_size, self._max_pixels, self._reader = image_size, max_pixels, reader
+    def __init__(self, image_size: int, max_pixels: int, storage: Storage):
+        self._image_size, self._max_pixels, self._storage = image_size, max_pixels, storage
         self._images: list[_Image] = []
         self._copies: dict[str, str] = {}
         self.captions: list[list[str]] = []
@@ -92,7 +92,7 @@ class EvalDataset:
         if not is_remote(location):
             return location
         if location not in self._copies:
-            self._copies[location] = local_copy(location, self._reader, -1)
+            self._copies[location] = local_copy(location, self._storage, -1)
         return self._copies[location]
 
     def add(self, location: str, sample: TextSample, caption_key: str, negative_key: str) -> None:
@@ -114,16 +114,16 @@ def build_eval_dataset(
     caption_key: str = "caption",
     negative_key: str = "negatives",
     max_image_pixels: int = 64_000_000,
-    reader: Reader = LOCAL,
+    storage: Storage = LOCAL,
 ) -> EvalDataset:
     """Reads the texts of the shards, in order, of the first `max_samples`; no image is read or decoded.
 
-    reader: how remote shards are read. Samples without an image or with texts that can't be read are left out and counted
+    storage: how remote shards are read. Samples without an image or with texts that can't be read are left out and counted
     in `.bad`, as are those whose image can't be decoded, later. Raises UserError when shards are missing or nothing in
     them is usable.
     """
-    locations = resolve_shards(shards, reader)
-    dataset = EvalDataset(image_size, max_image_pixels, reader)
+    locations = resolve_shards(shards, storage)
+    dataset = EvalDataset(image_size, max_image_pixels, storage)
     with _collection_paused():
         for location in locations:
             _add_shard(dataset, location, max_samples, caption_key, negative_key)
@@ -132,7 +132,7 @@ def build_eval_dataset(
     if not len(dataset):
         reasons = ", ".join(f"{n} {reason}" for reason, n in dataset.bad.items()) or "they are empty"
         raise UserError(f"no usable sample in {_names(locations)} ({reasons})")
-    manifest = read_manifest(locations, reader) or {}
+    manifest = read_manifest(locations, storage) or {}
     dataset.classes, dataset.templates = manifest.get("classes"), manifest.get("templates")
     return dataset
 

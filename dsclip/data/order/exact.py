@@ -42,14 +42,14 @@ def check_split(streams: int, global_batch: int, world_size: int, workers: int) 
     """Raises UserError when V streams can't be shared equally by the ranks and their workers; it names what can."""
     if global_batch % streams:
         raise UserError(f"data.streams is {streams}; it must divide batch.global_batch_size {global_batch}")
-    readers = max(1, workers)
+    processes = max(1, workers)
     if streams % world_size:
         fitting = [w for w in range(1, streams + 1) if streams % w == 0]
         raise UserError(
             f"{world_size} ranks can't share {streams} data streams equally; use one of {_some(fitting)} ranks, or a "
             "batch.global_batch_size (or data.streams) that the number of ranks divides"
         )
-    if streams // world_size % readers:
+    if streams // world_size % processes:
         own = streams // world_size
         fitting = [w for w in range(1, own + 1) if own % w == 0]
         raise UserError(

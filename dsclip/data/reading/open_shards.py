@@ -10,7 +10,7 @@ from pathlib import Path
 from dsclip.data.shards.shard_set import ShardSet
 from dsclip.data.shards.tar_index import SUFFIX, ShardIndex, from_bytes, scan_file
 from dsclip.data.sources.cache import local_copy, most_bytes, read_copy
-from dsclip.data.sources.storage import MissingSource, Reader, SourceError, is_remote
+from dsclip.data.sources.storage import MissingSource, SourceError, Storage, is_remote
 from dsclip.errors import UserError
 
 MOST_INDEX_BYTES = 1 << 28
@@ -23,30 +23,30 @@ class OpenShard:
 
     location: str
     index: ShardIndex
-    reader: Reader
+    storage: Storage
     copy: str | None = None
 
     def read(self, start: int, length: int) -> bytes:
         """Up to `length` bytes from `start`. Raises SourceError."""
         if self.copy is None:
-            return self.reader.read(self.location, start, length)
+            return self.storage.read(self.location, start, length)
         try:
             return read_copy(self.copy, start, length)
         except FileNotFoundError:  # it gave way to another run's copies
-            self.copy = local_copy(self.location, self.reader, self.index.shard_bytes)
+            self.copy = local_copy(self.location, self.storage, self.index.shard_bytes)
             return read_copy(self.copy, start, length)
 
 
 class OpenShards:
     """The open shards of a set, by number; those opened longest ago are closed first."""
 
-    def __init__(self, shards: ShardSet, reader: Reader):
-        self._shards, self._reader = shards, reader
+    def __init__(self, shards: ShardSet, storage: Storage):
+        self._shards, self._storage = shards, storage
         self._lock, self._entries = threading.Lock(), 0
         self._found: dict[int, Future] = {}
 
     def __reduce__(self):  # loader workers may be spawned; they open shards themselves
-        return OpenShards, (self._shards, self._reader)
+        return OpenShards, (self._shards, self._storage)
 
     def __call__(self, shard: int) -> OpenShard:
         """The shard, opened by one thread while others that want it wait. Raises SourceError, and UserError."""
@@ -57,7 +57,7 @@ class OpenShards:
                 found = self._found[shard] = Future()
         if mine:
             try:
-                opened = open_shard(self._shards, shard, self._reader)
+                opened = open_shard(self._shards, shard, self._storage)
             except BaseException as error:
                 with self._lock:
                     del self._found[shard]
@@ -77,21 +77,21 @@ class OpenShards:
                     self._entries -= len(self._found.pop(old).result().index)
 
 
-def open_shard(shards: ShardSet, shard: int, reader: Reader) -> OpenShard:
+def open_shard(shards: ShardSet, shard: int, storage: Storage) -> OpenShard:
     """With the index beside the manifest, or else by walking the headers of the shard or of a copy of it."""
     location, recorded = shards.locations[shard], int(shards.shard_bytes[shard])
     try:
-        index = read_index(sidecar(shards, shard), reader, recorded)
+        index = read_index(sidecar(shards, shard), storage, recorded)
     except SourceError:
         index = None
     copy = None
     if index is None:
-        copy = local_copy(location, reader, recorded) if is_remote(location) else None
+        copy = local_copy(location, storage, recorded) if is_remote(location) else None
         try:
             index = scan_file(copy or location)
         except OSError as error:
             raise SourceError(f"{location}: {error.strerror}") from error
-    return OpenShard(location, index, reader, copy)
+    return OpenShard(location, index, storage, copy)
 
 
 def sidecar(shards: ShardSet, shard: int) -> str:
@@ -99,10 +99,10 @@ def sidecar(shards: ShardSet, shard: int) -> str:
     return f"{shards.indexes[shard]}/{shards.locations[shard].rpartition('/')[2]}{SUFFIX}"
 
 
-def read_index(path: str, reader: Reader, shard_bytes: int) -> ShardIndex | None:
+def read_index(path: str, storage: Storage, shard_bytes: int) -> ShardIndex | None:
     """The index, or None where there is none. shard_bytes: as the manifest says, −1 when it doesn't. Raises UserError."""
     if is_remote(path):
-        content = reader.read_all(path, MOST_INDEX_BYTES)
+        content = storage.read_all(path, MOST_INDEX_BYTES)
     else:
         try:
             content = Path(path).read_bytes()
@@ -113,14 +113,14 @@ def read_index(path: str, reader: Reader, shard_bytes: int) -> ShardIndex | None
     return from_bytes(content, path, shard_bytes if shard_bytes >= 0 else None)
 
 
-def check_copies_fit(shards: ShardSet, reader: Reader) -> None:
+def check_copies_fit(shards: ShardSet, storage: Storage) -> None:
     """Raises UserError for remote shards without indexes of which the cache holds only a part: each would be copied again and again."""
     remote = [i for i, location in enumerate(shards.locations) if is_remote(location) and shards.samples[i]]
     needed = sum(max(0, int(shards.shard_bytes[i])) for i in remote)
     if not remote or needed <= most_bytes():
         return
     try:
-        if read_index(sidecar(shards, remote[0]), reader, -1) is not None:
+        if read_index(sidecar(shards, remote[0]), storage, -1) is not None:
             return
     except MissingSource:
         pass

@@ -9,7 +9,7 @@ from dsclip.data.decoding.sample import MEMBER_EXTENSIONS, BadSample, RawSample
 from dsclip.data.reading.open_shards import OpenShards
 from dsclip.data.shards.shard_set import ShardSet, short_name
 from dsclip.data.shards.tar_index import DamagedTar, members_of, scan_file
-from dsclip.data.sources.storage import LOCAL, Reader
+from dsclip.data.sources.storage import LOCAL, Storage
 
 
 @dataclass
@@ -17,12 +17,12 @@ class SampleReader:
     """Reads single samples of a shard set by their place. most_bytes: of a sample; larger ones are not read."""
 
     shards: ShardSet
-    reader: Reader = LOCAL
+    storage: Storage = LOCAL
     most_bytes: int = 1 << 26
     opened: OpenShards = field(init=False, repr=False)
 
     def __post_init__(self):
-        self.opened = OpenShards(self.shards, self.reader)
+        self.opened = OpenShards(self.shards, self.storage)
 
     def read(self, shard: int, position: int) -> RawSample:
         """The sample. Raises BadSample, and SourceError when its shard can't be read at all."""

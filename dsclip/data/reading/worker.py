@@ -42,7 +42,7 @@ class Settings:
 
     data: DataSection
     order: Order
-    readers: list[SampleReader]  # one a data set
+    sample_readers: list[SampleReader]  # one a data set
     tokenizer: Tokenizer
     image_size: int
     context_length: int
@@ -114,7 +114,7 @@ class Worker:
     """Draws, decodes, counts. drawn: {stream: samples drawn of each data set}. slots: see `image_slots`."""
 
     def __init__(self, settings: Settings, drawn: dict[int, list[int]], slots: torch.Tensor | None = None):
-        self._s, self._drawn, self._slots = settings, drawn, slots
+        self._settings, self._drawn, self._slots = settings, drawn, slots
         self._ahead: dict[int, ReadAhead] = {}  # of data sets with remote shards
         self._bad_by_shard: Counter = Counter()
         self._reasons: Counter = Counter()
@@ -134,13 +134,20 @@ class Worker:
                 threads.close()
 
     def _read_ahead(self) -> Threads | None:
-        remote = [k for k, r in enumerate(self._s.readers) if any(map(is_remote, r.shards.locations))]
+        remote = [k for k, r in enumerate(self._settings.sample_readers) if any(map(is_remote, r.shards.locations))]
         if not remote:
             return None
-        threads, share = Threads(), self._s.data.read_ahead_mb * 1_000_000 // len(remote)
+        threads, share = Threads(), self._settings.data.read_ahead_mb * 1_000_000 // len(remote)
         for k in remote:
             drawn = {stream: counts[k] for stream, counts in self._drawn.items()}
-            self._ahead[k] = ReadAhead(self._s.readers[k], self._s.order.sets[k], drawn, self._s.quota, share, threads)
+            self._ahead[k] = ReadAhead(
+                self._settings.sample_readers[k],
+                self._settings.order.sets[k],
+                drawn,
+                self._settings.quota,
+                share,
+                threads,
+            )
         return threads
 
     def _parts(self) -> Iterator[Part]:
@@ -149,13 +156,13 @@ class Worker:
             samples: list[TrainSample] = []
             skipped: Counter[str] = Counter()
             read = self._read
-            size, slot = self._s.image_size, number % SLOTS
+            size, slot = self._settings.image_size, number % SLOTS
             if self._slots is None:
-                images = torch.empty(len(self._drawn) * self._s.quota, 3, size, size, dtype=torch.uint8)
+                images = torch.empty(len(self._drawn) * self._settings.quota, 3, size, size, dtype=torch.uint8)
             else:
                 images = self._slots[slot]
             for stream in self._drawn:
-                for _ in range(self._s.quota):
+                for _ in range(self._settings.quota):
                     samples.append(self._next_good(stream, images[len(samples)], skipped))
             report = LoadReport(
                 captions=[sample.caption for sample in samples], read=self._read - read, bad=dict(skipped), journal=self._journal,
@@ -177,12 +184,12 @@ class Worker:
     def _next_good(self, stream: int, image: torch.Tensor, skipped: Counter[str]) -> TrainSample:
         """The stream's next usable sample, its picture written to `image`; the others are counted."""
         while True:
-            draw = self._s.order.next(stream, self._drawn[stream])
+            draw = self._settings.order.next(stream, self._drawn[stream])
             self._read += 1
             try:
                 sample = self._prepare(self._fetch(stream, draw), draw.round, image)
             except BadSample as reason:
-                shard = self._s.readers[draw.data_set].shards.name(draw.shard)
+                shard = self._settings.sample_readers[draw.data_set].shards.name(draw.shard)
                 skipped[str(reason)] += 1
                 self._bad_by_shard[shard] += 1
                 self._bad_in_a_row += 1
@@ -197,7 +204,7 @@ class Worker:
             return sample
 
     def _fetch(self, stream: int, draw: Draw) -> RawSample:
-        samples = self._s.readers[draw.data_set]
+        samples = self._settings.sample_readers[draw.data_set]
         if not is_remote(samples.shards.locations[draw.shard]):
             try:
                 return samples.read(draw.shard, draw.position)
@@ -213,9 +220,9 @@ class Worker:
 
     def _unreadable(self, shard: str, error: SourceError) -> None:
         """A shard that can't be read after all attempts: the end of the run, or a gap that the journal tells of."""
-        if self._s.data.on_unreadable == "stop":
+        if self._settings.data.on_unreadable == "stop":
             raise UserError(
-                f"rank {self._s.rank}: shard {shard} can't be read ({error}). Continue later with --resume auto, or set "
+                f"rank {self._settings.rank}: shard {shard} can't be read ({error}). Continue later with --resume auto, or set "
                 "data.on_unreadable=skip to leave out its samples."
             )
         self._note(shard, "unreadable, left out", str(error))
@@ -227,11 +234,11 @@ class Worker:
             self._journal.append({"shard": shard, "what": what, "detail": redact(detail)})
 
     def _part(self, images: torch.Tensor | int, samples: list[TrainSample], report: LoadReport) -> Part:
-        tokenizer, length = self._s.tokenizer, self._s.context_length
+        tokenizer, length = self._settings.tokenizer, self._settings.context_length
         hard_tokens = hard_owner = augmentation = None
         if samples[0].augmentation is not None:
             augmentation = np.array([s.augmentation for s in samples], dtype=np.float32)
-        if self._s.hard_negatives:
+        if self._settings.hard_negatives:
             hard_tokens = tokenizer([sentence for s in samples for sentence in s.hard_negatives], length).numpy()
             hard_owner = np.repeat(np.arange(len(samples)), [len(s.hard_negatives) for s in samples])
         return Part(
@@ -249,26 +256,26 @@ class Worker:
     def _judge_negatives(self) -> None:
         """Stops a run that declares hard negatives and has none: it would train another loss than it says."""
         enough = min(FEWEST_WITHOUT_NEGATIVES, self._total)
-        if self._s.hard_negatives and not self._negatives and self._read >= enough:
+        if self._settings.hard_negatives and not self._negatives and self._read >= enough:
             raise UserError(
-                f"rank {self._s.rank}: loss.hard_negatives is set, but none of the first {self._read} samples read by a "
+                f"rank {self._settings.rank}: loss.hard_negatives is set, but none of the first {self._read} samples read by a "
                 "worker has a hard negative. Give samples a .neg.txt member or a list under "
-                f"`{self._s.data.negative_key}` (data.negative_key) in their .json, or set loss.hard_negatives=none."
+                f"`{self._settings.data.negative_key}` (data.negative_key) in their .json, or set loss.hard_negatives=none."
             )
 
     def _judge(self, skipped: Counter) -> None:
         total_bad = self._bad_by_shard.total()
         if self._bad_in_a_row > self._total:
-            names = [name for reader in self._s.readers for name in reader.shards.locations]
+            names = [name for reader in self._settings.sample_readers for name in reader.shards.locations]
             raise UserError(
-                f"rank {self._s.rank}: as many samples as {_few(names)} hold were drawn and none is usable ({_counts(skipped)}). "
+                f"rank {self._settings.rank}: as many samples as {_few(names)} hold were drawn and none is usable ({_counts(skipped)}). "
                 "Check the shards with tools/check_data.py; a sample needs an image and a .txt or .json caption."
             )
-        if self._read >= FEWEST_TO_JUDGE and total_bad > self._s.data.max_bad_fraction * self._read:
+        if self._read >= FEWEST_TO_JUDGE and total_bad > self._settings.data.max_bad_fraction * self._read:
             worst = ", ".join(f"{name} ({n})" for name, n in self._bad_by_shard.most_common(3))
             raise UserError(
                 f"{total_bad} of {self._read} samples read can't be used, more than data.max_bad_fraction "
-                f"{self._s.data.max_bad_fraction} ({_counts(self._reasons)}). Most are in {worst}. Repair these shards, correct the "
+                f"{self._settings.data.max_bad_fraction} ({_counts(self._reasons)}). Most are in {worst}. Repair these shards, correct the "
                 "data setting that refuses them, or raise the limit."
             )
 

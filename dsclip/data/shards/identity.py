@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
 from dsclip.data.shards.shard_set import ShardSet
-from dsclip.data.sources.storage import Reader, SourceError, is_remote
+from dsclip.data.sources.storage import SourceError, Storage, is_remote
 from dsclip.errors import UserError
 
 THREADS = 16
@@ -16,7 +16,7 @@ NAMES = ("data", "data_in_folders", "content")  # of what `identity` says
 _TOGETHER = 512  # local files that one thread looks at in a row
 
 
-def check_sizes(shards: ShardSet, reader: Reader, skip: bool) -> None:
+def check_sizes(shards: ShardSet, storage: Storage, skip: bool) -> None:
     """Raises UserError for shards whose sizes are not their manifest's; with `skip` they count as problems instead.
 
     Local shards, and remote ones where they are few. What can't be asked is left to whoever reads it.
@@ -26,7 +26,7 @@ def check_sizes(shards: ShardSet, reader: Reader, skip: bool) -> None:
     remote = [i for i in known if is_remote(shards.locations[i])]
 
     def others(numbers: list[int]) -> list[tuple[int, int]]:
-        sizes = ((i, _size(shards.locations[i], reader)) for i in numbers)
+        sizes = ((i, _size(shards.locations[i], storage)) for i in numbers)
         return [(i, size) for i, size in sizes if size not in (None, int(shards.shard_bytes[i]))]
 
     tasks = [local[i : i + _TOGETHER] for i in range(0, len(local), _TOGETHER)]
@@ -47,9 +47,9 @@ def check_sizes(shards: ShardSet, reader: Reader, skip: bool) -> None:
     )
 
 
-def _size(location: str, reader: Reader) -> int | None:
+def _size(location: str, storage: Storage) -> int | None:
     try:
-        return reader.size(location) if is_remote(location) else os.stat(location).st_size
+        return storage.size(location) if is_remote(location) else os.stat(location).st_size
     except (SourceError, OSError):
         return None
 

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from dsclip.data.sources.storage import LOCAL, MissingSource, Reader, SourceError, is_remote
+from dsclip.data.sources.storage import LOCAL, MissingSource, SourceError, Storage, is_remote
 from dsclip.errors import UserError
 from dsclip.files import write_whole
 
@@ -15,21 +15,21 @@ FORMAT = "dsclip-shards-1"
 MAX_MANIFEST_BYTES = 1 << 30
 
 
-def read_manifest(shards: list[str], reader: Reader = LOCAL) -> dict | None:
+def read_manifest(shards: list[str], storage: Storage = LOCAL) -> dict | None:
     """The manifest beside the first shard, or None."""
     path = f"{_folder(str(shards[0]))}/{MANIFEST}"
     if not is_remote(path) and not os.path.isfile(path):
         return None
     try:
-        return _load_manifest(path, reader)
+        return _load_manifest(path, storage)
     except FileNotFoundError:
         return None
 
 
-def _load_manifest(path: str, reader: Reader) -> dict:
+def _load_manifest(path: str, storage: Storage) -> dict:
     """Raises UserError when it is damaged, FileNotFoundError when a remote one isn't there."""
     try:
-        content = reader.read_all(path, MAX_MANIFEST_BYTES)
+        content = storage.read_all(path, MAX_MANIFEST_BYTES)
     except MissingSource as error:
         raise FileNotFoundError(path) from error
     except SourceError as error:
@@ -48,12 +48,12 @@ def _load_manifest(path: str, reader: Reader) -> dict:
         raise UserError(f"{path} is damaged ({error}); delete it and run tools/index_shards.py") from error
 
 
-def _entries(path: str, reader: Reader) -> dict[str, dict]:
+def _entries(path: str, storage: Storage) -> dict[str, dict]:
     """What a manifest says of each shard, by location; nothing where there is no manifest."""
     if not is_remote(path) and not os.path.isfile(path):
         return {}
     try:
-        content = _load_manifest(path, reader)
+        content = _load_manifest(path, storage)
     except FileNotFoundError:
         return {}
     base = content.get("base") or _folder(path)

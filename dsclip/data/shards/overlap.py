@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 
 from dsclip.data.shards.specification import resolve_shards
-from dsclip.data.sources.storage import LOCAL, Reader, is_remote
+from dsclip.data.sources.storage import LOCAL, Storage, is_remote
 
 ALL, PART = "training pairs", "partly training pairs"
 
 
-def training_pairs(shards: str | list[str], train_shards: str | list[str], reader: Reader = LOCAL) -> str | None:
+def training_pairs(shards: str | list[str], train_shards: str | list[str], storage: Storage = LOCAL) -> str | None:
     """`training pairs` where all of these shards are training shards, `partly training pairs` where some are, or None.
 
     By the places of the shards: a copy elsewhere isn't recognised. Raises UserError when either can't be found.
     """
-    trained = set(map(_place, resolve_shards(train_shards, reader)))
-    seen = [_place(location) in trained for location in resolve_shards(shards, reader)]
+    trained = set(map(_place, resolve_shards(train_shards, storage)))
+    seen = [_place(location) in trained for location in resolve_shards(shards, storage)]
     return ALL if all(seen) else PART if any(seen) else None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from dsclip.data.shards.manifest import MANIFEST, _entries, _folder
 from dsclip.data.shards.specification import DEMO, _parts, resolve_shards
 from dsclip.data.shards.tar_index import scan_file
-from dsclip.data.sources.storage import LOCAL, Reader, is_remote
+from dsclip.data.sources.storage import LOCAL, Storage, is_remote
 from dsclip.errors import UserError
 
 
@@ -59,17 +59,17 @@ def short_name(location: str) -> str:
     return "/".join(location.split("/")[-2:])
 
 
-def open_shards(spec: str | list[str], reader: Reader = LOCAL) -> ShardSet:
+def open_shards(spec: str | list[str], storage: Storage = LOCAL) -> ShardSet:
     """The shards with their numbers of samples: from the manifests beside them, else counted by walking local shards.
 
     Raises UserError when remote shards have no manifest, or when there is no sample at all.
     """
-    locations = resolve_shards(spec, reader)
+    locations = resolve_shards(spec, storage)
     known: dict[str, dict] = {}
     # A manifest that is named, or lies in a named folder, may list shards that lie elsewhere; others list their neighbours.
     named = [p.rstrip("/") or "/" for p in _parts(spec) if p not in DEMO]
     for path in [p if p.endswith(".json") else f"{p}/{MANIFEST}" for p in named if _is_index(p)]:
-        listed = _entries(path, reader)
+        listed = _entries(path, storage)
         if missing := sorted(listed.keys() - set(locations)):
             raise UserError(
                 f"{path} lists {len(missing)} shards that are not there: {', '.join(missing[:3])}. Copy them again, or write the "
@@ -77,7 +77,7 @@ def open_shards(spec: str | list[str], reader: Reader = LOCAL) -> ShardSet:
             )
         known |= listed
     for folder in {_folder(x) for x in locations if x not in known}:
-        known |= _entries(f"{folder}/{MANIFEST}", reader)
+        known |= _entries(f"{folder}/{MANIFEST}", storage)
     samples, sizes, problems, indexes, hashes = [], [], {}, [], []
     for location in locations:
         entry = known.get(location)

@@ -9,7 +9,7 @@ import re
 import braceexpand
 
 from dsclip.data.shards.manifest import MANIFEST, _load_manifest
-from dsclip.data.sources.storage import LOCAL, Reader, is_remote
+from dsclip.data.sources.storage import LOCAL, Storage, is_remote
 from dsclip.embedded import embedded_folder
 from dsclip.errors import UserError
 
@@ -17,14 +17,14 @@ DEMO = ("demo", "demo:train", "demo:val")
 MAX_SHARDS = 2_000_000  # a brace expression can name more files than memory holds
 
 
-def resolve_shards(spec: str | list[str], reader: Reader = LOCAL) -> list[str]:
+def resolve_shards(spec: str | list[str], storage: Storage = LOCAL) -> list[str]:
     """The locations of the shards that `spec` names, sorted within each part.
 
     spec: a folder, a glob, a brace expression (`data/{00000..00099}.tar`), a manifest, the https://, s3:// or gs:// address
     of one of these but a glob, several joined by `::`, a list of these, or `demo` and `demo:val` for the embedded data
     set. Raises UserError that names what can't be found.
     """
-    shards = [location for part in _parts(spec) for location in _resolve_part(part, reader)]
+    shards = [location for part in _parts(spec) for location in _resolve_part(part, storage)]
     if not shards:
         raise UserError("no shards are named; set data.train_shards to a folder, a glob or a brace expression")
     return shards
@@ -34,24 +34,24 @@ def _parts(spec: str | list[str]) -> list[str]:
     return [p.strip() for s in ([spec] if isinstance(spec, str) else spec) for p in s.split("::")]
 
 
-def _resolve_part(part: str, reader: Reader) -> list[str]:
+def _resolve_part(part: str, storage: Storage) -> list[str]:
     if part in DEMO:
         name, _, split = part.partition(":")
-        return _resolve_part(str(embedded_folder(name) / (split or "train")), reader)
+        return _resolve_part(str(embedded_folder(name) / (split or "train")), storage)
     remote = is_remote(part)
     if "{" in part:
         return [p if remote else _existing(p) for p in _expand(part)]
     if part.endswith(".json"):
-        return _listed(part, reader)
+        return _listed(part, storage)
     if remote:
-        return [part] if part.endswith(".tar") else _listed(part.rstrip("/") + "/" + MANIFEST, reader)
+        return [part] if part.endswith(".tar") else _listed(part.rstrip("/") + "/" + MANIFEST, storage)
     if os.path.isdir(part):
         part = part.rstrip("/") or "/"
         found = sorted(p for p in glob.glob(os.path.join(glob.escape(part), "*.tar")) if os.path.isfile(p))
         if not found:
             listed = os.path.join(part, MANIFEST)  # an index of shards that lie elsewhere
-            if os.path.isfile(listed) and _load_manifest(listed, reader).get("base"):
-                return _listed(listed, reader)
+            if os.path.isfile(listed) and _load_manifest(listed, storage).get("base"):
+                return _listed(listed, storage)
             raise UserError(f"{part} holds no .tar shards; write some with tools/make_shards.py")
         return found
     if any(c in part for c in "*?["):
@@ -62,10 +62,10 @@ def _resolve_part(part: str, reader: Reader) -> list[str]:
     return [_existing(part)]
 
 
-def _listed(manifest: str, reader: Reader) -> list[str]:
+def _listed(manifest: str, storage: Storage) -> list[str]:
     """The shards that a manifest lists."""
     try:
-        content = _load_manifest(manifest, reader)
+        content = _load_manifest(manifest, storage)
     except FileNotFoundError:
         raise UserError(
             f"there is no {manifest}; name the shards (…/{{00000..00099}}.tar) in tools/index_shards.py, which makes one"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from dsclip.data.sources.storage import Reader, SourceError, redact
+from dsclip.data.sources.storage import SourceError, Storage, redact
 from dsclip.errors import UserError
 
 PIECE = 1 << 24
@@ -38,13 +38,13 @@ def most_bytes() -> int:
     return int(size * 1e9)
 
 
-def local_copy(location: str, reader: Reader, expected_bytes: int) -> str:
+def local_copy(location: str, storage: Storage, expected_bytes: int) -> str:
     """The path of a copy of a remote shard. Raises SourceError when it isn't as long as its manifest says.
 
     The name is a hash of address and size: two sets with equal file names never meet. The copies used longest ago give
     way when all take more than `most_bytes()`, also while another run uses them: `read_copy` then says so.
     """
-    size = reader.size(location)
+    size = storage.size(location)
     if expected_bytes >= 0 and size != expected_bytes:
         raise SourceError(f"{redact(location)} has {size:,} bytes and its manifest says {expected_bytes:,}")
     folder = cache_folder()
@@ -58,7 +58,7 @@ def local_copy(location: str, reader: Reader, expected_bytes: int) -> str:
             _make_room(folder, size)
             with part.open("wb") as stream:
                 for start in range(0, size, PIECE):
-                    stream.write(reader.read(location, start, min(PIECE, size - start)))
+                    stream.write(storage.read(location, start, min(PIECE, size - start)))
             os.replace(part, final)
     return str(final)
 

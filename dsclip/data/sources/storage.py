@@ -1,7 +1,7 @@
 """Bytes of shards, wherever they are: local files, https:// with range requests, s3:// and gs:// through fsspec.
 
 No address ever reaches a shell, and an https server can't send the reader to an address inside the cluster: see
-`http_source`. `data.trusted_hosts` allows private hosts and plain http.
+`http`. `data.trusted_hosts` allows private hosts and plain http.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def is_remote(location: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Reads ranges, again after a pause when a remote read fails. retries: attempts after the first."""
+class Storage:
+    """How bytes are had: ranges are read again after a pause when a remote read fails. retries: attempts after the first."""
 
     trusted_hosts: tuple[str, ...] = ()
     retries: int = 5
@@ -198,4 +198,4 @@ def _descriptor(path: str) -> int:
     return found
 
 
-LOCAL = Reader()
+LOCAL = Storage()
