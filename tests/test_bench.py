@@ -10,7 +10,7 @@ from dsclip.bench.peers import PEERS
 from dsclip.create import create_model
 from dsclip.model import PRESETS, resolve_preset
 from dsclip.model.flops import forward_flops
-from tests.distributed.launch import run_command
+from tests.programs import run_program
 
 # (image, text) GFLOPs of one sample, from OpenCLIP's docs/model_profile.csv.
 PUBLISHED = {
@@ -50,6 +50,6 @@ def test_batches_have_captions_of_real_length():
 
 
 def test_bench_loss_prints_one_json_object():
-    done = run_command(["python", "tools/bench_loss.py", "--n", "512", "--d", "32", "--repeats", "1", "--json"])
-    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    done = run_program("tools/bench_loss.py", "--n", "512", "--d", "32", "--repeats", "1", "--json")
+    result = json.loads(done.stdout)
     assert {"seconds", "extra_peak_mb"} <= result["tiled"].keys() & result["dense"].keys()

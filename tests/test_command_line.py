@@ -10,6 +10,7 @@ import pytest
 from dsclip.command_line import parser, run_tool
 from dsclip.errors import RunFailed, UserError
 from dsclip.train.cli import parse_arguments, without_config
+from tests.programs import run_program
 
 ROOT = Path(__file__).parent.parent
 WRONG = {
@@ -31,16 +32,20 @@ def start(*arguments: str) -> subprocess.Popen:
 
 
 def test_every_tool_prints_its_errors_as_json_when_asked(tmp_path):
-    started = {
-        program: start(program, *text.replace("OUT", str(tmp_path / "out")).split(), "--json")
+    alone = "launchers/evaluate.py"  # which ends its process
+    process = start(alone, *WRONG[alone].split(), "--json")
+    ended = {
+        program: run_program(program, *text.replace("OUT", str(tmp_path / "out")).split(), "--json")
         for program, text in WRONG.items()
+        if program != alone
     }
-    for program, process in started.items():
-        output, log = process.communicate(timeout=300)
-        assert process.returncode == 2, (program, log)
-        found = json.loads(output)
+    output, log = process.communicate(timeout=300)
+    ended[alone] = subprocess.CompletedProcess(alone, process.returncode, output, log)
+    for program, done in ended.items():
+        assert done.returncode == 2, (program, done.stderr)
+        found = json.loads(done.stdout)
         assert found["exit_code"] == 2 and len(found["error"]) > 10, program
-        assert found["error"] in log and "Traceback" not in log, (program, log)
+        assert found["error"] in done.stderr and "Traceback" not in done.stderr, (program, done.stderr)
 
 
 def test_wrong_arguments_are_json_too(capsys):

@@ -14,8 +14,8 @@ from dsclip.data.reading.samples import SampleReader
 from dsclip.data.shards.shard_set import open_shards
 from dsclip.data.sources.storage import LOCAL, Storage
 from dsclip.datasets.index import index_shards
-from tests.distributed.launch import run_command
 from tests.http_shards import serve
+from tests.programs import run_program
 from tests.shard_files import sample, write_set
 
 SHARDS, SHARD_SIZE = 4, 400
@@ -91,9 +91,9 @@ def test_streams_begin_new_blocks_one_after_another_in_bounded_memory(written):
 
 
 def test_the_bench_of_far_shards_prints_its_numbers(demo):
-    done = run_command(
-        ["python", "tools/bench_data.py", "--latency-ms", "5", "--batch", "64", "--workers", "2", "--batches", "4",
-         "--image-size", "32", "--shards", "demo", "--json"]
+    done = run_program(
+        "tools/bench_data.py", "--latency-ms", "5", "--batch", "64", "--workers", "2", "--batches", "4",
+        "--image-size", "32", "--shards", "demo", "--json",
     )  # fmt: skip
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert 0 < found["first_batch_seconds"] < 60 and found["stalls"] >= 0 and found["peak_worker_mb"] > 0

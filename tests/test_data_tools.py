@@ -13,13 +13,13 @@ from dsclip.data.sources.storage import LOCAL
 from dsclip.datasets.check import check_data
 from dsclip.distributed import Collectives
 from dsclip.train.counters import Counters
-from tests.distributed.launch import run_command
+from tests.programs import run_program
 from tests.shard_files import jpeg, sample, write_set, write_tar
 
 
 def run(*arguments):
-    done = run_command(["python", *map(str, arguments)])
-    return done.returncode, done.stdout
+    done = run_program(*arguments)
+    return done.returncode, done.stdout + done.stderr
 
 
 def result(output: str) -> dict:

@@ -22,7 +22,7 @@ from dsclip.plan.advice import advice
 from dsclip.plan.estimate import parameter_counts
 from dsclip.plan.machine import datasheet_tflops, gpu
 from dsclip.train.resume import keep_planned_sizes
-from tests.distributed.launch import run_command
+from tests.programs import run_program
 
 GPU = gpu(80, datasheet_tflops("NVIDIA H100 80GB HBM3"))
 
@@ -132,8 +132,10 @@ def test_a_recipe_is_planned_within_the_memory_it_is_given_and_the_step_is_the_s
 
 
 def test_the_tool_prints_the_keys_others_rely_on():
-    command = "python tools/plan.py --preset ViT-B-32 --gpu H100 --gpus 8 --batch 32768 --micro-batch 1024 --chunk-size 32 --json"
-    result = json.loads(run_command(command.split()).stdout)
+    command = (
+        "tools/plan.py --preset ViT-B-32 --gpu H100 --gpus 8 --batch 32768 --micro-batch 1024 --chunk-size 32 --json"
+    )
+    result = json.loads(run_program(*command.split()).stdout)
     assert (result["micro_batch_size"], result["micro_batches"], result["chunk_size"]) == (1024, 4, 32)
     assert {"fits", "peak_mb", "parts", "gathers_per_step", "gflops_per_sample"} <= result.keys()
     assert result["fits"] and sum(result["parts"].values()) == pytest.approx(result["peak_mb"])
@@ -155,8 +157,8 @@ def test_the_tool_prints_the_keys_others_rely_on():
     ],
 )
 def test_wrong_input_of_the_tool_is_named(arguments, message):
-    done = run_command(f"python tools/plan.py {arguments} --json".split())
-    assert done.returncode == 2 and message in done.stdout and "Traceback" not in done.stdout
+    done = run_program("tools/plan.py", *arguments.split(), "--json")
+    assert done.returncode == 2 and message in json.loads(done.stdout)["error"] and "Traceback" not in done.stderr
 
 
 def test_utilisation_compares_with_a_product_of_this_run():

@@ -17,6 +17,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings it
 
 from dsclip.config import load_recipe
 from dsclip.config.deepspeed import packaged_ds_configs
+from tests.programs import run_program
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for folder in ("dsclip", "launchers", "tools", "tests") for p in (ROOT / folder).rglob("*.py"))
@@ -48,7 +49,7 @@ def test_files_are_small_and_documented(path):
 def test_every_launcher_and_tool_says_how_to_run_it():
     for path in [*(ROOT / "launchers").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
         assert f"{path.parent.name}/{path.name}" in ast.get_docstring(ast.parse(path.read_text()))
-        done = run(str(path), "--help")
+        done = run_program(path.relative_to(ROOT).as_posix(), "--help")
         assert done.returncode == 0 and "example" in done.stdout, done.stderr
 
 
