@@ -6,7 +6,7 @@ import torch
 from dsclip.create import create_model
 from dsclip.errors import UserError
 from dsclip.model import resolve_preset
-from dsclip.model.patch_dropout import kept_patches
+from dsclip.model.patch_dropout import visible_patches
 
 PARAMETERS_IN_MILLIONS = {
     "ViT-S/32": 63.09, "ViT-B/32": 151.28, "ViT-B/16": 149.62, "ViT-L/14": 427.62,
@@ -88,7 +88,7 @@ def test_nothing_after_the_end_token_matters():
     short = tokens.clone()
     short[:, 12:] = 0
     # The tower sees 16 tokens (the longest caption has 12) and gives what it would give on the whole context.
-    uncut = model.text((short,), False, (), (((short == 59).int().argmax(dim=1),),))[0]
+    uncut = model.text((short,), "none", (), (((short == 59).int().argmax(dim=1),),))[0]
     torch.testing.assert_close(model(None, short)[1], uncut)
 
 
@@ -105,19 +105,19 @@ def test_wrong_image_size_is_named():
         create_model("demo", **SMALL)(torch.zeros(1, 3, 32, 32))
 
 
-def test_kept_patches_depend_on_seed_step_and_sample_only():
+def test_visible_patches_depend_on_seed_step_and_sample_only():
     ids = torch.tensor([5, 9, 123456789012345, -7])
-    kept = kept_patches(ids, 49, 0.5, seed=1, step=2)
-    assert kept.shape == (4, 24)
-    torch.testing.assert_close(kept_patches(ids[2:3], 49, 0.5, seed=1, step=2), kept[2:3])
-    assert not torch.equal(kept_patches(ids, 49, 0.5, seed=2, step=2), kept)
-    assert not torch.equal(kept_patches(ids, 49, 0.5, seed=1, step=3), kept)
-    assert all(len(set(row.tolist())) == 24 for row in kept)
+    visible = visible_patches(ids, 49, 0.5, seed=1, step=2)
+    assert visible.shape == (4, 24)
+    torch.testing.assert_close(visible_patches(ids[2:3], 49, 0.5, seed=1, step=2), visible[2:3])
+    assert not torch.equal(visible_patches(ids, 49, 0.5, seed=2, step=2), visible)
+    assert not torch.equal(visible_patches(ids, 49, 0.5, seed=1, step=3), visible)
+    assert all(len(set(row.tolist())) == 24 for row in visible)
 
 
-def test_kept_patches_are_uniform():
-    kept = kept_patches(torch.arange(4000), 16, 0.75, seed=0, step=0)
-    counts = torch.bincount(kept.flatten(), minlength=16)
+def test_visible_patches_are_uniform():
+    visible = visible_patches(torch.arange(4000), 16, 0.75, seed=0, step=0)
+    counts = torch.bincount(visible.flatten(), minlength=16)
     expected = 4000 * 4 / 16
     assert ((counts - expected).abs() < 5 * expected**0.5).all()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsclip.model import resolve_preset
-from dsclip.model.layer_major import backward_anchor
+from dsclip.model.layer_major import ChunkedPass, dummy_input
 from dsclip.model.towers import TextEmbed, VisionEmbed
 
 ROUNDED_ONCE = 2**-9  # half a unit of bf16's last place
@@ -30,19 +30,19 @@ def test_token_embeddings(chunks):
     tokens = torch.randint(0, 39, (300, 16))
     tokens[:, 0] = 38  # as the start token, in every caption
     grads = (torch.randn(300, 16, 32) + 0.5).bfloat16()
-    outputs = embed("none", (), backward_anchor(torch.device("cpu")), *tokens.chunk(chunks))
+    outputs = embed(dummy_input(torch.device("cpu")), *tokens.chunk(chunks), chunked=ChunkedPass())
     torch.autograd.backward(outputs, grads.chunk(chunks))
     assert error(embed.token_embedding.grad, added_up(tokens, grads, 40)) < ROUNDED_ONCE
 
 
-def test_position_embeddings_of_kept_patches():
+def test_position_embeddings_of_visible_patches():
     torch.manual_seed(0)
     embed = VisionEmbed(CONFIG).bfloat16()
     embed.ln_pre = torch.nn.Identity()
     images = torch.randint(0, 256, (300, 3, 64, 64), dtype=torch.uint8)
-    kept = torch.stack([torch.randperm(16)[:8] for _ in range(300)])
-    (tokens,) = embed("none", ((kept,),), backward_anchor(torch.device("cpu")), images)
+    visible = torch.stack([torch.randperm(16)[:8] for _ in range(300)])
+    (tokens,) = embed(dummy_input(torch.device("cpu")), images, chunked=ChunkedPass(contexts=((visible,),)))
     grads = (torch.randn(300, 9, 32) + 0.5).bfloat16()
     tokens.backward(grads)
-    expected = torch.cat([grads[:, 0].double().sum(0, keepdim=True), added_up(kept, grads[:, 1:], 16)])
+    expected = torch.cat([grads[:, 0].double().sum(0, keepdim=True), added_up(visible, grads[:, 1:], 16)])
     assert error(embed.position_embedding.grad, expected) < ROUNDED_ONCE

@@ -14,7 +14,7 @@ from dsclip.distributed import Collectives, launched_ranks
 from dsclip.engine.cpu_bf16 import speed_up_bf16
 from dsclip.engine.quiet_deepspeed import deepspeed
 from dsclip.errors import UserError
-from dsclip.model import Clip, ClipConfig, Stage
+from dsclip.model import Clip, ClipConfig, Layer
 from dsclip.optim.adamw import adamw
 
 
@@ -67,9 +67,9 @@ def build_model(config: ClipConfig, ds_config: dict, seed: int, state_dict: dict
 
 
 def initialize(model: Clip, ds_config: dict, optim: OptimSection):
-    """The DeepSpeed engine around the model, with every stage a ZeRO-3 leaf module."""
+    """The DeepSpeed engine around the model, with every layer a ZeRO-3 leaf module."""
     if ds_config["zero_optimization"]["stage"] == 3:
-        deepspeed.utils.set_z3_leaf_modules(model, [Stage])
+        deepspeed.utils.set_z3_leaf_modules(model, [Layer])
     optimizer = adamw(model, ds_config, optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if dist.get_world_size() == 1 and type(engine.optimizer).__name__ == "BF16_Optimizer":  # ZeRO-1 in bf16

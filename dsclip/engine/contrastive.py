@@ -181,7 +181,7 @@ class ContrastiveEngine:
         _, _, checkpointing = self.recipe.batch.sizes(self.group.world_size)
         return (encoder or self.deepspeed)(
             micro.images, micro.tokens, chunk_size=self.recipe.batch.chunk_size, checkpointing=checkpointing,
-            kept=micro.kept, token_wise=self._loss.token_wise,
+            visible_patches=micro.visible_patches, token_wise=self._loss.token_wise,
         )  # fmt: skip
 
     def _pairs(self, micro: list[MicroBatch], features: list[tuple[Tensor, Tensor]], batch: Batch) -> Pairs:

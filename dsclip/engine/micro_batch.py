@@ -12,12 +12,12 @@ from dsclip.data.batch import Batch
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads
 from dsclip.model import ClipConfig
-from dsclip.model.patch_dropout import kept_patches
+from dsclip.model.patch_dropout import visible_patches
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward needs. The same object goes through the towers twice, with the same kept patches.
+    """What one forward needs. The same object goes through the towers twice, with the same visible patches.
 
     tokens: the captions of the images, then their hard negatives, whose images are the rows hard_owner of the batch.
     """
@@ -25,7 +25,7 @@ class MicroBatch:
     images: Tensor
     tokens: Tensor
     hard_owner: Tensor
-    kept: Tensor | None
+    visible_patches: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ class Cutter:
         if self.recipe.loss.hard_negatives != "none":
             hard_owner = self.put(needed(rows.hard_owner, "hard_owner", step) + start)
             tokens = torch.cat([tokens, self.put(needed(rows.hard_tokens, "hard_tokens", step))])
-        return MicroBatch(images, tokens, hard_owner, self._kept(rows.sample_ids, step))
+        return MicroBatch(images, tokens, hard_owner, self._visible_patches(rows.sample_ids, step))
 
     def put(self, x: Tensor) -> Tensor:
         """x on the device."""
         return x.to(self.device, non_blocking=True)
 
-    def _kept(self, sample_ids: Tensor, step: int) -> Tensor | None:
+    def _visible_patches(self, sample_ids: Tensor, step: int) -> Tensor | None:
         if not self.config.patch_dropout:
             return None
         seed, share = self.recipe.train.seed, self.config.patch_dropout
-        return kept_patches(self.put(sample_ids), self.config.patches, share, seed=seed, step=step)
+        return visible_patches(self.put(sample_ids), self.config.patches, share, seed=seed, step=step)
 
 
 def needed(value: Tensor | None, name: str, step: int) -> Tensor:

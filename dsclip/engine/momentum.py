@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsclip.engine.build import build_model
 from dsclip.engine.quiet_deepspeed import deepspeed
-from dsclip.model import Clip, ClipConfig, Stage
+from dsclip.model import Clip, ClipConfig, Layer
 
 
 class MomentumEncoder:
@@ -26,7 +26,7 @@ class MomentumEncoder:
             settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
             settings["zero_optimization"].pop("offload_optimizer", None)
             own = build_model(config, settings, seed=0)
-            deepspeed.utils.set_z3_leaf_modules(own, [Stage])
+            deepspeed.utils.set_z3_leaf_modules(own, [Layer])
             self._model, *_ = deepspeed.initialize(model=own, config=settings, dist_init_required=False)
         else:
             own = build_model(config, ds_config, seed=0).to(device, self._weights[0].dtype)

@@ -5,13 +5,15 @@ Shapes: B samples of a chunk, T tokens, W width, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsclip.model.layer_major import Stage, kept_inputs_only
+from dsclip.model.layer_major import Layer, over_chunks, recomputed
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -20,7 +22,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 CPU_PLAIN_TOKENS = 256
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class Linear(nn.Linear):
@@ -29,7 +31,11 @@ class Linear(nn.Linear):
     `std` None keeps PyTorch's default weight; `zero_bias` keeps the default bias otherwise.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, std: float | None = None, zero_bias=False, bias=True):
+    __call__: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self, inputs: int, outputs: int, *, std: float | None = None, zero_bias: bool = False, bias: bool = True
+    ):
         super().__init__(inputs, outputs, bias=bias)
         if std is not None:
             nn.init.normal_(self.weight, std=std)
@@ -58,24 +64,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
     if causal:
         scores = scores + scores.new_full((tokens, tokens), -torch.inf).triu(1)
-    return scores.softmax(dim=3) @ v
+    mixed: Tensor = scores.softmax(dim=3) @ v
+    return mixed
 
 
 class Attention(nn.Module):
     """Multi-head self-attention [B, T, W] -> [B, T, W]."""
 
+    __call__: Callable[[Tensor], Tensor]
+
     def __init__(self, width: int, heads: int, *, causal: bool, text_layers: int | None):
         super().__init__()
         self.heads, self.causal = heads, causal
         if text_layers is None:
-            self.qkv = XavierQkv(width)
+            self.qkv: nn.Linear = XavierQkv(width)
             self.out = Linear(width, width, zero_bias=True)
         else:  # Radford et al. 2021, initialize_parameters: residual branches shrink with depth
             self.qkv = Linear(width, 3 * width, std=width**-0.5, zero_bias=True)
             self.out = Linear(width, width, std=width**-0.5 * (2 * text_layers) ** -0.5, zero_bias=True)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.mixed(x))
+
     def mixed(self, x: Tensor) -> Tensor:
-        """Everything but the last product, [B, T, W] -> [B, T, W]."""
+        """The values that attention mixes, before the output projection, [B, T, W] -> [B, T, W]."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         return attention(q, k, v, causal=self.causal).transpose(1, 2).reshape(batch, tokens, width)
@@ -83,6 +95,8 @@ class Attention(nn.Module):
 
 class Mlp(nn.Module):
     """Two linear layers with the activation between, [B, T, W] -> [B, T, W]."""
+
+    __call__: Callable[[Tensor], Tensor]
 
     def __init__(self, width: int, hidden: int, activation: str, *, text_layers: int | None):
         super().__init__()
@@ -92,23 +106,28 @@ class Mlp(nn.Module):
         self.fc1 = Linear(width, hidden, std=std_in)
         self.fc2 = Linear(hidden, width, std=std_out)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(self.fc1(x))
+
     def contract(self, hidden: Tensor) -> Tensor:
-        """The activation and the second layer, [B, T, hidden] -> [B, T, W]."""
+        """The activation and the second linear layer, [B, T, hidden] -> [B, T, W]."""
         return self.fc2(self.activation(hidden))
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of the code inside the blocks. Across ZeRO-3's hooks it would not work; within a leaf it does."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            for name in ("_mix", "_expand", "_contract"):
-                setattr(module, name, torch.compile(getattr(module, name)))
+class Block(Layer):
+    """A pre-norm residual block [B, T, W] -> [B, T, W]; `text_layers` is the text tower's depth, None in the image tower."""
 
-
-class Block(Stage):
-    """A pre-norm residual block; `text_layers` is the text tower's depth, or None in the image tower."""
-
-    def __init__(self, width, heads, mlp_width, activation, eps, *, causal: bool, text_layers: int | None):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        activation: str,
+        eps: float,
+        *,
+        causal: bool,
+        text_layers: int | None,
+    ):
         super().__init__()
         norm = partial(nn.LayerNorm, width, eps=eps)
         self.ln_1 = norm()
@@ -116,16 +135,12 @@ class Block(Stage):
         self.ln_2 = norm()
         self.mlp = Mlp(width, mlp_width, activation, text_layers=text_layers)
 
-    def compute(self, x: Tensor) -> Tensor:
-        return self._contract(*self._expand(x, self._mix(x)))
+    @over_chunks
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
 
-    def compute_keeping(self, x: Tensor) -> Tensor:
-        """Keeps x, the attention's output, the middle of the block and the MLP's hidden layer: 7·W numbers a token.
-
-        Backward runs query, key, value, attention and its output projection again: a third of the products.
-        """
-        mixed = kept_inputs_only(self._mix, x)
-        return kept_inputs_only(self._contract, *kept_inputs_only(self._expand, x, mixed))
+    # The same block cut into three pieces, for selective checkpointing and for torch.compile.
 
     def _mix(self, x: Tensor) -> Tensor:
         return self.attn.mixed(self.ln_1(x))
@@ -136,3 +151,27 @@ class Block(Stage):
 
     def _contract(self, middle: Tensor, hidden: Tensor) -> Tensor:
         return middle + self.mlp.contract(hidden)
+
+    def in_pieces(self, x: Tensor) -> Tensor:
+        """`forward`, piece by piece."""
+        return self._contract(*self._expand(x, self._mix(x)))
+
+    def forward_selective(self, x: Tensor, *context: Tensor) -> Tensor:
+        """Saves x, the attention's output, the middle of the block and the MLP's hidden layer: 7·W numbers a token.
+
+        Backward runs query, key, value, attention and its output projection again: a third of the products.
+        """
+        mixed = recomputed(self._mix, x)
+        return recomputed(self._contract, *recomputed(self._expand, x, mixed))
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile of the code inside the blocks. Across ZeRO-3's hooks it would not work; within a leaf it does.
+
+    The pieces are compiled, so that every kind of checkpointing runs the same compiled code.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            for piece in ("_mix", "_expand", "_contract"):
+                setattr(module, piece, torch.compile(getattr(module, piece)))
+            module.forward = MethodType(over_chunks(Block.in_pieces), module)  # type: ignore[method-assign]

@@ -5,32 +5,58 @@ Shapes: n samples, L tokens of the context, D embedding width.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from dsclip.errors import UserError
 from dsclip.model.blocks import Block
 from dsclip.model.config import ClipConfig
-from dsclip.model.layer_major import Chunks, backward_anchor
+from dsclip.model.layer_major import ChunkedPass, Chunks, dummy_input
 from dsclip.model.towers import TextEmbed, TextHead, VisionEmbed, VisionHead
 
 TEXT_LENGTH_MULTIPLE = 8  # few distinct shapes, which compilers like
 
 
-class Tower(nn.Module):
-    """Embed, blocks, head: each a Stage, run one after the other over all chunks."""
+class Encoder(Protocol):
+    """Both towers as the engine calls them: a `Clip`, DeepSpeed's engine around one, or a moving average of one."""
 
-    def __init__(self, embed: nn.Module, blocks: list[Block], head: nn.Module):
+    def __call__(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        *,
+        chunk_size: int | None = None,
+        checkpointing: str = "none",
+        visible_patches: Tensor | None = None,
+        token_wise: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(image features, text features); shapes and meanings as in `Clip.forward`."""
+
+
+class Tower(nn.Module):
+    """Embed, blocks, head: each a `Layer`, run one after the other over all chunks."""
+
+    def __init__(self, embed: VisionEmbed | TextEmbed, blocks: list[Block], head: VisionHead | TextHead):
         super().__init__()
         self.embed = embed
         self.blocks = nn.ModuleList(blocks)
         self.head = head
 
-    def forward(self, chunks: Chunks, checkpointing: str, at_start: tuple = (), at_end: tuple = ()) -> Chunks:
-        chunks = self.embed(checkpointing, at_start, backward_anchor(chunks[0].device), *chunks)
+    def forward(
+        self,
+        chunks: Chunks,
+        checkpointing: str,
+        embed_contexts: tuple[Chunks, ...] = (),
+        head_contexts: tuple[Chunks, ...] = (),
+    ) -> Chunks:
+        dummy = dummy_input(chunks[0].device)
+        chunks = self.embed(dummy, *chunks, chunked=ChunkedPass(checkpointing, embed_contexts))
         for block in self.blocks:
-            chunks = block(checkpointing, (), None, *chunks)
-        return self.head(checkpointing, at_end, None, *chunks)
+            chunks = block(None, *chunks, chunked=ChunkedPass(checkpointing))
+        embeddings: Chunks = self.head(None, *chunks, chunked=ChunkedPass(checkpointing, head_contexts))
+        return embeddings
 
 
 class Clip(nn.Module):
@@ -38,9 +64,9 @@ class Clip(nn.Module):
 
     `forward(images, tokens)`: images [n, 3, S, S] (uint8, or float already normalised), tokens [n, L] int64;
     returns unit features ([n, D], [n, D]) in float32. Either input may be None, and so are its features then.
-    chunk_size: samples that go through a stage together (None: all of them). checkpointing: what stages
-    keep for backward, see `Stage`. kept [n, K]: the patches that patch dropout leaves. token_wise: features of all tokens instead,
-    [n, 1 + K, D] and [n, context, D].
+    chunk_size: samples that go through a layer together (None: all of them). checkpointing: what layers save for
+    backward, see `ChunkedPass`. visible_patches [n, K]: those that patch dropout leaves. token_wise: features of all
+    tokens instead, [n, 1 + K, D] and [n, context, D].
     """
 
     def __init__(self, config: ClipConfig):
@@ -66,15 +92,15 @@ class Clip(nn.Module):
         *,
         chunk_size: int | None = None,
         checkpointing: str = "none",
-        kept: Tensor | None = None,
+        visible_patches: Tensor | None = None,
         token_wise: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         image_features = text_features = None
         self.visual.head.token_wise = self.text.head.token_wise = token_wise
         if images is not None:
             self._check_images(images)
-            at_start = () if kept is None else (_split(kept, chunk_size),)
-            image_features = torch.cat(self.visual(_split(images, chunk_size), checkpointing, at_start))
+            contexts = () if visible_patches is None else (_split(visible_patches, chunk_size),)
+            image_features = torch.cat(self.visual(_split(images, chunk_size), checkpointing, contexts))
         if tokens is not None:
             chunks, ends = self._cut_text(tokens, chunk_size)
             text_features = torch.cat(self.text(chunks, checkpointing, (), (ends,)))

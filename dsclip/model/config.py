@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from dsclip.errors import UserError, did_you_mean
 
@@ -34,7 +35,7 @@ class ClipConfig:
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and field.name != "eot_token_id" and value < 1:
@@ -61,7 +62,9 @@ class ClipConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
-def _vit(embed_dim, image_size, patch_size, vision, text) -> ClipConfig:
+def _vit(
+    embed_dim: int, image_size: int, patch_size: int, vision: tuple[int, int, int, int], text: tuple[int, int, int]
+) -> ClipConfig:
     v_width, v_layers, v_heads, v_mlp = vision
     t_width, t_layers, t_heads = text
     return ClipConfig(
@@ -84,7 +87,7 @@ PRESETS: dict[str, ClipConfig] = {
 }
 
 
-def resolve_preset(preset: str, **overrides) -> ClipConfig:
+def resolve_preset(preset: str, **overrides: Any) -> ClipConfig:
     """The configuration of a preset, with every override that is not None applied.
 
     `ViT-B/32` and `ViT-B-32` are the same; a suffix `-quickgelu` sets the activation.

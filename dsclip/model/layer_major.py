@@ -1,58 +1,77 @@
-"""Layer-major accumulation: a stage's weights are fetched once, then every chunk of the batch goes through it.
+"""Layer-major accumulation: a layer's weights are fetched once, then every chunk of the micro-batch goes through it.
 
-Under ZeRO-3 a stage is a leaf module: its weights are gathered before `forward` and once more before the backward of
-its outputs. With the chunks inside the stage, the number of gathers and of gradient reductions does not depend on how
-finely the batch is cut. docs/how_it_works.md has the measurements.
+Under ZeRO-3 a layer is a leaf module: its weights are gathered before its forward and once more before the backward of
+its outputs. With the chunks inside the layer, the number of gathers and of gradient reductions does not depend on how
+finely the batch is cut. docs/how_it_works.md has a figure and the measurements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Chunks = tuple[Tensor, ...]  # DeepSpeed hooks modules that return tensors or tuples of them, nothing else
+T = TypeVar("T")
 
 
-CHECKPOINTING = ("none", "selective", "full", "offload")
+@dataclass(frozen=True)
+class ChunkedPass:
+    """How chunks go through a layer.
 
-
-class Stage(nn.Module):
-    """A part of a tower that maps one chunk to one chunk; `forward` maps a tuple of chunks to a tuple of chunks.
-
-    Subclasses define `compute(chunk, *context)`. A context is a tuple with one tensor a chunk, without gradient
-    (the kept patches, the end tokens). Chunks may differ in shape.
+    checkpointing: what is saved of each chunk for backward. none: everything; selective: see `Layer.forward_selective`;
+    full: the chunk alone; offload: the chunk, in host memory. contexts: what `forward` takes beside a chunk, each a
+    tuple with one tensor a chunk, without gradient (the visible patches, the end tokens).
     """
 
-    def compute(self, chunk: Tensor, *context: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} is a Stage without a compute method")
+    checkpointing: str = "none"
+    contexts: tuple[Chunks, ...] = ()
 
-    def compute_keeping(self, chunk: Tensor, *context: Tensor) -> Tensor:
-        """`compute` that keeps for backward what is dear to compute and cheap to hold; `selective` checkpointing."""
-        return self.compute(chunk, *context)
 
-    def forward(
-        self, checkpointing: str, contexts: tuple[Chunks, ...], anchor: Tensor | None, *chunks: Tensor
-    ) -> Chunks:
-        """Every chunk through this stage. checkpointing: what is kept of it for backward.
+class Layer(nn.Module):
+    """A part of a tower (embedding, block or head), and a leaf module under ZeRO-3.
 
-        none: everything; selective: see `compute_keeping`; full: the chunks alone; offload: the chunks, in host memory.
-        The chunks are positional: torch's backward hooks, through which DeepSpeed reduces a leaf module's gradients,
-        see no tensor within a tuple. anchor: for a first stage, whose chunks have no gradient, see `backward_anchor`.
-        """
-        columns = list(zip(*contexts, strict=True)) if contexts else [()] * len(chunks)
+    Subclasses define `forward(chunk, *context)` of one chunk, under `over_chunks`. Called with a chunk alone, a layer is
+    an ordinary module; towers call `layer(dummy, *chunks, chunked=ChunkedPass(...))` and get all chunks back.
+    """
+
+    def forward_selective(self, chunk: Tensor, *context: Tensor) -> Tensor:
+        """`forward` that saves for backward what is dear to compute and cheap to hold."""
+        output: Tensor = self.forward(chunk, *context)
+        return output
+
+
+def over_chunks(forward: Callable[..., Tensor]) -> Callable[..., Tensor | Chunks]:
+    """Lets the forward of one chunk take all chunks, in any number and of any shape, in one call of the layer.
+
+    The chunks are positional: torch's backward hooks, through which DeepSpeed reduces a leaf module's gradients, see no
+    tensor within a tuple. The first argument is then a `dummy_input` for a layer whose chunks have no gradient, or None.
+    """
+
+    @wraps(forward)
+    def run(self: Layer, *inputs: Any, chunked: ChunkedPass | None = None) -> Tensor | Chunks:
+        if chunked is None:
+            return forward(self, *inputs)
+        dummy, *chunks = inputs
+        contexts = list(zip(*chunked.contexts, strict=True)) if chunked.contexts else [()] * len(chunks)
         params = [p for p in self.parameters() if p.requires_grad]
         no_graph = not torch.is_grad_enabled() or not (params or any(c.requires_grad for c in chunks))
-        if no_graph or (len(chunks) == 1 and checkpointing == "none" and anchor is None):
-            return tuple(self.compute(chunk, *context) for chunk, context in zip(chunks, columns, strict=True))
-        return _LayerMajor.apply(self, checkpointing, columns, len(chunks), *chunks, anchor, *params)
+        if no_graph or (len(chunks) == 1 and chunked.checkpointing == "none" and dummy is None):
+            return tuple(forward(self, chunk, *context) for chunk, context in zip(chunks, contexts, strict=True))
+        outputs: Chunks = _LayerMajor.apply(self, chunked.checkpointing, contexts, len(chunks), *chunks, dummy, *params)  # type: ignore[no-untyped-call]
+        return outputs
+
+    return run
 
 
-def backward_anchor(device: torch.device) -> Tensor | None:
-    """An input with gradient for a stage that reads pixels or token ids.
+def dummy_input(device: torch.device) -> Tensor | None:
+    """An input with gradient for a layer that reads pixels or token ids; None where no graph is built.
 
     A leaf module none of whose inputs has a gradient is reduced by DeepSpeed before its gradients exist: they would be
     zero, silently.
@@ -61,24 +80,26 @@ def backward_anchor(device: torch.device) -> Tensor | None:
 
 
 class _LayerMajor(torch.autograd.Function):
-    """All chunks through one stage, with the parameter gradients summed in float32 and returned once."""
+    """All chunks through one layer, with the parameter gradients summed in float32 and returned once."""
 
     @staticmethod
-    def forward(ctx, stage, checkpointing, columns, n_chunks, *tensors):
-        ctx.stage, ctx.anchor = stage, tensors[n_chunks]
+    def forward(
+        ctx: Any, layer: Layer, checkpointing: str, contexts: list[Chunks], n_chunks: int, *tensors: Tensor
+    ) -> Chunks:
+        ctx.layer, ctx.dummy = layer, tensors[n_chunks]
         with torch.enable_grad(), _host_memory(checkpointing, tensors[0].device):
             ctx.graphs = [
-                _run(stage, checkpointing, chunk, context)
-                for chunk, context in zip(tensors[:n_chunks], columns, strict=True)
+                _graph(layer, checkpointing, chunk, context)
+                for chunk, context in zip(tensors[:n_chunks], contexts, strict=True)
             ]
         return tuple(output.detach() for _, output in ctx.graphs)
 
     @staticmethod
-    def backward(ctx, *output_grads):
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         # Under ZeRO-3 the parameters' storage was released and gathered again since forward; the tensors are the same.
-        params = [p for p in ctx.stage.parameters() if p.requires_grad]
-        totals: list[Tensor | None] = [None] * len(params)
-        chunk_grads = []
+        params = [p for p in ctx.layer.parameters() if p.requires_grad]
+        sums: list[Tensor] = []
+        chunk_grads: list[Tensor | None] = []
         for index, output_grad in enumerate(output_grads):
             leaf, output = ctx.graphs[index]
             ctx.graphs[index] = None  # frees this chunk's activations before the next one is differentiated
@@ -87,50 +108,56 @@ class _LayerMajor(torch.autograd.Function):
             chunk_grads.append(grads.pop(0) if leaf.requires_grad else None)
             del leaf, output
             if len(output_grads) == 1:
-                totals = [_dense(grad) if grad.is_sparse else grad for grad in grads]
+                sums = [_dense(grad) if grad.is_sparse else grad for grad in grads]
+            elif index == 0:
+                sums = [_first_of_a_sum(grad) for grad in grads]
             else:
-                _add_in_float32(totals, grads)
-        param_grads = [total.to(p.dtype) for total, p in zip(totals, params, strict=True)]
-        anchor_grad = None if ctx.anchor is None else torch.zeros_like(ctx.anchor)
-        return None, None, None, None, *chunk_grads, anchor_grad, *param_grads
+                for i, grad in enumerate(grads):  # one at a time: a narrow sum goes as its wide one comes
+                    sums[i] = _add_in_float32(sums[i], grad)
+        param_grads = [total.to(p.dtype) for total, p in zip(sums, params, strict=True)]
+        dummy_grad = None if ctx.dummy is None else torch.zeros_like(ctx.dummy)
+        return None, None, None, None, *chunk_grads, dummy_grad, *param_grads
 
 
-def _run(stage: Stage, checkpointing: str, chunk: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _graph(layer: Layer, checkpointing: str, chunk: Tensor, context: Chunks) -> tuple[Tensor, Tensor]:
+    """A chunk as a leaf of a graph of its own, and the layer's output at the end of that graph."""
     leaf = chunk.detach().requires_grad_(chunk.requires_grad)
     if checkpointing == "none":
-        return leaf, stage.compute(leaf, *context)
+        return leaf, layer.forward(leaf, *context)
     if checkpointing == "selective":
-        return leaf, stage.compute_keeping(leaf, *context)
-    return leaf, kept_inputs_only(stage.compute, leaf, *context)
+        return leaf, layer.forward_selective(leaf, *context)
+    return leaf, recomputed(layer.forward, leaf, *context)
 
 
-def kept_inputs_only(function: Callable, *inputs: Tensor):
-    """function(*inputs), of which backward keeps the inputs alone and runs it again, up to the last product it needs.
+def recomputed(function: Callable[..., T], *inputs: Tensor) -> T:
+    """function(*inputs), of which the inputs alone are saved; backward runs it again, up to the last product it needs.
 
-    No random state is saved: nothing in a stage draws random numbers.
+    No random state is saved: nothing in a layer draws random numbers.
     """
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    output: T = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return output
 
 
-def _host_memory(checkpointing: str, device: torch.device):
-    """Where `offload` keeps the chunks: pinned memory beside a GPU; on a CPU they are there already."""
+def _host_memory(checkpointing: str, device: torch.device) -> AbstractContextManager[object]:
+    """Where `offload` saves the chunks: pinned memory beside a GPU; on a CPU they are there already."""
     if checkpointing == "offload" and device.type != "cpu":
         return torch.autograd.graph.save_on_cpu(pin_memory=True)
     return nullcontext()
 
 
-def _add_in_float32(totals: list[Tensor | None], grads: list[Tensor]) -> None:
-    for i, grad in enumerate(grads):
-        if totals[i] is None:
-            totals[i] = torch.zeros(grad.shape, dtype=_wide(grad), device=grad.device) if grad.is_sparse else grad
-            if not grad.is_sparse:
-                continue
-        elif totals[i].dtype != _wide(grad):
-            totals[i] = totals[i].to(_wide(grad))
-        if grad.is_sparse:
-            totals[i].index_add_(0, grad._indices()[0], grad._values().to(totals[i].dtype))
-        else:
-            totals[i].add_(grad)
+def _first_of_a_sum(grad: Tensor) -> Tensor:
+    """A dense gradient as it is, widened when the next one is added; of a sparse one the dense sum of its rows."""
+    if not grad.is_sparse:
+        return grad
+    return _add_in_float32(torch.zeros(grad.shape, dtype=_wide(grad), device=grad.device), grad)
+
+
+def _add_in_float32(total: Tensor, grad: Tensor) -> Tensor:
+    """total + grad, in place once the total is wide."""
+    total = total.to(_wide(grad))
+    if grad.is_sparse:
+        return total.index_add_(0, grad._indices()[0], grad._values().to(total.dtype))
+    return total.add_(grad)
 
 
 def _dense(grad: Tensor) -> Tensor:

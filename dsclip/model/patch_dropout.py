@@ -1,6 +1,6 @@
 """Patch dropout (FLIP, Li et al. 2023): train on a random part of each image's patches.
 
-The kept patches are a function of (seed, step, sample id) alone. A second forward of the same sample, on any rank, in
+The patches that stay visible are a function of (seed, step, sample id) alone. A second forward of the same sample, on any rank, in
 any chunk, under recomputation or compilation, therefore sees the same mask; no generator state is involved.
 """
 
@@ -32,13 +32,13 @@ def splitmix64(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def kept_patches(sample_ids: Tensor, patches: int, share: float, *, seed: int, step: int) -> Tensor:
-    """Indices of the patches each sample keeps, ascending.
+def visible_patches(sample_ids: Tensor, patches: int, share: float, *, seed: int, step: int) -> Tensor:
+    """Indices of the patches that each sample shows to the tower, ascending.
 
-    sample_ids [n] int64; `share` of the patches is dropped, at least one stays. Returns [n, kept] int64.
+    sample_ids [n] int64; `share` of the patches is dropped, at least one stays. Returns [n, K] int64.
     """
-    keep = max(1, int(patches * (1 - share)))
+    visible = max(1, int(patches * (1 - share)))
     key = splitmix64(splitmix64(torch.tensor([seed], device=sample_ids.device)) + step)
     per_sample = splitmix64(sample_ids + key)
     scores = splitmix64(per_sample[:, None] + torch.arange(patches, device=sample_ids.device))
-    return scores.topk(keep, dim=1).indices.sort(dim=1).values
+    return scores.topk(visible, dim=1).indices.sort(dim=1).values

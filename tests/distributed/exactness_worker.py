@@ -17,7 +17,7 @@ from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
 from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.model import Clip, resolve_preset
-from dsclip.model.patch_dropout import kept_patches
+from dsclip.model.patch_dropout import visible_patches
 from dsclip.optim.adamw import decay_groups
 
 GLOBAL_BATCH, CONTEXT, SEED = 12, 16, 3
@@ -43,10 +43,10 @@ def local_part(batch: Batch, group: Collectives) -> Batch:
 
 
 def dense_loss(model, log_scale, batch, step, patch_dropout, dtype):
-    kept = None
+    visible = None
     if patch_dropout:
-        kept = kept_patches(batch.sample_ids, CONFIG.patches, patch_dropout, seed=SEED, step=step)
-    image, text = model(batch.images, batch.tokens, kept=kept)
+        visible = visible_patches(batch.sample_ids, CONFIG.patches, patch_dropout, seed=SEED, step=step)
+    image, text = model(batch.images, batch.tokens, visible_patches=visible)
     logits = log_scale.exp() * image @ text.T
     target = torch.arange(GLOBAL_BATCH)
     cross_entropy = torch.nn.functional.cross_entropy
