@@ -6,6 +6,7 @@ import torch
 from dsclip.create import create_model
 from dsclip.errors import UserError
 from dsclip.model import resolve_preset
+from dsclip.model.blocks import Block
 from dsclip.model.patch_dropout import visible_patches
 
 PARAMETERS_IN_MILLIONS = {
@@ -67,6 +68,22 @@ def gradients(model, **options):
 def test_chunks_and_recomputation_leave_gradients_unchanged(options):
     model = create_model("demo", **SMALL).double()
     torch.testing.assert_close(gradients(model, **options), gradients(model), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_block_in_pieces_is_the_block_bit_for_bit(causal):
+    """The pieces that selective checkpointing saves between, and that are compiled, are the two lines of `forward`."""
+    torch.manual_seed(0)
+    block = Block(32, 4, 64, "gelu", 1e-5, causal=causal, text_layers=2 if causal else None)
+    x = torch.randn(3, 7, 32)
+    results = []
+    for forward in (block, block.in_pieces, block.forward_selective):
+        chunk = x.clone().requires_grad_()
+        output = forward(chunk)
+        grads = torch.autograd.grad(output.sin().sum(), [chunk, *block.parameters()])
+        results.append([output, *grads])
+    for others in results[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(others, results[0], strict=True))
 
 
 def test_frozen_parameters_get_no_gradient():

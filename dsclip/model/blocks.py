@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,9 @@ class Linear(nn.Linear):
     `std` None keeps PyTorch's default weight; `zero_bias` keeps the default bias otherwise.
     """
 
-    __call__: Callable[[Tensor], Tensor]
+    if TYPE_CHECKING:  # torch says Any of every module's call
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(
         self, inputs: int, outputs: int, *, std: float | None = None, zero_bias: bool = False, bias: bool = True
@@ -71,7 +74,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention [B, T, W] -> [B, T, W]."""
 
-    __call__: Callable[[Tensor], Tensor]
+    if TYPE_CHECKING:  # torch says Any of every module's call
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(self, width: int, heads: int, *, causal: bool, text_layers: int | None):
         super().__init__()
@@ -96,7 +101,9 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with the activation between, [B, T, W] -> [B, T, W]."""
 
-    __call__: Callable[[Tensor], Tensor]
+    if TYPE_CHECKING:  # torch says Any of every module's call
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(self, width: int, hidden: int, activation: str, *, text_layers: int | None):
         super().__init__()

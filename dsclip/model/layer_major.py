@@ -64,8 +64,8 @@ def over_chunks(forward: Callable[..., Tensor]) -> Callable[..., Tensor | Chunks
         no_graph = not torch.is_grad_enabled() or not (params or any(c.requires_grad for c in chunks))
         if no_graph or (len(chunks) == 1 and chunked.checkpointing == "none" and dummy is None):
             return tuple(forward(self, chunk, *context) for chunk, context in zip(chunks, contexts, strict=True))
-        outputs: Chunks = _LayerMajor.apply(self, chunked.checkpointing, contexts, len(chunks), *chunks, dummy, *params)  # type: ignore[no-untyped-call]
-        return outputs
+        run_all: Callable[..., Chunks] = _LayerMajor.apply
+        return run_all(self, chunked.checkpointing, contexts, len(chunks), *chunks, dummy, *params)
 
     return run
 

@@ -15,7 +15,7 @@ from dsclip.plan.machine import USABLE, Machine
 from dsclip.plan.memory import BF16, FP32, activation_bytes, image_bytes, loss_bytes, state_bytes
 
 # Forward passes a step computes: one forward, two for the gradients, and what is computed again for them.
-# selective: the attention's half of a block's products but for its output (`Block.compute_keeping`).
+# selective: the attention's half of a block's products but for its output (`Block.forward_selective`).
 HOST_BYTES_PER_SECOND = 25e9  # between GPU and pinned memory over PCIe 4, to and fro at a time
 RECOMPUTED = {"none": 0.0, "selective": 1 / 3, "full": 0.67, "offload": 0.67}
 

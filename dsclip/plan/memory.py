@@ -28,7 +28,7 @@ class Tower:
     width: int
     heads: int
     mlp_width: int
-    first: int  # numbers that the first stage keeps
+    first: int  # numbers that the first layer keeps
 
     def block(self, checkpointing: str, device: str) -> int:
         """Numbers that one block keeps for backward. none: 8·W + 2·M a token, see `Block`; plain attention its scores."""
