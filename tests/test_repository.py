@@ -17,6 +17,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings it
 
 from dsclip.config import load_recipe
 from dsclip.config.deepspeed import packaged_ds_configs
+from dsclip.config.reference import reference
 from tests.programs import run_program
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,11 @@ def test_tracked_files_refer_only_to_what_is_in_this_repository():
     for path in [*paths, *(p for p in ROOT.iterdir() if p.suffix in TEXT or p.name == "Makefile")]:
         found = kept_out.search(path.read_text(encoding="utf-8"))
         assert not found, f"{path.relative_to(ROOT)} mentions {found[0]}"
+
+
+def test_the_reference_of_recipe_keys_is_what_its_tool_writes():
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert page == reference(), "write it again: python tools/make_reference.py"
 
 
 def test_links_in_the_documents_lead_somewhere():

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from dsclip.config.deepspeed_keys import CHOICES, NUMBER, NVME, OBEYED, REFUSED, STAGES
+from dsclip.config.deepspeed_keys import CHOICES, NUMBER, NVME, OBEYED, REFUSED, STAGES, Kind
 from dsclip.config.schema import BatchSection, Recipe
 from dsclip.errors import UserError, did_you_mean
+
+DsConfig = dict[str, Any]  # a DeepSpeed JSON, or a section of it
 
 SMALL_PARAMETER = 100_000  # elements
 
 SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-KINDS = {
+KINDS: dict[Kind, str] = {
     int: "a whole number",
     NUMBER: "a number",
     bool: "true or false",
@@ -36,7 +39,7 @@ def packaged_ds_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 
-def load_ds_config(name_or_path: str | Path, recipe: Recipe, world_size: int) -> dict:
+def load_ds_config(name_or_path: str | Path, recipe: Recipe, world_size: int) -> DsConfig:
     """The DeepSpeed configuration of a packaged name or a file, with every size resolved.
 
     Raises UserError for unknown keys, for settings dsclip can't obey, and for numbers that contradict the recipe.
@@ -50,7 +53,7 @@ def load_ds_config(name_or_path: str | Path, recipe: Recipe, world_size: int) ->
     return config | _sizes(config, path, recipe, world_size) | _defaults(config)
 
 
-def resolve_persistence(config: dict, batch: BatchSection) -> dict:
+def resolve_persistence(config: DsConfig, batch: BatchSection) -> DsConfig:
     """The configuration with an "auto" stage3_param_persistence_threshold resolved: gradients that are reduced once a step go
     with parameters that are gathered once a step; otherwise only small ones (norms, biases) stay on every rank.
     """
@@ -63,7 +66,7 @@ def resolve_persistence(config: dict, batch: BatchSection) -> dict:
     return config | {"zero_optimization": zero | keep}
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> DsConfig:
     if not path.is_file():
         packaged = packaged_ds_configs()
         raise UserError(
@@ -71,7 +74,7 @@ def _read_json(path: Path) -> dict:
             f"Those: {', '.join(packaged)}"
         )
 
-    def unique(pairs):
+    def unique(pairs: list[tuple[str, Any]]) -> DsConfig:
         keys = [k for k, _ in pairs]
         if twice := {k for k in keys if keys.count(k) > 1}:
             raise UserError(f"{path}: key `{sorted(twice)[0]}` stands there twice")
@@ -88,7 +91,7 @@ def _read_json(path: Path) -> dict:
     return config
 
 
-def _check_section(section: dict, name: str, path: Path) -> None:
+def _check_section(section: DsConfig, name: str, path: Path) -> None:
     """Every key of a section and of those within it: known, obeyed, and of its kind."""
     obeyed, refused = OBEYED[name], REFUSED.get(name, {})
     for key, value in section.items():
@@ -107,7 +110,7 @@ def _check_section(section: dict, name: str, path: Path) -> None:
         if full in CHOICES and value not in CHOICES[full]:
             reason = f" {NVME[0].upper()}{NVME[1:]}." if value == "nvme" else ""
             raise UserError(f"{path}: `{full}` is {value!r}; choose from {', '.join(CHOICES[full])}.{reason}")
-        if kind is dict:
+        if isinstance(value, dict):
             _check_section(value, full, path)
 
 
@@ -121,7 +124,7 @@ def _suggestion(key: str, section: str) -> str:
     return f" It belongs to `{homes[0]}`." if homes[0] else " It belongs to the top level."
 
 
-def _check_precision_and_stage(config: dict, path: Path) -> None:
+def _check_precision_and_stage(config: DsConfig, path: Path) -> None:
     fp16 = config.get("fp16")
     if isinstance(fp16, dict) and fp16.get("enabled"):
         raise UserError(
@@ -141,7 +144,7 @@ def _check_precision_and_stage(config: dict, path: Path) -> None:
         )
 
 
-def _check_applies(config: dict, path: Path) -> None:
+def _check_applies(config: DsConfig, path: Path) -> None:
     """Refuses what DeepSpeed reads without effect at this stage, or without something beside it."""
     zero = config["zero_optimization"]
     stage = zero["stage"]
@@ -165,7 +168,7 @@ def _check_applies(config: dict, path: Path) -> None:
         )
 
 
-def _check_reduction(config: dict, path: Path, recipe: Recipe) -> None:
+def _check_reduction(config: DsConfig, path: Path, recipe: Recipe) -> None:
     stage = config["zero_optimization"]["stage"]
     if recipe.batch.coalesce_reduction and stage == 1:
         raise UserError(
@@ -173,7 +176,7 @@ def _check_reduction(config: dict, path: Path, recipe: Recipe) -> None:
         )
 
 
-def _sizes(config: dict, path: Path, recipe: Recipe, world_size: int) -> dict:
+def _sizes(config: DsConfig, path: Path, recipe: Recipe, world_size: int) -> DsConfig:
     total = recipe.batch.global_batch_size
     if total % world_size:
         lower = total // world_size * world_size
@@ -199,7 +202,7 @@ def _sizes(config: dict, path: Path, recipe: Recipe, world_size: int) -> dict:
     return {key: value for key, (value, _) in expected.items()}
 
 
-def _defaults(config: dict) -> dict:
+def _defaults(config: DsConfig) -> DsConfig:
     """What a run needs whether or not the file says it."""
     never = 10**9  # also in the resolved file that a run writes, which may be used again
     logged = any(config.get(key) not in (None, False, {}, 0, never) for key in LOGGED)

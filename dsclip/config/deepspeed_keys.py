@@ -6,10 +6,11 @@ every key of DeepSpeed 0.19.8's own models; tests/test_config_deepspeed_keys.py 
 
 from __future__ import annotations
 
+Kind = type | tuple[type, ...]
 NUMBER = (int, float)
 
 # Section -> key -> kind. A dictionary's keys are those of the section SECTION.KEY.
-OBEYED = {
+OBEYED: dict[str, dict[str, Kind]] = {
     "": {
         "train_batch_size": int, "train_micro_batch_size_per_gpu": int, "gradient_accumulation_steps": int,
         "bf16": dict, "fp16": dict, "zero_optimization": dict, "data_types": dict, "comms_logger": dict, "timers": dict,
@@ -72,7 +73,7 @@ _NO_EXPERTS = "dsclip's towers have no experts"
 _MICS = f"MiCS: {_GONE}; zero_hpz_partition_size keeps a copy of the weights within a node"
 _FLOPS = "tools/plan.py counts a step's operations, and tools/bench_step.py measures them"
 
-REFUSED = {
+REFUSED: dict[str, dict[str, str]] = {
     "": {
         "optimizer": "the recipe's `optim` section chooses the optimizer",
         "scheduler": "the recipe's `optim` section sets the learning rate: lr, warmup_steps, schedule",

@@ -1,41 +1,38 @@
 """Reads recipes strictly: unknown keys, wrong types, duplicate keys and impossible values stop the run at once.
 
-Later wins: the defaults of `schema.py`, then the recipe file, then `section.key=value` from the command line.
+Later wins: the defaults of the sections, then the recipe file, then `section.key=value` from the command line.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
-import types
-import typing
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from dsclip.config.build import build_recipe
 from dsclip.config.old_names import with_new_names
 from dsclip.config.schema import Recipe
 from dsclip.config.synonyms import suggestion
 from dsclip.errors import UserError, did_you_mean
 
 MAX_RECIPE_BYTES = 1 << 20
-MAX_BATCH = 1 << 24  # a hundred times the largest published; beyond it even the features of a step fill machines
-MAX_LAYERS = 1000  # beyond it a typing error; building such towers, even without memory, takes minutes
 
 
 class _StrictLoader(yaml.SafeLoader):
     """Plain YAML with `1e-3` as a number, `no` as a word, and neither duplicate keys nor aliases."""
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(problem="aliases are not allowed in recipes", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -62,7 +59,7 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def load_recipe(name_or_path: str = "demo", overrides: list[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str = "demo", overrides: Sequence[str] = ()) -> Recipe:
     """A packaged recipe by name, or a YAML file, with overrides such as `optim.lr=1e-3`. Raises UserError."""
     source, text = _read(name_or_path)
     tree = parse_yaml(text, source) or {}
@@ -71,9 +68,7 @@ def load_recipe(name_or_path: str = "demo", overrides: list[str] = ()) -> Recipe
     tree = {k: with_new_names(k, v, source) if isinstance(v, dict) else v for k, v in tree.items()}
     for override in overrides:
         _apply(tree, override)
-    recipe = _build(Recipe, tree, source, "", tree)
-    check_values(recipe, source)
-    return recipe
+    return build_recipe(tree, source)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -88,7 +83,7 @@ def packaged_recipes() -> list[str]:
     )
 
 
-def parse_yaml(text: str, source: str):
+def parse_yaml(text: str, source: str) -> Any:
     """Strict YAML; errors name the source and the line."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
@@ -119,7 +114,7 @@ def _read(name_or_path: str) -> tuple[str, str]:
         raise UserError(f"{path} is no UTF-8 text ({error})") from error
 
 
-def _apply(tree: dict, override: str) -> None:
+def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     parts = key.split(".")
     if not equals or len(parts) != 2 or not all(parts):
@@ -134,179 +129,9 @@ def _apply(tree: dict, override: str) -> None:
     section |= with_new_names(parts[0], {parts[1]: plain}, f"`{override}`")
 
 
-def _plain(text: str):
+def _plain(text: str) -> Any:
     """The value of an override that is about to be refused; its text where it is no YAML."""
     try:
         return parse_yaml(text, "")
     except UserError:
         return text
-
-
-def _build(cls, tree: dict, source: str, where: str, whole: dict):
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
-    values = {}
-    for key, value in tree.items():
-        name = f"{where}{key}"
-        if key not in known:
-            kind = "key" if where else "section"
-            meant = suggestion(key, where.rstrip(".") or None, value, whole)
-            raise UserError(f"{source}: unknown {kind} `{name}`.{meant} Known: {', '.join(known)}")
-        if dataclasses.is_dataclass(hints[key]):
-            if value is not None and not isinstance(value, dict):
-                raise UserError(f"{source}: `{name}` is a section; write its keys below it, indented")
-            values[key] = _build(hints[key], value or {}, source, f"{name}.", whole)
-        else:
-            values[key] = _convert(value, hints[key], name, source)
-    return cls(**values)
-
-
-def _convert(value, hint, name: str, source: str):
-    """`value` as the annotated type; integers are fine as floats, and nothing else changes its type."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if option is type(None):
-            if value is None:
-                return None
-        elif typing.get_origin(option) is list:
-            inner = typing.get_args(option)[0]
-            if isinstance(value, list):
-                return [_convert(v, inner, f"{name}[{i}]", source) for i, v in enumerate(value)]
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        elif option is int and isinstance(value, bool):
-            continue
-        elif isinstance(value, option):
-            return value
-    wanted = " or ".join(
-        "null" if o is type(None) else str(o).replace("<class '", "").replace("'>", "") for o in options
-    )
-    raise UserError(f"{source}: `{name}` is {value!r}; it must be {wanted}")
-
-
-def check_values(recipe: Recipe, source: str) -> None:
-    """Raises UserError for values that no run could use."""
-    batch, optim, train, loss = recipe.batch, recipe.optim, recipe.train, recipe.loss
-    positive = {
-        "batch.global_batch_size": batch.global_batch_size, "batch.micro_batch_size": batch.micro_batch_size,
-        "batch.chunk_size": batch.chunk_size, "batch.memory_gb": batch.memory_gb, "train.steps": train.steps, "train.log_every": train.log_every,
-        "train.save_every": train.save_every, "train.save_minutes": train.save_minutes, "train.keep_checkpoints": train.keep_checkpoints,
-        "eval.every_steps": recipe.eval.every_steps, "eval.batch_size": recipe.eval.batch_size,
-        "eval.max_samples": recipe.eval.max_samples, "data.shuffle_window": recipe.data.shuffle_window,
-        "data.shuffle_unit": recipe.data.shuffle_unit, "data.streams": recipe.data.streams,
-        "data.max_sample_bytes": recipe.data.max_sample_bytes,
-        "data.max_image_pixels": recipe.data.max_image_pixels, "optim.lr": optim.lr, "optim.eps": optim.eps,
-        "loss.init_temperature": loss.init_temperature, "loss.max_logit_scale": loss.max_logit_scale,
-        "loss.final_temperature": loss.final_temperature,
-    }  # fmt: skip
-    for name, value in positive.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{source}: `{name}` is {value}; it must be greater than 0")
-    choices = {
-        "data.decoder": (recipe.data.decoder, ("fast", "exact")),
-        "data.on_unreadable": (recipe.data.on_unreadable, ("stop", "skip")),
-        "batch.accumulation": (batch.accumulation, ("auto", "manual")),
-        "batch.checkpointing": (batch.checkpointing, ("auto", "none", "selective", "full", "offload")),
-        "optim.schedule": (optim.schedule, ("cosine", "constant")),
-        "train.compile": (train.compile, ("auto", "on", "off")),
-        "loss.temperature": (loss.temperature, ("learned", "fixed", "scheduled")),
-        "loss.hard_negatives": (loss.hard_negatives, ("none", "global", "own")),
-        "loss.duplicates": (loss.duplicates, ("negative", "positive", "mask")),
-        "loss.wire_dtype": (loss.wire_dtype, ("fp32", "bf16")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise UserError(
-                f"{source}: `{name}` is `{value}`.{did_you_mean(value, list(allowed))} Choose from: {', '.join(allowed)}"
-            )
-    _check_ranges(recipe, source)
-
-
-def _check_ranges(recipe: Recipe, source: str) -> None:
-    batch, optim, data, train, loss = recipe.batch, recipe.optim, recipe.data, recipe.train, recipe.loss
-    scale = data.crop_scale
-    rules = [
-        (0 <= optim.beta1 < 1 and 0 <= optim.beta2 < 1, "`optim.beta1` and `optim.beta2` must be in [0, 1)"),
-        (optim.weight_decay >= 0, f"`optim.weight_decay` is {optim.weight_decay}; it must not be negative"),
-        (0 <= optim.min_lr <= optim.lr, f"`optim.min_lr` is {optim.min_lr}; it must be between 0 and optim.lr"),
-        (optim.warmup_steps >= 0, f"`optim.warmup_steps` is {optim.warmup_steps}; it must not be negative"),
-        (
-            optim.warmup_steps <= train.steps,
-            f"`optim.warmup_steps` is {optim.warmup_steps} and `train.steps` {train.steps}: the learning rate would never "
-            "be reached. Lower the first or raise the second.",
-        ),
-        (
-            len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
-            f"`data.crop_scale` is {scale}; give [low, high] within (0, 1]",
-        ),
-        (
-            0 <= loss.label_smoothing < 1,
-            f"`loss.label_smoothing` is {loss.label_smoothing}; it is a share: 0 ≤ share < 1",
-        ),
-        (loss.beta >= 0, f"`loss.beta` is {loss.beta}; it must not be negative"),
-        (
-            loss.queue_warmup_steps is None or loss.queue_warmup_steps >= 0,
-            f"`loss.queue_warmup_steps` is {loss.queue_warmup_steps}; it must not be negative",
-        ),
-        (loss.queue_size >= 0, f"`loss.queue_size` is {loss.queue_size}; it must not be negative"),
-        (
-            (loss.temperature == "scheduled") == (loss.final_temperature is not None),
-            "`loss.final_temperature` belongs to `loss.temperature: scheduled`; set both or neither",
-        ),
-        (
-            loss.queue_momentum is None or (loss.queue_size and 0 <= loss.queue_momentum < 1),
-            f"`loss.queue_momentum` is {loss.queue_momentum}; it needs `loss.queue_size` and must be in [0, 1)",
-        ),
-        (0 <= train.seed < 2**63, f"`train.seed` is {train.seed}; it must be between 0 and 2^63 - 1"),
-        (
-            batch.global_batch_size <= MAX_BATCH,
-            f"`batch.global_batch_size` is {batch.global_batch_size}; dsclip takes batches of up to {MAX_BATCH} pairs",
-        ),
-        *(
-            (
-                not layers or layers <= MAX_LAYERS,
-                f"`model.{name}` is {layers}; dsclip takes towers of up to {MAX_LAYERS}",
-            )
-            for name in ("vision_layers", "text_layers")
-            for layers in [getattr(recipe.model, name)]
-        ),
-        (data.max_negatives > 0, f"`data.max_negatives` is {data.max_negatives}; it must be greater than 0"),
-        (data.retries >= 0, f"`data.retries` is {data.retries}; it must not be negative"),
-        (data.read_ahead_mb >= 0, f"`data.read_ahead_mb` is {data.read_ahead_mb}; it must not be negative"),
-        (
-            data.weights is None or (data.weights and min(data.weights) >= 0 and 0 < sum(data.weights) < math.inf),
-            f"`data.weights` is {data.weights}; give numbers that are not negative, not all 0",
-        ),
-        (
-            data.color_jitter is None
-            or (
-                len(data.color_jitter) == 4
-                and min(data.color_jitter) >= 0
-                and sum(data.color_jitter) < math.inf
-                and data.color_jitter[3] <= 0.5
-            ),
-            f"`data.color_jitter` is {data.color_jitter}; give [brightness, contrast, saturation, hue], hue at most 0.5",
-        ),
-        (
-            0 <= data.color_jitter_probability <= 1 and 0 <= data.grayscale <= 1,
-            "`data.color_jitter_probability` and `data.grayscale` are shares of 1",
-        ),
-        (data.workers >= 0, f"`data.workers` is {data.workers}; it must not be negative"),
-        (0 <= data.max_bad_fraction <= 1, f"`data.max_bad_fraction` is {data.max_bad_fraction}; it is a share of 1"),
-        (
-            re.fullmatch(r"[\w][\w.+-]*", train.name),
-            f"`train.name` is {train.name!r}; use letters, digits and . _ - + only",
-        ),
-        (
-            not batch.micro_batch_size or batch.micro_batch_size <= batch.global_batch_size,
-            f"`batch.micro_batch_size` {batch.micro_batch_size} exceeds `batch.global_batch_size` {batch.global_batch_size}",
-        ),
-        (
-            not batch.chunk_size or batch.chunk_size <= (batch.micro_batch_size or batch.global_batch_size),
-            f"`batch.chunk_size` {batch.chunk_size} exceeds the micro-batch of "
-            f"{batch.micro_batch_size or batch.global_batch_size}",
-        ),
-    ]
-    for holds, message in rules:
-        if not holds:
-            raise UserError(f"{source}: {message}")

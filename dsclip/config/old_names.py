@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from dsclip.command_line import say
-from dsclip.distributed import launched_ranks
 from dsclip.errors import UserError
 
 OLD_NAMES = {"batch": {"samples_per_forward": "micro_batch_size"}}
@@ -25,6 +24,8 @@ def with_new_names(section: str, values: dict[str, Any], source: str) -> dict[st
             raise UserError(
                 f"{source}: `{section}.{old}` is the old name of `{section}.{new}`, which is there too; remove it"
             )
+        from dsclip.distributed import launched_ranks  # torch takes seconds to import
+
         if old not in _warned and launched_ranks()[0] == 0:
             say(
                 f"dsclip: {source}: `{section}.{old}` is now called `{section}.{new}`; the old name is still read, write the new one"

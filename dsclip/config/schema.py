@@ -1,161 +1,223 @@
-"""The recipe: what to train. One frozen dataclass a section; every default lives here and nowhere else.
+"""The recipe: what to train. One frozen dataclass a section; every default, bound and choice stands at its field and nowhere else.
 
 How to run it (ZeRO stage, bf16, clipping, offload) is the DeepSpeed JSON's business: `dsclip.config.deepspeed`.
-`None` means "not set": the preset, the tokenizer or the batch decides.
+`None`, written null in a recipe, means "not set": the preset, the tokenizer or the batch decides. The sentence below a field
+is its line in docs/reference.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from dsclip.config.data_section import DataSection
+from dsclip.config.kinds import (
+    STRICT,
+    Colour,
+    Count,
+    NotNegative,
+    Positive,
+    PositiveFloat,
+    Rule,
+    ShareBelowOne,
+)
+
+MAX_BATCH = 1 << 24  # a hundred times the largest published; beyond it even the features of a step fill machines
+MAX_LAYERS = 1000  # beyond it a typing error; building such towers, even without memory, takes minutes
+
+Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
+Checkpointing = Literal["auto", "none", "selective", "full", "offload"]
+FolderName = Annotated[
+    str, Rule(lambda name: bool(re.fullmatch(r"\w[\w.+-]*", name)), "letters, digits and . _ - + only")
+]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ModelSection:
     """The two towers. Every field but `preset` and `init` overrides the preset's own value."""
 
     preset: str = "ViT-B-32"
-    init: str | None = None  # HF CLIP folder, OpenCLIP state dict or dsclip checkpoint to start from
-    patch_dropout: float | None = None  # share of image patches dropped in training (FLIP)
-    activation: str | None = None  # gelu | quick_gelu
-    image_size: int | None = None
-    patch_size: int | None = None
-    embed_dim: int | None = None
-    vision_width: int | None = None
-    vision_layers: int | None = None
-    vision_heads: int | None = None
-    vision_mlp_width: int | None = None
-    text_width: int | None = None
-    text_layers: int | None = None
-    text_heads: int | None = None
-    text_mlp_width: int | None = None
-    context_length: int | None = None
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
+    """`ViT-B-32`, `ViT-L-14`, … (also written `ViT-B/32`), each with `-quickgelu`; or `demo`."""
+    init: str | None = None
+    """HuggingFace CLIP folder, OpenCLIP state dict or dsclip checkpoint to start from."""
+    patch_dropout: ShareBelowOne | None = None
+    """Share of the image patches left out in training (FLIP)."""
+    activation: Literal["gelu", "quick_gelu"] | None = None
+    """Of the MLPs; `quick_gelu` is that of OpenAI's weights."""
+    image_size: Positive | None = None
+    """Side of the square images, in pixels; a multiple of `patch_size`."""
+    patch_size: Positive | None = None
+    """Side of a patch, in pixels."""
+    embed_dim: Positive | None = None
+    """Width of the space that both towers embed into."""
+    vision_width: Positive | None = None
+    """Width of the image tower; a multiple of `vision_heads`."""
+    vision_layers: Layers | None = None
+    """Blocks of the image tower."""
+    vision_heads: Positive | None = None
+    """Attention heads of a block of the image tower."""
+    vision_mlp_width: Positive | None = None
+    """Width of the hidden layer of its MLPs."""
+    text_width: Positive | None = None
+    """Width of the text tower; a multiple of `text_heads`."""
+    text_layers: Layers | None = None
+    """Blocks of the text tower."""
+    text_heads: Positive | None = None
+    """Attention heads of a block of the text tower."""
+    text_mlp_width: Positive | None = None
+    """Width of the hidden layer of its MLPs."""
+    context_length: Positive | None = None
+    """Tokens of a caption at most; longer ones are cut."""
+    image_mean: Colour | None = None
+    """Subtracted from the red, green and blue of an image, which lie in 0 … 1."""
+    image_std: Colour | None = None
+    """What they are divided by after that."""
 
 
-@dataclass(frozen=True)
-class DataSection:
-    """Where samples come from. `demo` stands for the embedded data set and its tokenizer."""
-
-    train_shards: str | list[str] = "demo"
-    weights: list[float] | None = None  # of each entry of train_shards, which are then mixed by draws; None: one set
-    tokenizer: str = "demo"  # `demo`, a local folder, or a hub name
-    workers: int = 2  # loader processes a rank; 0 decodes in the training process
-    streams: int | None = None  # ranks · workers must divide them; None: the largest divisor of the batch up to 1024
-    shuffle_window: int = 512  # samples of a stream that are shuffled among themselves
-    shuffle_unit: int | None = None  # neighbours that stay together in an epoch; None: 1, or shards beyond 2 M samples
-    resampled: bool = False  # windows drawn with replacement, as OpenCLIP's --dataset-resampled; no epochs
-    decoder: str = "fast"  # fast (JPEG scaled while decoding, resized in uint8) | exact (PIL, as CLIP's preprocessing)
-    crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])  # share of the area kept (CLIP, OpenCLIP)
-    flip: bool = False  # horizontal flips; wrong for captions that say left or right
-    color_jitter: list[float] | None = None  # brightness, contrast, saturation, hue, such as [0.32, 0.32, 0.32, 0.08]
-    color_jitter_probability: float = 0.8
-    grayscale: float = 0.0  # share of the images that lose their colour
-    caption_key: str = "caption"  # key of the caption (string or list of strings) in `.json` members
-    negative_key: str = "negatives"  # key of hard-negative captions in `.json`; or a `.neg.txt` member, one a line
-    max_negatives: int = 4  # hard-negative captions used of one sample
-    group_key: str | None = None  # key in `.json` whose equal values mark duplicates; None: equal captions do
-    max_bad_fraction: float = 0.1  # the run stops when more of the samples read can't be used
-    max_image_pixels: int = 64_000_000  # checked on the header, before decoding
-    max_sample_bytes: int = 1 << 26  # of a sample in its shard; larger ones are not read
-    retries: int = 5  # further attempts at a remote read, after pauses that double
-    read_ahead_mb: int = 512  # of remote shards, read and not yet used by a worker
-    on_unreadable: str = "stop"  # stop | skip (its samples count as bad, data_journal.jsonl names it)
-    trusted_hosts: list[str] = field(default_factory=list)  # host or host:port that may be private or plain http
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class BatchSection:
     """Sizes in samples. The gradient is that of the whole global batch, whatever the two smaller sizes are."""
 
-    global_batch_size: int = 256
-    micro_batch_size: int | None = None  # of a rank, embedded in one forward; None: planned, or its whole local batch
-    chunk_size: int | None = None  # samples that go through a block together; None: planned, or micro_batch_size
-    checkpointing: str = "auto"  # none | selective | full | offload | auto: planned, or full once chunk_size is set
-    coalesce_reduction: bool | None = None  # ZeRO-2/3: reduce once a step, not a micro-batch; None: planned
-    accumulation: str = "auto"  # auto: the sizes left open are planned from memory | manual: they have no limit
-    memory_gb: float | None = None  # what a rank may use, for the plan; None: all of its device
+    global_batch_size: Annotated[int, Field(gt=0, le=MAX_BATCH)] = 256
+    """Pairs a step, over all ranks: the negatives."""
+    micro_batch_size: Positive | None = None
+    """Pairs that a rank embeds in one forward; null: planned, or its whole local batch."""
+    chunk_size: Positive | None = None
+    """Pairs of a micro-batch that go through a block at a time; null: planned, or all of them."""
+    checkpointing: Checkpointing = "auto"
+    """What blocks keep for backward: `none` everything; `selective` the inputs, the attention's output and the MLP's hidden \
+layer (a third of the products run again); `full` the inputs; `offload` the inputs, in pinned host memory; `auto`: planned, \
+or full once `chunk_size` is set."""
+    coalesce_reduction: bool | None = None
+    """ZeRO-2 and 3: reduce gradients once a step, not once a micro-batch; null: planned."""
+    accumulation: Literal["auto", "manual"] = "auto"
+    """`auto`: the sizes left open are planned from memory; `manual`: they have no limit."""
+    memory_gb: PositiveFloat | None = None
+    """What a rank may use (10⁹ bytes), for the plan; null: all of its device."""
 
-    def sizes(self, world_size: int) -> tuple[int, int, str]:
+    def sizes(self, world_size: int) -> tuple[int, int, Checkpointing]:
         """(samples of a micro-batch, samples of a chunk, checkpointing) as the engine takes them: what is open is plain."""
         local = self.global_batch_size // world_size
         micro_batch = min(self.micro_batch_size or local, local)
         chunk = min(self.chunk_size or micro_batch, micro_batch)
-        checkpointing = self.checkpointing
-        if checkpointing == "auto":
-            checkpointing = "none" if self.chunk_size is None else "full"
-        return micro_batch, chunk, checkpointing
+        if self.checkpointing == "auto":
+            return micro_batch, chunk, "none" if self.chunk_size is None else "full"
+        return micro_batch, chunk, self.checkpointing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LossSection:
     """The loss over the global batch and the negatives in it; docs/negatives.md explains each option."""
 
-    name: str = "softmax"  # softmax (InfoNCE, CLIP) | sigmoid (SigLIP) | filip (token-wise) | one of your own
-    plugin: str | None = None  # Python file or module that registers your own loss
-    temperature: str = "learned"  # learned | fixed | scheduled
-    init_temperature: float = 0.07  # logit scale starts at 1/0.07 (CLIP)
-    final_temperature: float | None = None  # where a scheduled one ends; its logarithm changes evenly over the run
-    max_logit_scale: float = 100.0  # clamp after each step (CLIP)
-    init_bias: float = -10.0  # logit bias of the sigmoid loss (SigLIP)
-    label_smoothing: float = 0.0  # share of the target spread over all candidates
-    hard_negatives: str = "none"  # none | global (compete for every image) | own (for their own image only)
-    duplicates: str = "negative"  # samples with equal keys: negative | positive | mask
-    filter_margin: float | None = None  # δ: entries with I_i·T_j > I_i·T_i − δ are left out as false negatives
-    beta: float = 0.0  # concentration of hard-negative reweighting
-    queue_size: int = 0  # pairs of earlier steps kept as negatives
-    queue_warmup_steps: int | None = None  # steps before the queue is used; None: until it is full
-    queue_momentum: float | None = None  # embed queued pairs by an average of the weights (MoCo), such as 0.999
-    wire_dtype: str = "fp32"  # fp32 | bf16: how features travel between ranks
+    name: str = "softmax"
+    """`softmax` (InfoNCE, CLIP), `sigmoid` (SigLIP), `filip` (token-wise), or one of your own."""
+    plugin: str | None = None
+    """Python file or module that registers your own loss."""
+    temperature: Literal["learned", "fixed", "scheduled"] = "learned"
+    """How the logit scale moves; `scheduled`: from `init_temperature` to `final_temperature`."""
+    init_temperature: PositiveFloat = 0.07
+    """The logit scale starts at its inverse (CLIP: 1/0.07)."""
+    final_temperature: PositiveFloat | None = None
+    """Where a scheduled one ends; its logarithm changes evenly over the run."""
+    max_logit_scale: PositiveFloat = 100.0
+    """The logit scale is clamped to it after each step (CLIP)."""
+    init_bias: float = -10.0
+    """Where the logit bias of the sigmoid loss starts (SigLIP)."""
+    label_smoothing: ShareBelowOne = 0.0
+    """Share of the target spread over all candidates."""
+    hard_negatives: Literal["none", "global", "own"] = "none"
+    """Captions made to be wrong: `global` compete for every image, `own` for their own image only."""
+    duplicates: Literal["negative", "positive", "mask"] = "negative"
+    """What samples with equal keys are to each other."""
+    filter_margin: float | None = None
+    """δ: entries with I_i·T_j > I_i·T_i − δ are left out as false negatives; null: none are."""
+    beta: NotNegative = 0.0
+    """Concentration of hard-negative reweighting."""
+    queue_size: Count = 0
+    """Pairs of earlier steps kept as negatives."""
+    queue_warmup_steps: Count | None = None
+    """Steps before the queue is used; null: until it is full."""
+    queue_momentum: ShareBelowOne | None = None
+    """Embed queued pairs by an average of the weights (MoCo), such as 0.999; needs `queue_size`."""
+    wire_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How features travel between ranks."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class OptimSection:
     """AdamW with decoupled decay on matrices only; CLIP's values for ViT."""
 
-    lr: float = 5e-4
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    weight_decay: float = 0.2
-    warmup_steps: int = 2000
-    schedule: str = "cosine"  # cosine | constant, after the linear warm-up
-    min_lr: float = 0.0
+    lr: PositiveFloat = 5e-4
+    """Learning rate at the end of the warm-up."""
+    beta1: ShareBelowOne = 0.9
+    """Decay of the first moment."""
+    beta2: ShareBelowOne = 0.98
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 0.2
+    """Decoupled, of matrices only."""
+    warmup_steps: Count = 2000
+    """Steps in which the learning rate rises from 0; at most `train.steps`."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Of the learning rate after the warm-up."""
+    min_lr: NotNegative = 0.0
+    """Where the cosine ends; at most `lr`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TrainSection:
     """The run: its length, its folder and how often it reports."""
 
-    name: str = "run"
+    name: FolderName = "run"
+    """Of the run: its folder's name."""
     output: str = "runs"
-    steps: int = 10_000
-    seed: int = 0
-    log_every: int = 10  # steps between lines of metrics.jsonl and TensorBoard scalars
-    save_every: int | None = None  # steps between checkpoints; the last step always saves
-    save_minutes: float | None = (
-        30.0  # minutes between checkpoints, looked at when metrics are logged; null: by steps only
-    )
-    keep_checkpoints: int = 3
-    compile: str = "auto"  # torch.compile of the blocks: on | off | auto (on a GPU)
-    export_hf: bool = True  # convert the last checkpoint to a HuggingFace folder
+    """Folder of the runs' folders."""
+    steps: Positive = 10_000
+    """Optimizer steps of the whole run."""
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """Of the weights, the data order, augmentation and patch dropout."""
+    log_every: Positive = 10
+    """Steps between lines of metrics.jsonl and TensorBoard scalars."""
+    save_every: Positive | None = None
+    """Steps between checkpoints; the last step always saves."""
+    save_minutes: PositiveFloat | None = 30.0
+    """Minutes between checkpoints, looked at when metrics are logged; null: by steps only."""
+    keep_checkpoints: Positive = 3
+    """The newest ones that stay."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the blocks; `auto`: on a GPU."""
+    export_hf: bool = True
+    """Convert the last checkpoint to a HuggingFace folder."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class EvalSection:
     """What is measured while training and at the end. Each task runs when its shards are set."""
 
-    every_steps: int | None = None  # None: only at the end
-    batch_size: int = 64
-    zeroshot_shards: str | list[str] | None = None  # samples with a `.cls` member
-    classnames: str | list[str] | None = None  # None: those of the shards' manifest; or a file, one name a line
-    templates: str | list[str] | None = None  # None: those of the manifest; `openai`, `cifar`, or sentences with {}
+    every_steps: Positive | None = None
+    """Steps between evaluations; null: only at the end."""
+    batch_size: Positive = 64
+    """Samples a rank embeds at a time."""
+    zeroshot_shards: str | list[str] | None = None
+    """Shards whose samples have a `.cls` member."""
+    classnames: str | list[str] | None = None
+    """Names, or a file, one name a line; null: those of the shards' manifest."""
+    templates: str | list[str] | None = None
+    """`openai`, `cifar`, or sentences with {}; null: those of the manifest."""
     retrieval_shards: str | list[str] | None = None
-    hard_negatives_shards: str | list[str] | None = None  # samples with hard-negative captions
-    max_samples: int | None = None  # per task; None: all
+    """Shards of pairs to be found in both directions."""
+    hard_negatives_shards: str | list[str] | None = None
+    """Shards whose samples have hard-negative captions."""
+    max_samples: Positive | None = None
+    """Per task; null: all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """A whole recipe, resolved and frozen."""
 

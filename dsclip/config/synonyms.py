@@ -7,6 +7,7 @@ import math
 import typing
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from dsclip.config.schema import BatchSection, Recipe
 from dsclip.errors import did_you_mean
@@ -59,7 +60,7 @@ CONVERTED = {
 EPOCHS = ("epochs", "epoch", "num_epochs", "max_epochs", "num_train_epochs")
 
 
-def suggestion(key: str, section: str | None, value, tree: dict) -> str:
+def suggestion(key: str, section: str | None, value: Any, tree: dict[str, Any]) -> str:
     """What to write for a key that `section` (None: no section was given) doesn't have; empty where nothing is close.
 
     value: what the key was set to; tree: the whole recipe as it was read, for sizes that a conversion needs.
@@ -78,7 +79,7 @@ def suggestion(key: str, section: str | None, value, tree: dict) -> str:
     return did_you_mean(key, list(homes)) if section is None else ""
 
 
-def _epochs(value, tree: dict) -> str:
+def _epochs(value: Any, tree: dict[str, Any]) -> str:
     """How many steps so many epochs are, with the batch and, where a manifest is at hand, the samples of this recipe."""
     batch = _get(tree, "batch", "global_batch_size") or BatchSection().global_batch_size
     epochs = value if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -92,12 +93,12 @@ def _epochs(value, tree: dict) -> str:
     )
 
 
-def _get(tree: dict, section: str, key: str):
+def _get(tree: dict[str, Any], section: str, key: str) -> Any:
     keys = tree.get(section)
     return keys.get(key) if isinstance(keys, dict) else None
 
 
-def _samples(shards) -> int | None:
+def _samples(shards: Any) -> int | None:
     """Samples by the manifest of a local set; None where there is none to read."""
     if not isinstance(shards, str) or not shards:
         return None

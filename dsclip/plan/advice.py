@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
+from dsclip.config.deepspeed import DsConfig
 from dsclip.config.schema import BatchSection, LossSection
 from dsclip.model import ClipConfig
 from dsclip.plan.choose import plan_batch
@@ -14,35 +17,37 @@ from dsclip.plan.machine import Machine
 
 
 def advice(
-    config: ClipConfig, batch: BatchSection, ds_config: dict, world_size: int, machine: Machine, *,
+    config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
     loss: LossSection | None = None, text_tokens: int | None = None,
 ) -> list[str]:  # fmt: skip
     """Changes after which the batch fits, with the peak each leads to; the least first. Empty if none is known."""
 
-    def peak(new_batch=batch, new_ds_config=ds_config, ranks=world_size) -> Estimate:
+    def peak(new_batch: BatchSection, new_ds_config: DsConfig = ds_config, ranks: int = world_size) -> Estimate:
         return plan_batch(config, new_batch, new_ds_config, ranks, machine, loss=loss, text_tokens=text_tokens)[1]
 
     free = replace(batch, micro_batch_size=None, chunk_size=None, checkpointing="auto", accumulation="auto")
     stage_3 = _with(ds_config, stage=3)
     offloaded = _with(stage_3, offload_optimizer={"device": "cpu"})
     zero = ds_config["zero_optimization"]
-    tries = {"leave micro_batch_size, chunk_size and checkpointing to accumulation: auto": lambda: peak(free)}
+    tries: dict[str, Callable[[], Estimate]] = {
+        "leave micro_batch_size, chunk_size and checkpointing to accumulation: auto": partial(peak, free)
+    }
     if zero["stage"] < 3:
-        tries["shard the parameters: ds_configs/zero3_bf16.json"] = lambda: peak(free, stage_3)
+        tries["shard the parameters: ds_configs/zero3_bf16.json"] = partial(peak, free, stage_3)
     small = 50_000_000  # a tenth of DeepSpeed's default
     buckets = _with(ds_config, reduce_bucket_size=small)
     if zero.get("reduce_bucket_size", 5e8) > small:
-        tries[f"smaller reduction buckets: zero_optimization.reduce_bucket_size {small} in the JSON"] = lambda: peak(
-            free, buckets
+        tries[f"smaller reduction buckets: zero_optimization.reduce_bucket_size {small} in the JSON"] = partial(
+            peak, free, buckets
         )
     if machine.device == "cuda":  # a CPU's ranks share one memory, in which the optimizer is already
         if not zero.get("offload_optimizer"):
             offload = "keep the optimizer in host memory: ds_configs/zero3_offload_bf16.json"
-            tries[offload] = lambda: peak(free, offloaded)
+            tries[offload] = partial(peak, free, offloaded)
         for factor in (2, 4, 8, 16, 32):
             ranks = world_size * factor
             if batch.global_batch_size % ranks == 0:
-                tries[f"{ranks} GPUs with ZeRO-3"] = lambda ranks=ranks: peak(free, stage_3, ranks)
+                tries[f"{ranks} GPUs with ZeRO-3"] = partial(peak, free, stage_3, ranks)
     found = []
     for change, attempt in tries.items():
         result = attempt()
@@ -78,7 +83,7 @@ def describe_choice(found: Estimate) -> str:
     return f"{parts}{chunk}, checkpointing {found.checkpointing}"
 
 
-def _with(ds_config: dict, **zero) -> dict:
+def _with(ds_config: DsConfig, **zero: Any) -> DsConfig:
     changed = copy.deepcopy(ds_config)
     changed["zero_optimization"] |= zero
     return changed

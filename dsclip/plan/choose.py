@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from dsclip.config.schema import BatchSection, LossSection, Recipe
+from dsclip.config.deepspeed import DsConfig
+from dsclip.config.schema import BatchSection, Checkpointing, LossSection, Recipe
 from dsclip.distributed import Collectives
 from dsclip.model import ClipConfig
 from dsclip.plan.estimate import Estimate, estimate
@@ -15,7 +16,7 @@ from dsclip.plan.machine import Machine, this_machine
 SMALL_CHUNK = 4  # a chunk of c samples runs at c/(c + 4) of the speed of a large one: kernels too small for the device
 
 
-def plan_recipe(recipe: Recipe, ds_config: dict, config: ClipConfig, group: Collectives) -> tuple[Recipe, Estimate]:
+def plan_recipe(recipe: Recipe, ds_config: DsConfig, config: ClipConfig, group: Collectives) -> tuple[Recipe, Estimate]:
     """The recipe with its batch section planned for the machine of rank 0, and what a step will take. Collective."""
     # Memory differs a little between ranks, and a plan must not.
     machine = group.broadcast_object(this_machine())
@@ -24,7 +25,7 @@ def plan_recipe(recipe: Recipe, ds_config: dict, config: ClipConfig, group: Coll
 
 
 def plan_batch(
-    config: ClipConfig, batch: BatchSection, ds_config: dict, world_size: int, machine: Machine, *,
+    config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
     loss: LossSection | None = None, text_tokens: int | None = None,
 ) -> tuple[BatchSection, Estimate]:  # fmt: skip
     """The batch section with micro_batch_size, chunk_size, checkpointing and coalesce_reduction filled in, and its estimate.
@@ -61,7 +62,7 @@ def _candidates(batch: BatchSection, world_size: int, device: str, reduces_early
     for micro_batch in micro_batches:
         for checkpointing in _checkpointings(batch, device):
             if batch.chunk_size:
-                chunks = [batch.chunk_size]
+                chunks: list[int | None] = [batch.chunk_size]
             elif checkpointing == "none":
                 chunks = [None]  # cutting saves nothing where everything is kept
             else:
@@ -79,12 +80,12 @@ def _candidates(batch: BatchSection, world_size: int, device: str, reduces_early
                 )
 
 
-def _checkpointings(batch: BatchSection, device: str) -> list[str]:
+def _checkpointings(batch: BatchSection, device: str) -> list[Checkpointing]:
     if batch.checkpointing != "auto":
         return [batch.checkpointing]
     if batch.chunk_size:
         return ["full"]
-    return ["none", "selective", "full"] + (["offload"] if device == "cuda" else [])
+    return ["none", "selective", "full", "offload"] if device == "cuda" else ["none", "selective", "full"]
 
 
 def _halves(n: int) -> Iterator[int]:

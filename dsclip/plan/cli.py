@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from dataclasses import asdict, replace
+from typing import Any
 
 from dsclip.command_line import parser, run_tool
 from dsclip.config import Recipe, load_ds_config, load_recipe
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(run_tool(plan, p.parse_args(argv)))
 
 
-def plan(arguments: argparse.Namespace) -> tuple[dict, str]:
+def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """{"fits", "peak_mb", "parts", "gathers_per_step", "gflops_per_sample", …}: see `Estimate`."""
     a = arguments
     for name in ("gpus", "peak_tflops", "efficiency", "bandwidth", "text_tokens"):
@@ -91,7 +92,7 @@ def plan(arguments: argparse.Namespace) -> tuple[dict, str]:
     return result, table(result, found, machine, a.gpus, a.text_tokens or config.context_length)
 
 
-def _value(a: argparse.Namespace, flag: str):
+def _value(a: argparse.Namespace, flag: str) -> Any:
     return getattr(a, flag.removeprefix("--").replace("-", "_"))
 
 
@@ -102,7 +103,7 @@ def _by_flags(message: str, given: dict[str, str]) -> str:
     return message
 
 
-def _vocabulary(recipe: Recipe) -> dict:
+def _vocabulary(recipe: Recipe) -> dict[str, int]:
     """The rows of the token embedding; CLIP's where the tokenizer isn't at hand."""
     try:
         return {"vocab_size": load_tokenizer(recipe.data.tokenizer).vocab_size}
@@ -124,7 +125,7 @@ def _machine(a: argparse.Namespace) -> Machine:
     return replace(machine, **{k: v for k, v in given.items() if v is not None})
 
 
-def table(result: dict, found: Estimate, machine: Machine, ranks: int, tokens: int) -> str:
+def table(result: dict[str, Any], found: Estimate, machine: Machine, ranks: int, tokens: int) -> str:
     """The plan for people."""
     device = (
         f"{ranks} × {machine.name}" if machine.device == "cuda" else f"{_count(ranks, 'rank')} of this machine's CPU"

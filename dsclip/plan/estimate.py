@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from dsclip.config.deepspeed import resolve_persistence
+from dsclip.config.deepspeed import DsConfig, resolve_persistence
 from dsclip.config.schema import BatchSection, LossSection
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.flops import forward_flops
@@ -45,7 +45,7 @@ class Estimate:
 
 
 def estimate(
-    config: ClipConfig, batch: BatchSection, ds_config: dict, world_size: int, machine: Machine, *,
+    config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
     loss: LossSection | None = None, text_tokens: int | None = None,
 ) -> Estimate:  # fmt: skip
     """The estimate for one rank. text_tokens: of a chunk's longest caption; None: the context length."""
@@ -87,7 +87,7 @@ def estimate(
 
 
 def passes(
-    parameters: int, batch: BatchSection, ds_config: dict, world_size: int, micro_batches: int
+    parameters: int, batch: BatchSection, ds_config: DsConfig, world_size: int, micro_batches: int
 ) -> tuple[int, int]:
     """(all-gathers, gradient reductions) of a step, in passes over all parameters.
 

@@ -26,7 +26,7 @@ def free_bytes(root: Path = Path("/")) -> int:
     return max(free, 0)
 
 
-def _cgroups(root: Path) -> Iterator[tuple[Path, tuple]]:
+def _cgroups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str, str]]]:
     """The folders of this process's memory cgroups and of those above them: each may set a limit."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

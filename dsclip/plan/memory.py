@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsclip.config.deepspeed import DsConfig
 from dsclip.config.schema import LossSection
 from dsclip.losses.tile_size import CPU_ENTRIES, CUDA_ENTRIES
 from dsclip.model import ClipConfig
@@ -75,7 +76,9 @@ def activation_bytes(
     return kept * heap, chunk * max(blocks, normalised) * heap
 
 
-def state_bytes(parameters: int, block_parameters: int, ds_config: dict, world_size: int, device: str) -> dict:
+def state_bytes(
+    parameters: int, block_parameters: int, ds_config: DsConfig, world_size: int, device: str
+) -> dict[str, float]:
     """Weights, optimizer, gradients and buckets; "reduction": what the gradients' reduction takes for a moment."""
     zero = ds_config["zero_optimization"]
     stage, p, w = zero["stage"], parameters, world_size
@@ -122,7 +125,7 @@ def state_bytes(parameters: int, block_parameters: int, ds_config: dict, world_s
     }
 
 
-def loss_bytes(config: ClipConfig, batch: int, world_size: int, loss: LossSection, device: str) -> dict:
+def loss_bytes(config: ClipConfig, batch: int, world_size: int, loss: LossSection, device: str) -> dict[str, float]:
     """Features of the global batch with their gradients, the queue, and the loss stage's tiles."""
     numbers = config.embed_dim * (config.context_length if loss.name == "filip" else 1)
     local, hard = batch // world_size, 0 if loss.hard_negatives == "none" else 1

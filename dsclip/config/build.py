@@ -1,0 +1,93 @@
+"""Sections and recipes from what was read; a value that doesn't fit is said in one sentence."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from dsclip.config.describe import allowed
+from dsclip.config.schema import Recipe
+from dsclip.config.synonyms import suggestion
+from dsclip.errors import UserError, did_you_mean
+
+Section = TypeVar("Section")
+OUT_OF_BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+
+
+def build_recipe(tree: dict[str, Any], source: str) -> Recipe:
+    """The recipe of {section: {key: value}}. Raises UserError for what no recipe has, or no run could use."""
+    sections = typing.get_type_hints(Recipe)
+    values = {}
+    for name, keys in tree.items():
+        if name not in sections:
+            meant = suggestion(name, None, keys, tree)
+            raise UserError(f"{source}: unknown section `{name}`.{meant} Known: {', '.join(sections)}")
+        if keys is not None and not isinstance(keys, dict):
+            raise UserError(f"{source}: `{name}` is a section; write its keys below it, indented")
+        values[name] = _build_section(sections[name], name, keys or {}, source, tree)
+    recipe = Recipe(**values)
+    for holds, message in _between_keys(recipe):
+        if not holds:
+            raise UserError(f"{source}: {message}")
+    return recipe
+
+
+def _build_section(cls: type[Section], name: str, keys: dict[str, Any], source: str, tree: dict[str, Any]) -> Section:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for key, value in keys.items():
+        if key not in hints:
+            meant = suggestion(key, name, value, tree)
+            raise UserError(f"{source}: unknown key `{name}.{key}`.{meant} Known: {', '.join(hints)}")
+    try:
+        return cls(**keys)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_sentence(error, name, hints, keys)}") from error
+
+
+def _sentence(error: ValidationError, section: str, hints: dict[str, Any], keys: dict[str, Any]) -> str:
+    """What is wrong with the first key that is."""
+    found = error.errors(include_url=False, include_input=False)
+    key = str(found[0]["loc"][0])
+    # Where a list is allowed and was given, the element that is wrong.
+    elements = [loc[-1] for e in found if (loc := e["loc"])[0] == key and isinstance(loc[-1], int)]
+    kind, name, value, what = found[0]["type"], f"{section}.{key}", keys[key], allowed(hints[key])
+    if elements:
+        listed = next(t for t in what.types if t.startswith("list["))
+        return f"`{name}[{elements[0]}]` is {value[elements[0]]!r}; it must be {listed[len('list[') : -1]}"
+    if kind == "literal_error" and isinstance(value, str):
+        choices = list(what.choices)
+        return f"`{name}` is `{value}`.{did_you_mean(value, choices)} Choose from: {', '.join(choices)}"
+    if kind == "value_error":
+        return f"`{name}` is {value!r}; give {what.rule}"
+    if kind in OUT_OF_BOUNDS:
+        return f"`{name}` is {value}; it must be {what.bounds or 'a finite number'}"
+    return f"`{name}` is {value!r}; it must be {what.type_words}"
+
+
+def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    """(whether it holds, a sentence for when it doesn't) of what no field can say alone."""
+    batch, optim, train, loss = recipe.batch, recipe.optim, recipe.train, recipe.loss
+    yield optim.min_lr <= optim.lr, f"`optim.min_lr` is {optim.min_lr}; it must be between 0 and optim.lr"
+    yield (
+        optim.warmup_steps <= train.steps,
+        f"`optim.warmup_steps` is {optim.warmup_steps} and `train.steps` {train.steps}: the learning rate would never "
+        "be reached. Lower the first or raise the second.",
+    )
+    yield (
+        (loss.temperature == "scheduled") == (loss.final_temperature is not None),
+        "`loss.final_temperature` belongs to `loss.temperature: scheduled`; set both or neither",
+    )
+    yield (
+        loss.queue_momentum is None or loss.queue_size > 0,
+        f"`loss.queue_momentum` is {loss.queue_momentum}; it needs `loss.queue_size` and must be in [0, 1)",
+    )
+    whole = batch.global_batch_size
+    micro_batch = batch.micro_batch_size or whole
+    yield micro_batch <= whole, f"`batch.micro_batch_size` {micro_batch} exceeds `batch.global_batch_size` {whole}"
+    yield (
+        (batch.chunk_size or 1) <= micro_batch,
+        f"`batch.chunk_size` {batch.chunk_size} exceeds the micro-batch of {micro_batch}",
+    )
