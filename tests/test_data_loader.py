@@ -157,7 +157,13 @@ def test_shards_without_a_usable_sample_stop_the_run(tmp_path, tokenizer, worker
 def test_an_empty_shard_is_counted_and_the_others_are_read(tmp_path, tokenizer):
     write_set(tmp_path, 2, 16)
     (tmp_path / "999.tar").write_bytes(b"")
-    batches = take(loader(tmp_path, tokenizer), 8)
+    made = loader(tmp_path, tokenizer)
+    batches = take(made, 8)
+    lost = "only its first 0 samples are used: it can't be read beyond byte 0 of 0"
+    assert made.damaged == {f"{tmp_path.name}/999.tar": lost}
+    assert [e for b in batches for e in b.report.journal] == [
+        {"shard": f"{tmp_path.name}/999.tar", "what": "damaged", "detail": lost}
+    ]
     assert sorted(numbers(batches[:4])) == list(range(32))
     assert sum(b.report.bad.get("damaged shard", 0) for b in batches) == 1
 

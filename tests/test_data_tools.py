@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 from PIL import Image
 
@@ -128,6 +129,17 @@ def test_check_data_finds_shards_that_are_not_those_of_the_manifest(tmp_path):
     code, output = run("tools/check_data.py", tmp_path, "--json")
     assert code == 1 and result(output)["bad"]["content is not the manifest's"] == 1
     assert list(result(output)["worst_shards"]) == [f"{tmp_path.name}/001.tar"]
+
+
+def test_a_damaged_shard_is_named_and_never_within_what_is_allowed(tmp_path):
+    write_set(tmp_path, 2, 8)
+    content = (tmp_path / "001.tar").read_bytes()
+    (tmp_path / "001.tar").write_bytes(content[: len(content) // 2])
+    code, output = run("tools/check_data.py", tmp_path, "--max-bad", "0.5")
+    assert code == 1
+    assert re.search(
+        rf"{tmp_path.name}/001.tar: only its first \d samples are used: it can't be read beyond byte", output
+    )
 
 
 def test_indexing_files_that_are_no_tar_is_an_error(tmp_path):

@@ -75,10 +75,14 @@ def build_loader(
         **same_shards.identity(sets),
     }  # fmt: skip
     problems: Counter = Counter()
+    journal = []
     if rank == 0 and state is None:
         for shards in sets:
             problems.update(shards.problems)
-    return Loader(settings, identity, state, problems)
+            journal += [
+                {"shard": shards.name(i), "what": "damaged", "detail": lost} for i, lost in shards.damage.items()
+            ]
+    return Loader(settings, identity, state, problems, journal)
 
 
 def data_sets(data: DataSection) -> list:
@@ -105,10 +109,14 @@ def merge_states(states: list[dict]) -> dict:
 
 
 class Loader:
-    """Iterates over batches and keeps the position of all streams of this rank. set_samples: of each set that is mixed."""
+    """Iterates over batches and keeps the position of all streams of this rank.
 
-    def __init__(self, settings: Settings, identity: dict, state: dict | None, problems: Counter):
-        self._settings, self._identity, self._problems = settings, identity, problems
+    set_samples: of each set that is mixed; damaged {shard: what is lost}: of shards without a manifest, on rank 0.
+    """
+
+    def __init__(self, settings: Settings, identity: dict, state: dict | None, problems: Counter, journal: list[dict]):
+        self._settings, self._identity, self._problems, self._journal = settings, identity, problems, journal
+        self.damaged = {entry["shard"]: entry["detail"] for entry in journal}
         self.set_samples = [s.total for s in settings.order.sets]
         self._total = sum(self.set_samples)
         first, stop = settings.streams
@@ -147,10 +155,10 @@ class Loader:
         first, _ = self._settings.streams
         report = summed([part.report for part in parts])
         report = replace(
-            report, bad=dict(Counter(report.bad) + self._problems), queue_depth=queue_depth,
-            epoch=number * self._settings.global_batch / self._total,
+            report, bad=dict(Counter(report.bad) + self._problems), journal=self._journal + report.journal,
+            queue_depth=queue_depth, epoch=number * self._settings.global_batch / self._total,
         )  # fmt: skip
-        self._problems = Counter()
+        self._problems, self._journal = Counter(), []
         drawn = [counts for part in parts for counts in part.drawn]
         return Batch(
             images=_concatenate([torch.as_tensor(p.images) for p in parts]),

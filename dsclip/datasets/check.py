@@ -43,6 +43,8 @@ class Report:
     duplicate_images: int = 0
     duplicate_captions: int = 0
     slow_decoded: int = 0
+    damage: dict[str, str] = field(default_factory=dict)
+    """Shards that can't be read to their end, and what is lost of them: no share of bad samples tells."""
 
     def problem(self, shard: str, reason: str, count: int = 1) -> None:
         """Counts what is wrong with a shard or one of its samples."""
@@ -58,7 +60,7 @@ class Report:
         return {
             "samples": self.samples, "usable": self.usable, "bad": dict(self.bad), "captions": self.captions,
             "duplicate_images": self.duplicate_images, "duplicate_captions": self.duplicate_captions, **spread,
-            "slow_decoded": self.slow_decoded,
+            "slow_decoded": self.slow_decoded, "damaged_shards": self.damage,
             "worst_shards": {name: dict(reasons) for name, reasons in worst},
         }  # fmt: skip
 
@@ -108,6 +110,7 @@ def _check_files(shards: ShardSet, storage: Storage, report: Report) -> None:
     """Sizes and hashes against the manifest; damage of shards without one."""
     for reason, count in shards.problems.items():
         report.problem("shards without a manifest", reason, count)
+    report.damage = {shards.name(number): lost for number, lost in shards.damage.items()}
     for number, location in enumerate(shards.locations):
         recorded = int(shards.shard_bytes[number])
         if recorded < 0:

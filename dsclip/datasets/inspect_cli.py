@@ -86,7 +86,7 @@ def _index(arguments: argparse.Namespace) -> tuple[dict, str]:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """The exit code: 0, 1 when more samples are bad than --max-bad allows, 2 for wrong input."""
+    """The exit code: 0, 1 when more samples are bad than --max-bad allows or a shard is damaged, 2 for wrong input."""
     verdict = {}
 
     def check(a: argparse.Namespace) -> tuple[dict, str]:
@@ -107,7 +107,7 @@ def run_check(arguments: argparse.Namespace) -> int:
             most=a.max_samples, sheet=a.sheet,
         )  # fmt: skip
         share = report.bad.total() / max(1, min(report.samples, a.max_samples or report.samples))
-        verdict["failed"] = share > a.max_bad
+        verdict["failed"] = share > a.max_bad or bool(report.damage)
         return report.as_dict() | {"ok": not verdict["failed"]}, text(report, share, a)
 
     return run_tool(check, arguments) or int(verdict["failed"])
@@ -129,6 +129,7 @@ def text(report: Report, share: float, arguments: argparse.Namespace) -> str:
         lines.append(f"{name.replace('_', ' '):14}" + "".join(f"{v:10,.0f}" for v in found[name].values()))
     for name, reasons in found["worst_shards"].items():
         lines.append(f"{name}: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items()))
+    lines += [f"{name}: {lost}" for name, lost in report.damage.items()]
     if arguments.sheet:
         lines.append(f"pairs to look at: {arguments.sheet}")
     verdict = "more than" if share > arguments.max_bad else "within"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dsclip.config import Recipe
 
 
-def data_warnings(recipe: Recipe, set_samples: list[int]) -> list[str]:
-    """Sentences for the start of a run. set_samples: the number of samples of each set that is mixed."""
+def data_warnings(recipe: Recipe, set_samples: list[int], damaged: dict[str, str] | None = None) -> list[str]:
+    """Sentences for the start of a run. set_samples: of each set that is mixed; damaged {shard: what is lost}."""
     batch, weights = recipe.batch.global_batch_size, recipe.data.weights or [1.0]
-    warnings = []
+    warnings = [f"warning: {shard} is damaged, {lost}" for shard, lost in (damaged or {}).items()]
     for samples, weight in zip(set_samples, weights, strict=True):
         drawn = batch * weight / sum(weights)
         if drawn <= samples:

@@ -81,7 +81,7 @@ def train_in(folder: RunFolder, plan: Plan) -> None:
         plan.run_dir, plan.recipe.train.keep_checkpoints, plan.tokenizer, folder.lineage, folder.lock
     )
     watch = Watch(plan, engine, resumed)
-    warnings = data_warnings(plan.recipe, loader.set_samples)
+    warnings = data_warnings(plan.recipe, loader.set_samples, loader.damaged)
     for line in (*folder.messages, *resumed.describe(plan.resume), describe_plan(estimate), *warnings):
         watch.message(line)
     outcome = train(plan.recipe, engine, loader, plan.evaluation, store, watch, resumed.data_state_of(group.rank))
@@ -185,7 +185,7 @@ def describe(plan: Plan) -> str:
         f"a rank's step       {describe_plan(found)}",
         f"data                {plan.recipe.data.train_shards}: first caption {batch.report.captions[0]!r}",
         *(f"evaluation          {task} on {name}, {len(plan.evaluation.sets[task])} samples" for task, name in plan.evaluation.names.items()),
-        *data_warnings(plan.recipe, loader.set_samples),
+        *data_warnings(plan.recipe, loader.set_samples, loader.damaged),
         "The settings fit together. Leave out --dry-run to train.",
     ])  # fmt: skip
 

@@ -23,6 +23,7 @@ class ShardSet:
     samples: np.ndarray
     shard_bytes: np.ndarray
     problems: dict[str, int]  # of shards without a manifest, found while their samples were counted
+    damage: dict[int, str]  # of these shards: what is lost
     indexes: list[str]  # the folder of each shard's manifest, where its index lies too, or its own
     hashes: list[str | None]  # SHA-256 by the manifest
     repeats: dict[int, int] = field(default_factory=dict)  # see `told_apart`
@@ -78,8 +79,8 @@ def open_shards(spec: str | list[str], storage: Storage = LOCAL) -> ShardSet:
         known |= listed
     for folder in {_folder(x) for x in locations if x not in known}:
         known |= _entries(f"{folder}/{MANIFEST}", storage)
-    samples, sizes, problems, indexes, hashes = [], [], {}, [], []
-    for location in locations:
+    samples, sizes, problems, damage, indexes, hashes = [], [], {}, {}, [], []
+    for number, location in enumerate(locations):
         entry = known.get(location)
         if entry is None:
             if is_remote(location):
@@ -92,6 +93,8 @@ def open_shards(spec: str | list[str], storage: Storage = LOCAL) -> ShardSet:
             except OSError as error:
                 raise UserError(f"shard {location} can't be read: {error.strerror}") from error
             entry = {"samples": len(index), "bytes": -1}
+            if lost := index.damage():
+                damage[number] = lost
             for reason, count in index.problems.items():
                 problems[reason] = problems.get(reason, 0) + count
         samples.append(entry["samples"])
@@ -99,7 +102,7 @@ def open_shards(spec: str | list[str], storage: Storage = LOCAL) -> ShardSet:
         indexes.append(entry.get("folder") or _folder(location))
         hashes.append(entry.get("sha256"))
     counts, shard_bytes = np.array(samples, dtype=np.int64), np.array(sizes, dtype=np.int64)
-    return told_apart([ShardSet(locations, counts, shard_bytes, problems, indexes, hashes)])[0]
+    return told_apart([ShardSet(locations, counts, shard_bytes, problems, damage, indexes, hashes)])[0]
 
 
 def _is_index(part: str) -> bool:

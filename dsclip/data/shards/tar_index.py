@@ -47,6 +47,13 @@ class ShardIndex:
     shard_bytes: int
     problems: dict[str, int]
 
+    def damage(self) -> str | None:
+        """What is lost of a shard that can't be walked to its end; None for a whole one."""
+        if "damaged shard" not in self.problems:
+            return None
+        end = int(self.starts[-1] + self.sizes[-1]) if len(self) else 0
+        return f"only its first {len(self):,} samples are used: it can't be read beyond byte {end:,} of {self.shard_bytes:,}"
+
     def __len__(self) -> int:
         return len(self.starts)
 
