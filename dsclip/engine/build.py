@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dsclip.config.schema import OptimSection
 from dsclip.distributed import Collectives, launched_ranks
@@ -43,7 +45,9 @@ def _address_of_a_single_process() -> None:
         os.environ.setdefault(key, value)
 
 
-def build_model(config: ClipConfig, ds_config: dict, seed: int, state_dict: dict | None = None) -> Clip:
+def build_model(
+    config: ClipConfig, ds_config: dict[str, Any], seed: int, state_dict: dict[str, Tensor] | None = None
+) -> Clip:
     """The model in the engine's dtype. Collective.
 
     state_dict: weights to start from, on rank 0; what the others give isn't looked at. Under ZeRO-3 a rank holds one
@@ -61,12 +65,12 @@ def build_model(config: ClipConfig, ds_config: dict, seed: int, state_dict: dict
     if given:
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-                if dist.get_rank() == 0:
+                if state_dict is not None and dist.get_rank() == 0:
                     parameter.copy_(state_dict[name])
     return model
 
 
-def initialize(model: Clip, ds_config: dict, optim: OptimSection):
+def initialize(model: Clip, ds_config: dict[str, Any], optim: OptimSection) -> deepspeed.DeepSpeedEngine:
     """The DeepSpeed engine around the model, with every layer a ZeRO-3 leaf module."""
     if ds_config["zero_optimization"]["stage"] == 3:
         deepspeed.utils.set_z3_leaf_modules(model, [Layer])
@@ -79,14 +83,14 @@ def initialize(model: Clip, ds_config: dict, optim: OptimSection):
     return engine
 
 
-def _refuse_backward_without_forward(engine) -> None:
+def _refuse_backward_without_forward(engine: deepspeed.DeepSpeedEngine) -> None:
     """Two backwards after one forward lose gradients silently in DeepSpeed 0.19.8: 0.42 times the norm was measured."""
     original, state = engine.backward, {"forward": False}
 
-    def note_forward(*_) -> None:
+    def note_forward(*_: object) -> None:
         state["forward"] |= torch.is_grad_enabled()
 
-    def backward(*args, **kwargs):
+    def backward(*args: Any, **kwargs: Any) -> Any:
         if not state["forward"] and not engine.inside_no_sync_ctxt:
             raise UserError(
                 "backward was called twice after one forward; DeepSpeed would silently lose gradients. Call the engine's "

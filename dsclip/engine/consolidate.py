@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def full_precision_weights(folder: Path) -> dict[str, Tensor]:
 
 def _from_bf16_optimizer(files: Path, shards: list[Path]) -> dict[str, Tensor]:
     """Each parameter group is one flat vector, cut into equal parts over the ranks, in the order of `param_shapes`."""
-    shards.sort(key=lambda path: int(re.search(r"pp_rank_(\d+)_", path.name).group(1)))
+    shards.sort(key=lambda path: int(path.name.partition("pp_rank_")[2].partition("_")[0]))
     states = [_load(path)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for path in shards]
     groups = _load(files / "mp_rank_00_model_states.pt")["param_shapes"]
     weights = {}
@@ -45,6 +45,7 @@ def _from_bf16_optimizer(files: Path, shards: list[Path]) -> dict[str, Tensor]:
     return weights
 
 
-def _load(path: Path) -> dict:
+def _load(path: Path) -> dict[str, Any]:
     # The checkpoint was verified: every class it refers to is on the allow-list.
-    return torch.load(path, map_location="cpu", weights_only=False)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    return content

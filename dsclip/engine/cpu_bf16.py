@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +35,12 @@ def multiply_in_fp32() -> torch.library.Library:
     return library
 
 
-def _through_fp32(original) -> Callable:
-    def multiply(keys, *matrices: Tensor, **scales) -> Tensor:
-        if matrices[0].dtype != torch.bfloat16:
-            return original.call_boxed(keys, *matrices, **scales)
-        return original.call_boxed(keys, *(matrix.float() for matrix in matrices), **scales).bfloat16()
+def _through_fp32(original: Any) -> Callable[..., Tensor]:
+    """original: the kernel, an object of torch's dispatcher that has no Python type; keys: what it dispatches on."""
+
+    def multiply(keys: Any, *matrices: Tensor, **scales: float) -> Tensor:
+        bf16 = matrices[0].dtype == torch.bfloat16
+        product: Tensor = original.call_boxed(keys, *((m.float() for m in matrices) if bf16 else matrices), **scales)
+        return product.bfloat16() if bf16 else product
 
     return multiply

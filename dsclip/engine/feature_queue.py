@@ -64,6 +64,8 @@ class FeatureQueue:
             keys = torch.zeros(len(image), dtype=torch.int64, device=image.device)
         new = {"image": image, "text": text, "keys": keys}
         if "text_valid" in self._tensors:
+            if text_valid is None:
+                raise ValueError("a queue of token-wise features needs text_valid")
             new["text_valid"] = text_valid
         for name, x in new.items():
             gathered = group.all_gather(x.contiguous())[-self.size :]

@@ -37,7 +37,7 @@ def all_finite(image: Tensor, text: Tensor, group: Collectives) -> bool:
     return not group.all_reduce_sum((~(_finite(image) & _finite(text))).int()).item()
 
 
-def check_weights(weights: Iterable[Tensor], group: Collectives, device, step: int) -> None:
+def check_weights(weights: Iterable[Tensor], group: Collectives, device: torch.device, step: int) -> None:
     """Raises UserError, on every rank, when a rank's share of the weights isn't finite. Collective.
 
     No gradient does that, but an update can: with optim.lr · optim.weight_decay above 2 the decay alone grows the weights.

@@ -32,6 +32,8 @@ class GradientSums:
         """After the last backward, which has left a gradient for every weight that had one before."""
         for index, p in enumerate(self._parameters):
             if (total := self._sums[index]) is not None:
+                if p.grad is None:
+                    raise RuntimeError("a weight had a gradient of an earlier micro-batch and has none of the last")
                 # In place: under ZeRO-3 the weight may be released by now, and torch compares shapes when one assigns.
                 p.grad.copy_(total.add_(p.grad))
                 self._sums[index] = None

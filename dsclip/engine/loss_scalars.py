@@ -20,14 +20,17 @@ class LossScalars:
     s is learned, fixed, or scheduled: log s then goes evenly from its initial to its final value over the run.
     """
 
-    def __init__(self, loss: LossSection, optim: OptimSection, total_steps: int, device, *, has_bias: bool):
+    def __init__(
+        self, loss: LossSection, optim: OptimSection, total_steps: int, device: torch.device, *, has_bias: bool
+    ):
         self._max_log = math.log(loss.max_logit_scale)
-        self._kind, self._total_steps = loss.temperature, total_steps
-        self._final = None if loss.final_temperature is None else -math.log(loss.final_temperature)
+        self._learned, self._total_steps = loss.temperature == "learned", total_steps
+        scheduled = loss.final_temperature if loss.temperature == "scheduled" else None
+        self._final = None if scheduled is None else -math.log(scheduled)
         start = torch.tensor(-math.log(loss.init_temperature), dtype=torch.float32, device=device)
         self.log_scale = torch.nn.Parameter(start.clamp(0, self._max_log))
         self._start = self.log_scale.item()
-        self.bias = None
+        self.bias: torch.nn.Parameter | None = None
         if has_bias:
             self.bias = torch.nn.Parameter(torch.tensor(loss.init_bias, dtype=torch.float32, device=device))
         self._adamw = torch.optim.AdamW(
@@ -45,16 +48,18 @@ class LossScalars:
 
     def before_step(self, step: int) -> None:
         """Sets a scheduled temperature for step `step`, counted from 0."""
-        if self._kind == "scheduled":
+        if self._final is not None:
             progress = min(1.0, step / max(1, self._total_steps - 1))
             self._set_log(self._start + progress * (self._final - self._start))
 
     def step(self, grads: LossGrads, lr: float) -> None:
         """One AdamW step with the global gradients, then the clamp."""
         self._adamw.param_groups[0]["lr"] = lr
-        if self._kind == "learned":
+        if self._learned:
             self.log_scale.grad = grads.d_log_scale.to(torch.float32)
         if self.bias is not None:
+            if grads.d_bias is None:
+                raise RuntimeError("a loss with a bias gave no gradient for it")
             self.bias.grad = grads.d_bias.to(torch.float32)
         self._adamw.step()
         self._adamw.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,9 @@ from dsclip.model import Clip, ClipConfig, Layer
 class MomentumEncoder:
     """average ← m·average + (1 − m)·weights after each step, in float32, on this rank's shards."""
 
-    def __init__(self, model: Clip, config: ClipConfig, ds_config: dict, momentum: float, device: torch.device):
+    def __init__(
+        self, model: Clip, config: ClipConfig, ds_config: dict[str, Any], momentum: float, device: torch.device
+    ):
         self._weights, self._momentum = list(model.parameters()), momentum
         sharded = ds_config["zero_optimization"]["stage"] == 3
         if sharded:
@@ -25,20 +28,21 @@ class MomentumEncoder:
             # Persisted parameters are gathered once only; these change after every step.
             settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
             settings["zero_optimization"].pop("offload_optimizer", None)
-            own = build_model(config, settings, seed=0)
-            deepspeed.utils.set_z3_leaf_modules(own, [Layer])
-            self._model, *_ = deepspeed.initialize(model=own, config=settings, dist_init_required=False)
+            averaged = build_model(config, settings, seed=0)
+            deepspeed.utils.set_z3_leaf_modules(averaged, [Layer])
+            self._model, *_ = deepspeed.initialize(model=averaged, config=settings, dist_init_required=False)
         else:
-            own = build_model(config, ds_config, seed=0).to(device, self._weights[0].dtype)
-            self._model = own
-        self._own = list(own.parameters())
+            averaged = build_model(config, ds_config, seed=0).to(device, self._weights[0].dtype)
+            self._model = averaged
+        self._parameters = list(averaged.parameters())  # the average, in the weights' dtype
         self._average = [_shard(p).detach().float().clone() for p in self._weights]
         self._publish()
 
     @torch.no_grad()
-    def __call__(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The features of the averaged model; arguments as `Clip.forward`. Collective under ZeRO-3."""
-        return self._model(*args, **kwargs)
+        image, text = self._model(*args, **kwargs)
+        return image, text
 
     @torch.no_grad()
     def update(self) -> None:
@@ -49,8 +53,8 @@ class MomentumEncoder:
 
     @torch.no_grad()
     def _publish(self) -> None:
-        for own, average in zip(self._own, self._average, strict=True):
-            _shard(own).copy_(average)
+        for parameter, average in zip(self._parameters, self._average, strict=True):
+            _shard(parameter).copy_(average)
 
     def save(self, folder: Path, rank: int) -> None:
         """Writes this rank's shards of the average."""

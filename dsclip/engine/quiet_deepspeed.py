@@ -8,6 +8,8 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,19 +27,23 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.*|deepspeed.*")
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor|_base).*")
 
-torch_backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that name is torch itself
+torch_backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that name is torch itself
 
 # ZeRO-1 prints the memory before and after each group of parameters, whatever `memory_breakdown` says.
 bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
-def _build_shm_op_without_a_word(build=torch_backend.build_shm_op):
+def _silent(build: Callable[[], Any]) -> Callable[[], Any]:
     """Every rank prints that an extension for CPU collectives was built; when it could not be, the error still says so."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return build()
+
+    def build_silently() -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return build()
+
+    return build_silently
 
 
-torch_backend.build_shm_op = _build_shm_op_without_a_word
+torch_backend.build_shm_op = _silent(torch_backend.build_shm_op)
 
 # Python 3.11.0 to 3.11.3 pickle an enum through getattr, which no checkpoint that is loaded may refer to.
 ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (ZeroStageEnum, (self.value,))
@@ -54,7 +60,7 @@ def _forget_releases_with_the_trace() -> None:
     cached = [cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "cache_clear")]
     clear_trace = PartitionedParameterCoordinator._clear_trace_structures
 
-    def clear_trace_and_releases(self) -> None:
+    def clear_trace_and_releases(self: PartitionedParameterCoordinator) -> None:
         clear_trace(self)
         for function in cached:
             function.cache_clear()

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from torch._dynamo.utils import counters
 
 from dsclip.config.schema import BatchSection, LossSection, OptimSection, Recipe, TrainSection
 from dsclip.data import Batch
@@ -106,6 +107,7 @@ def full_weights(engine) -> dict:
 def gradient_case(case: dict, group: Collectives) -> dict:
     engine = build(**case, group=group)
     batch = global_batch(0)
+    counters.clear()
     weights, log_scale = full_weights(engine), engine.scalars.log_scale.item()
     ours = engine.accumulate(local_part(batch, group))
     grads = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
@@ -117,6 +119,7 @@ def gradient_case(case: dict, group: Collectives) -> dict:
         ),
         "d_log_scale": abs(float(ours.d_log_scale.double() - d_scale) / float(d_scale)),
         "loss": abs(ours.loss.item() - loss),
+        "compiled_graphs": counters["stats"]["unique_graphs"],
     }
     if case["bf16"]:
         plain, plain_scale, _ = reference_gradient(weights, log_scale, batch, 0, case["patch_dropout"], torch.bfloat16)
@@ -178,12 +181,12 @@ def main(out: str) -> None:
         (1, 2, 3), (1, 3), (1, 2), (0.0, 0.5), (False, True)
     ):
         case = dict(stage=stage, micro_batches=micro_batches, chunks=chunks, patch_dropout=dropout, bf16=bf16)
-        results.append({"kind": "gradient", **case, **gradient_case(case, group)})
+        results.append({"kind": "gradient", "ranks": group.world_size, **case, **gradient_case(case, group)})
     for stage, special in ((2, "coalesced"), (3, "coalesced"), (3, "compiled")):
         if special == "compiled" and group.world_size > 1:
             continue  # compiling takes a while, and no rank compiles anything else than a single one does
         case = dict(stage=stage, micro_batches=3, chunks=2, patch_dropout=0.5, bf16=False, special=special)
-        results.append({"kind": "gradient", **case, **gradient_case(case, group)})
+        results.append({"kind": "gradient", "ranks": group.world_size, **case, **gradient_case(case, group)})
     for stage in (2, 3):
         results.append({"kind": "coalesced", "stage": stage, **coalesced_case(stage, group)})
     for stage in (1, 2, 3):

@@ -1,16 +1,23 @@
 """Starts a worker script on several real ranks (torchrun, gloo on CPU) and reports what went wrong."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import IO
+
+import psutil
 
 WORKERS = Path(__file__).parent
 REPOSITORY = WORKERS.parent.parent
 BIN = Path(sys.executable).parent
+LAUNCHER_PATH = f"{BIN}:/usr/local/bin:/usr/bin:/bin"
 SMALL = [
     "batch.global_batch_size=32", "model.vision_layers=2", "model.text_layers=1", "train.log_every=1", "train.steps=6",
     "optim.warmup_steps=2", "eval.max_samples=40", "eval.batch_size=20", "eval.every_steps=3", "train.save_every=3",
@@ -30,12 +37,7 @@ def run_ranks(script: Path, world_size: int, *args, timeout_s: int = 300) -> sub
 
 def run_command(command: list[str], *, timeout_s: int = 300, **environment: str) -> subprocess.CompletedProcess:
     """Runs a command from the repository's root on one thread a rank; its two output streams in one."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} | environment
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), env.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=REPOSITORY,
-        start_new_session=True,
-    )  # fmt: skip
+    process = start(command, stdout=subprocess.PIPE, **environment)
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
@@ -54,11 +56,47 @@ def free_port() -> int:
 
 def deepspeed(*arguments, ranks=2, ds_config="zero3_bf16", timeout_s=240, **environment):
     """`launchers/train.py` under the `deepspeed` launcher."""
+    command = _under_deepspeed(arguments, ranks, ds_config)
+    return run_command(command, timeout_s=timeout_s, PATH=LAUNCHER_PATH, **environment)
+
+
+def deepspeed_with_a_killed_rank(*arguments, rank: int, once: Path, timeout_s=240) -> int:
+    """The same on two ranks, of which one is killed as soon as a file is there; returns the launcher's exit code."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = start(_under_deepspeed(arguments, 2, "zero3_bf16"), stdout=output, PATH=LAUNCHER_PATH)
+        end = time.monotonic() + timeout_s
+        try:
+            while not once.exists():
+                if process.poll() is not None or time.monotonic() > end:
+                    output.seek(0)
+                    raise AssertionError(f"{once} never came\n{output.read()[-6000:]}")
+                time.sleep(0.005)
+            _rank_process(process.pid, rank).kill()
+            return process.wait(timeout=timeout_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _rank_process(launcher: int, rank: int) -> psutil.Process:
+    """A rank of a launcher's; the launcher sets RANK for ranks alone, and a rank's own workers inherit it."""
+    ranks = [p for p in psutil.Process(launcher).children(recursive=True) if p.environ().get("RANK") == str(rank)]
+    return min(ranks, key=lambda p: p.pid)
+
+
+def _under_deepspeed(arguments, ranks: int, ds_config) -> list[str]:
     launcher = [str(BIN / "deepspeed"), f"--master_port={free_port()}", "--num_gpus", str(ranks)]
     path = ds_config if "/" in str(ds_config) else f"ds_configs/{ds_config}.json"
-    command = [*launcher, "launchers/train.py", "--ds_config", str(path), *map(str, arguments)]
-    path = f"{BIN}:/usr/local/bin:/usr/bin:/bin"
-    return run_command(command, timeout_s=timeout_s, PATH=path, **environment)
+    return [*launcher, "launchers/train.py", "--ds_config", str(path), *map(str, arguments)]
+
+
+def start(command: list[str], *, stdout: IO[str] | int, **environment: str) -> subprocess.Popen:
+    """Starts a command from the repository's root on one thread a rank, in a session of its own."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} | environment
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), env.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        command, stdout=stdout, stderr=subprocess.STDOUT, text=True, env=env, cwd=REPOSITORY, start_new_session=True
+    )
 
 
 def torchrun(*arguments, ranks=2, ds_config="zero3_bf16"):
