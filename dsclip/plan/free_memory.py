@@ -1,9 +1,14 @@
-"""Memory that processes on this machine can still take: what the kernel calls available, within the limits of cgroups."""
+"""Memory that processes on this machine can still take: what the kernel calls available, within the limits of cgroups.
+
+psutil knows the machine; the limits of the container that a process is in are read here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 # (controller in /proc/self/cgroup, limit, usage, reclaimable line of memory.stat) of cgroups v2 and v1.
 V2 = ("", "memory.max", "memory.current", "inactive_file")
@@ -11,9 +16,8 @@ V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactiv
 
 
 def free_bytes(root: Path = Path("/")) -> int:
-    """Bytes that can be allocated before the system or the container kills something. root: for tests."""
-    meminfo = (root / "proc/meminfo").read_text()
-    free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+    """Bytes that can be allocated before the system or the container kills something. root: of the cgroups, for tests."""
+    free = int(psutil.virtual_memory().available)
     for folder, (_, limit, usage, reclaimable) in _cgroups(root):
         try:
             bound = (folder / limit).read_text().strip()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import torch
 
 from dsclip.errors import UserError, did_you_mean
@@ -86,5 +86,4 @@ def _data_sheet(name: str) -> tuple[float, float] | None:
 
 
 def _resident_gb() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e9
+    return float(psutil.Process().memory_info().rss / 1e9)
