@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +24,13 @@ from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.finite import all_finite, check_weights, one_if_finite, skip_reason
 from dsclip.engine.gradient_sums import GradientSums
 from dsclip.engine.loss_scalars import LossScalars
-from dsclip.engine.micro_batch import Cutter, MicroBatch, needed, split_gradients
+from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, needed, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
 from dsclip.engine.state import EngineState
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss
 from dsclip.losses.observe import FeatureStatistics, feature_statistics
-from dsclip.model import ClipConfig
+from dsclip.model import Clip, ClipConfig
 from dsclip.model.blocks import compile_blocks
 from dsclip.optim.schedule import learning_rate
 
@@ -73,10 +74,10 @@ class ContrastiveEngine:
     def __init__(
         self,
         recipe: Recipe,
-        ds_config: dict,
+        ds_config: dict[str, Any],
         config: ClipConfig,
         *,
-        state_dict: dict | None = None,
+        state_dict: dict[str, Tensor] | None = None,
         init_scale: float | None = None,
     ):
         self.device = init_distributed()
@@ -84,7 +85,7 @@ class ContrastiveEngine:
         self.recipe, self.config = recipe, config
         self.ds_config = ds_config = resolve_persistence(ds_config, recipe.batch)
         self.step = 0
-        self._cutter = Cutter(recipe, config, self.device, self.group.rank, self.group.world_size)
+        self._micro_batcher = MicroBatcher(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss
         self._loss = find_loss(settings.name, settings.plugin)
         check_options(self._loss, settings)
@@ -101,13 +102,14 @@ class ContrastiveEngine:
         )
         if (init_scale := self.group.broadcast_object(init_scale)) is not None:
             self.scalars.set_scale(init_scale)
-        self.queue = self._momentum = None
+        self.queue: FeatureQueue | None = None
+        self._momentum: MomentumEncoder | None = None
         if settings.queue_size:
             self.queue = FeatureQueue(settings, *self._feature_shapes(), self.device)
         if settings.queue_momentum is not None:
             self._momentum = MomentumEncoder(model, config, ds_config, settings.queue_momentum, self.device)
 
-    def _feature_shapes(self) -> tuple[tuple, tuple]:
+    def _feature_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         config = self.config
         if not self._loss.token_wise:
             return (config.embed_dim,), (config.embed_dim,)
@@ -116,9 +118,10 @@ class ContrastiveEngine:
         return (1 + config.patches, config.embed_dim), (config.context_length, config.embed_dim)
 
     @property
-    def module(self):
+    def module(self) -> Clip:
         """The model. Under ZeRO-3 its parameters are shards: use `encode_image` and `encode_text`."""
-        return self.deepspeed.module
+        module: Clip = self.deepspeed.module
+        return module
 
     def train_step(self, batch: Batch) -> StepMetrics:
         """One optimizer step on the global batch of which `batch` is this rank's share. Collective.
@@ -126,7 +129,7 @@ class ContrastiveEngine:
         A step with a number that isn't finite, on whichever rank, is skipped on all: see `engine/finite.py`.
         """
         self.scalars.before_step(self.step)
-        grads, micro, pairs = self._accumulate(batch)
+        grads, micro_batches, pairs = self._accumulate(batch)
         lr = learning_rate(self.step, self.recipe.train.steps, self.recipe.optim)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -135,7 +138,7 @@ class ContrastiveEngine:
         if applied:
             self.scalars.step(grads, lr)
             if self.queue is not None:
-                self._fill_queue(micro, pairs)
+                self._fill_queue(self.queue, micro_batches, pairs)
             if self._momentum is not None:
                 self._momentum.update()
         self.step += 1
@@ -151,54 +154,55 @@ class ContrastiveEngine:
         return self._accumulate(batch)[0]
 
     def _accumulate(self, batch: Batch) -> tuple[LossGrads, list[MicroBatch], Pairs]:
-        micro = self._cutter.cut(batch, self.step)
+        micro_batches = self._micro_batcher.split(batch, self.step)
         with torch.no_grad():
-            cached = [self._features(m) for m in micro[:-1]]
-        kept_graph = self._features(micro[-1])
-        pairs = self._pairs(micro, [*cached, tuple(f.detach() for f in kept_graph)], batch)
+            cached = [self._features(m) for m in micro_batches[:-1]]
+        image, text = last = self._features(micro_batches[-1])
+        pairs = self._pairs(micro_batches, [*cached, (image.detach(), text.detach())], batch)
         grads = checked(self._loss, pairs, negatives=self._negatives, group=self.group)
-        self._observed = None
+        self._statistics: FeatureStatistics | None = None
         if not self._loss.token_wise:
-            self._observed = feature_statistics(pairs.image, pairs.text)
+            self._statistics = feature_statistics(pairs.image, pairs.text)
 
-        by_micro = split_gradients(micro, grads)
+        gradients = split_gradients(micro_batches, grads)
         # ZeRO averages over ranks, and each rank holds the gradient of the global loss: hence the world size.
         factor = self.group.world_size * one_if_finite(grads)
         with self._reduction() as sums:
-            self._backward(kept_graph, by_micro[-1], factor, last=len(micro) == 1)
-            del kept_graph, cached
-            for index, m in enumerate(micro[:-1]):
+            self._backward(last, gradients[-1], factor, last=len(micro_batches) == 1)
+            del image, text, last, cached
+            for index, m in enumerate(micro_batches[:-1]):
                 if sums is not None:
                     sums.take()
-                self._backward(self._features(m), by_micro[index], factor, last=index == len(micro) - 2)
+                self._backward(self._features(m), gradients[index], factor, last=index == len(micro_batches) - 2)
             if sums is not None:
                 sums.give()
         self.deepspeed.set_gradient_accumulation_boundary(True)
-        return grads, micro, pairs
+        return grads, micro_batches, pairs
 
-    def _features(self, micro: MicroBatch, encoder=None) -> tuple[Tensor, Tensor]:
+    def _features(self, micro_batch: MicroBatch, encoder: MomentumEncoder | None = None) -> tuple[Tensor, Tensor]:
         """Image features [b, D], and text features [b + m, D] of captions and hard negatives."""
         _, _, checkpointing = self.recipe.batch.sizes(self.group.world_size)
-        return (encoder or self.deepspeed)(
-            micro.images, micro.tokens, chunk_size=self.recipe.batch.chunk_size, checkpointing=checkpointing,
-            visible_patches=micro.visible_patches, token_wise=self._loss.token_wise,
+        image, text = (encoder or self.deepspeed)(
+            micro_batch.images, micro_batch.tokens, chunk_size=self.recipe.batch.chunk_size, checkpointing=checkpointing,
+            visible_patches=micro_batch.visible_patches, token_wise=self._loss.token_wise,
         )  # fmt: skip
+        return image, text
 
-    def _pairs(self, micro: list[MicroBatch], features: list[tuple[Tensor, Tensor]], batch: Batch) -> Pairs:
+    def _pairs(self, micro_batches: list[MicroBatch], features: list[tuple[Tensor, Tensor]], batch: Batch) -> Pairs:
         """What the loss sees: the features of all micro-batches, hard negatives and queue."""
         image = torch.cat([i for i, _ in features])
         text = torch.cat([t[: len(i)] for i, t in features])
-        extra = {}
+        extra: dict[str, Tensor] = {}
         if self._negatives.duplicates != "negative":
-            extra["keys"] = self._cutter.put(needed(batch.keys, "keys", self.step))
+            extra["keys"] = self._micro_batcher.to_device(needed(batch.keys, "keys", self.step))
         if self._loss.token_wise:
-            valid = [self.module.valid_tokens(m.tokens) for m in micro]
-            extra["text_valid"] = torch.cat([v[: len(m.images)] for v, m in zip(valid, micro, strict=True)])
+            valid = [self.module.valid_tokens(m.tokens) for m in micro_batches]
+            extra["text_valid"] = torch.cat([v[: len(m.images)] for v, m in zip(valid, micro_batches, strict=True)])
         if self.recipe.loss.hard_negatives != "none":
             extra["hard_text"] = torch.cat([t[len(i) :] for i, t in features])
-            extra["hard_owner"] = torch.cat([m.hard_owner for m in micro])
+            extra["hard_owner"] = torch.cat([m.hard_owner for m in micro_batches])
             if self._loss.token_wise:
-                extra["hard_valid"] = torch.cat([v[len(m.images) :] for v, m in zip(valid, micro, strict=True)])
+                extra["hard_valid"] = torch.cat([v[len(m.images) :] for v, m in zip(valid, micro_batches, strict=True)])
         if self.queue is not None:
             extra |= self.queue.negatives(self.step)
         if self.recipe.loss.wire_dtype == "bf16":
@@ -216,21 +220,23 @@ class ContrastiveEngine:
         with self.deepspeed.coalesce_grad_reduction():
             yield GradientSums(list(self.module.parameters()))
 
-    def _backward(self, features, grads, factor: Tensor, *, last: bool) -> None:
-        surrogate = sum((f * g).sum() for f, g in zip(features, grads, strict=True)) * factor
+    def _backward(
+        self, features: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor], factor: Tensor, *, last: bool
+    ) -> None:
+        surrogate = sum((f * g).sum() for f, g in zip(features, gradients, strict=True)) * factor
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(surrogate, scale_wrt_gas=False)
 
-    def _fill_queue(self, micro: list[MicroBatch], pairs: Pairs) -> None:
+    def _fill_queue(self, queue: FeatureQueue, micro_batches: list[MicroBatch], pairs: Pairs) -> None:
         image, text = pairs.image, pairs.text
         if self._momentum is not None:
-            features = [self._features(m, self._momentum) for m in micro]
+            features = [self._features(m, self._momentum) for m in micro_batches]
             image = torch.cat([i for i, _ in features])
             text = torch.cat([t[: len(i)] for i, t in features])
             # The average may overflow in bf16 where the weights did not; no later step would be finite with that queued.
             if not all_finite(image, text, self.group):
                 return
-        self.queue.push(image, text, pairs.keys, self.group, pairs.text_valid)
+        queue.push(image, text, pairs.keys, self.group, pairs.text_valid)
 
     def _metrics(self, grads: LossGrads, lr: float, reason: str | None, batch: Batch) -> StepMetrics:
         hard = torch.tensor(0 if batch.hard_owner is None else len(batch.hard_owner), device=self.device)
@@ -252,18 +258,20 @@ class ContrastiveEngine:
             masked_negatives=masked,
             hard_negatives=hard,
             queue_length=0 if self.queue is None else self.queue.filled,
-            features=self._observed,
+            features=self._statistics,
         )
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit features [b, D] of images [b, 3, S, S]. Collective under ZeRO-3: every rank calls it equally often."""
-        return self.deepspeed(self._cutter.put(images), None)[0]
+        features: Tensor = self.deepspeed(self._micro_batcher.to_device(images), None)[0]
+        return features
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Unit features [b, D] of tokens [b, L]. Collective under ZeRO-3: every rank calls it equally often."""
-        return self.deepspeed(None, self._cutter.put(tokens))[1]
+        features: Tensor = self.deepspeed(None, self._micro_batcher.to_device(tokens))[1]
+        return features
 
     def save(self, folder: Path) -> EngineState:
         """Writes the sharded weights and optimizer below `folder`; returns the rest of the state, ready for JSON.

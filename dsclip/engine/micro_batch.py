@@ -1,4 +1,4 @@
-"""A rank's share of the global batch, cut into the parts that go through the towers one after the other."""
+"""The micro-batches: parts of the local batch that go through the towers one after the other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from dsclip.model.patch_dropout import visible_patches
 class MicroBatch:
     """What one forward needs. The same object goes through the towers twice, with the same visible patches.
 
-    tokens: the captions of the images, then their hard negatives, whose images are the rows hard_owner of the batch.
+    images [b, 3, S, S]; tokens [b + m, L]: the captions of the images, then their hard negatives; hard_owner [m]: the row of
+    the local batch that each hard negative belongs to; visible_patches: of each image, None without patch dropout.
     """
 
     images: Tensor
@@ -29,8 +30,8 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Cutter:
-    """Cuts batches by the recipe, and puts the parts on the device."""
+class MicroBatcher:
+    """Splits the local batch into micro-batches of the recipe's size, on the device."""
 
     recipe: Recipe
     config: ClipConfig
@@ -38,8 +39,8 @@ class Cutter:
     rank: int
     world_size: int
 
-    def cut(self, batch: Batch, step: int) -> list[MicroBatch]:
-        """The micro-batches. Raises UserError when the batch isn't what the recipe says."""
+    def split(self, batch: Batch, step: int) -> list[MicroBatch]:
+        """The micro-batches, in the order of the samples. Raises UserError when the batch isn't what the recipe says."""
         n = len(batch)
         expected = self.recipe.batch.global_batch_size // self.world_size
         if n != expected or len(batch.tokens) != n:
@@ -48,17 +49,17 @@ class Cutter:
                 f"batch.global_batch_size over {self.world_size} ranks is {expected} pairs a rank"
             )
         size = self.recipe.batch.micro_batch_size or n
-        return [self._part(batch.rows(start, min(n, start + size)), step, start) for start in range(0, n, size)]
+        return [self._micro_batch(batch.rows(start, min(n, start + size)), step, start) for start in range(0, n, size)]
 
-    def _part(self, rows: Batch, step: int, start: int) -> MicroBatch:
-        images, tokens = self.put(rows.images), self.put(rows.tokens)
+    def _micro_batch(self, rows: Batch, step: int, start: int) -> MicroBatch:
+        images, tokens = self.to_device(rows.images), self.to_device(rows.tokens)
         hard_owner = torch.zeros(0, dtype=torch.int64, device=self.device)
         if self.recipe.loss.hard_negatives != "none":
-            hard_owner = self.put(needed(rows.hard_owner, "hard_owner", step) + start)
-            tokens = torch.cat([tokens, self.put(needed(rows.hard_tokens, "hard_tokens", step))])
+            hard_owner = self.to_device(needed(rows.hard_owner, "hard_owner", step) + start)
+            tokens = torch.cat([tokens, self.to_device(needed(rows.hard_tokens, "hard_tokens", step))])
         return MicroBatch(images, tokens, hard_owner, self._visible_patches(rows.sample_ids, step))
 
-    def put(self, x: Tensor) -> Tensor:
+    def to_device(self, x: Tensor) -> Tensor:
         """x on the device."""
         return x.to(self.device, non_blocking=True)
 
@@ -66,7 +67,7 @@ class Cutter:
         if not self.config.patch_dropout:
             return None
         seed, share = self.recipe.train.seed, self.config.patch_dropout
-        return visible_patches(self.put(sample_ids), self.config.patches, share, seed=seed, step=step)
+        return visible_patches(self.to_device(sample_ids), self.config.patches, share, seed=seed, step=step)
 
 
 def needed(value: Tensor | None, name: str, step: int) -> Tensor:
@@ -76,11 +77,11 @@ def needed(value: Tensor | None, name: str, step: int) -> Tensor:
     return value
 
 
-def split_gradients(micro: list[MicroBatch], grads: LossGrads) -> list[tuple[Tensor, Tensor]]:
+def split_gradients(micro_batches: list[MicroBatch], grads: LossGrads) -> list[tuple[Tensor, Tensor]]:
     """The gradients of each micro-batch's features, in the order of its tokens."""
-    sizes = [len(m.images) for m in micro]
+    sizes = [len(m.images) for m in micro_batches]
     texts = grads.d_text.split(sizes)
     if grads.d_hard_text is not None:
-        hard = grads.d_hard_text.split([len(m.hard_owner) for m in micro])
+        hard = grads.d_hard_text.split([len(m.hard_owner) for m in micro_batches])
         texts = [torch.cat(parts) for parts in zip(texts, hard, strict=True)]
     return list(zip(grads.d_image.split(sizes), texts, strict=True))
