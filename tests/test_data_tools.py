@@ -113,7 +113,7 @@ def test_check_data_accepts_and_refuses_what_training_does(tmp_path, demo):
     assert report.slow_decoded == batch.report.slow_decoded == 1
     counters = Counters(Collectives(0, 1), None, None)
     counters.add(batch.report, skipped=False)
-    counters.gather()
+    counters.gather(None)
     assert (
         counters.total["slow_decoded"] == 1
         and Counters(Collectives(0, 1), counters.total, None).total["slow_decoded"] == 1

@@ -15,8 +15,8 @@ from dsclip.errors import UserError
 from dsclip.losses import SingleRank
 from dsclip.train.cli import parse_arguments
 from dsclip.train.data_warnings import data_warnings
+from dsclip.train.inputs import read_inputs
 from dsclip.train.metrics_log import MetricsLog
-from dsclip.train.run import make_plan
 from dsclip.train.watch import Watch
 from tests.shard_files import jpeg, sample, write_set, write_tar
 
@@ -35,7 +35,7 @@ def plan(tmp_path, *overrides):
             *overrides,
         ]
     )
-    return make_plan(arguments)
+    return read_inputs(arguments)
 
 
 def label(index: int) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, verified before they are read."""
 
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint
-from dsclip.checkpoint.manifest import read_manifest
+from dsclip.checkpoint.manifest import Manifest, read_manifest
 from dsclip.checkpoint.read import Checkpoint, read_checkpoint
 from dsclip.checkpoint.store import CheckpointStore, find_checkpoint, load_checkpoint
 
@@ -9,6 +9,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointStore",
     "Lineage",
+    "Manifest",
     "complete_checkpoints",
     "find_checkpoint",
     "load_checkpoint",

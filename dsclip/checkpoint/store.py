@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,7 +53,7 @@ class CheckpointStore:
         engine: ContrastiveEngine,
         data_state: dict[str, Any],
         recipe: dict[str, dict[str, Any]],
-        counters: dict[str, Any] | None = None,
+        counters: Mapping[str, Any] | None = None,
     ) -> Path:
         """Saves step `engine.step`, with what the run counted so far. Collective: every rank writes its ZeRO shards.
 
@@ -76,7 +77,7 @@ class CheckpointStore:
             "model": asdict(engine.config),
             "recipe": recipe,
             "lineage": asdict(self._lineage),
-            "counters": counters or {},
+            "counters": dict(counters or {}),
             "engine": engine.save(temporary),
             "data": group.all_gather_object(data_state),
         }

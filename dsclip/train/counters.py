@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from dsclip.data.batch import LoadReport
+from dsclip.distributed import Collectives
+from dsclip.train.records import Counts, Resume
+
+T = TypeVar("T")
 
 
 class Counters:
-    """Samples read, bad samples by reason, JPEGs that only Pillow read, skipped steps, seconds, and where the run was resumed with which changes.
+    """The counts of a run, summed over ranks at every `gather`, to which `total` belongs.
 
-    total is as old as the last `gather`. saved: what a checkpoint holds of it. Rank 0 goes on from there, so that sums over ranks count it once.
+    saved: what a checkpoint holds of them. Rank 0 goes on from there, so that sums over ranks count it once.
     """
 
-    def __init__(self, group, saved: dict | None, resumed: dict | None):
+    def __init__(self, group: Collectives, saved: Mapping[str, Any] | None, resumed: Resume | None):
         self._group = group
         saved = saved if saved and group.rank == 0 else {}
-        self._read = saved.get("samples_read", 0)
-        self._slow = saved.get("slow_decoded", 0)
-        self._bad = Counter(saved.get("bad_samples", {}))
-        self.skipped_steps = saved.get("skipped_steps", 0)
+        self._read: int = saved.get("samples_read", 0)
+        self._slow: int = saved.get("slow_decoded", 0)
+        self._bad: Counter[str] = Counter(saved.get("bad_samples", {}))
+        self.skipped_steps: int = saved.get("skipped_steps", 0)
         self._earlier_s, self._started = saved.get("seconds", 0.0), time.monotonic()
-        self._resumes = [*saved.get("resumes", []), *([resumed] if resumed else [])]
-        self.total = self._own()
+        self._resumes: list[Resume] = [*saved.get("resumes", []), *([resumed] if resumed else [])]
+        self.total = self._of_this_rank()
 
     def add(self, report: LoadReport, skipped: bool) -> None:
         """One step's batch of this rank."""
@@ -36,17 +42,21 @@ class Counters:
         """Since this launch began to train."""
         return time.monotonic() - self._started
 
-    def gather(self, more=None) -> list:
+    def gather(self, more: T) -> list[T]:
         """Collective. Puts the totals of all ranks, JSON-ready, into `total`; returns each rank's `more`."""
-        parts, others = zip(*self._group.all_gather_object((self._own(), more)), strict=True)
-        bad: Counter = Counter()
-        for part in parts:
-            bad.update(part["bad_samples"])
-        sums = {name: sum(part[name] for part in parts) for name in ("samples_read", "slow_decoded")}
-        self.total = parts[0] | sums | {"bad_samples": dict(bad)}
-        return list(others)
+        gathered = self._group.all_gather_object((self._of_this_rank(), more))
+        bad: Counter[str] = Counter()
+        for counts, _ in gathered:
+            bad.update(counts["bad_samples"])
+        self.total = {
+            **gathered[0][0],
+            "samples_read": sum(counts["samples_read"] for counts, _ in gathered),
+            "slow_decoded": sum(counts["slow_decoded"] for counts, _ in gathered),
+            "bad_samples": dict(bad),
+        }
+        return [more for _, more in gathered]
 
-    def _own(self) -> dict:
+    def _of_this_rank(self) -> Counts:
         return {
             "samples_read": self._read,
             "bad_samples": dict(self._bad),

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import TYPE_CHECKING
 
 from dsclip.errors import UserError
+from dsclip.train.evaluation import Evaluation
+from dsclip.train.records import Results
+from dsclip.train.watch import Watch
+
+if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
+    from dsclip.engine.contrastive import ContrastiveEngine
 
 # A rank that failed alone waits so long for the others, which then hang in a collective without it.
 WAIT_S = 300.0
 
 
-def evaluate(evaluation, engine, watch) -> tuple[dict, str | None]:
-    """(results, error) of an evaluation, the same error on every rank. Collective.
+def evaluate(evaluation: Evaluation, engine: ContrastiveEngine, watch: Watch) -> tuple[Results, str | None]:
+    """(results, what went wrong) of an evaluation, the same on every rank. Collective.
 
     Raises what a rank raised when the others did not come out of their evaluation too: they are out of step for good.
     """
-    results, failure = {}, None
+    results: Results = {}
+    failure: Exception | None = None
     try:
         results = evaluation.run(engine, watch)
     except Exception as error:
@@ -32,11 +40,11 @@ def evaluate(evaluation, engine, watch) -> tuple[dict, str | None]:
     for rank, text in enumerate(said):
         if text:
             by_text.setdefault(text, []).append(rank)
-    error = "; ".join(f"{text} (ranks {', '.join(map(str, ranks))})" for text, ranks in by_text.items())
+    problem = "; ".join(f"{text} (ranks {', '.join(map(str, ranks))})" for text, ranks in by_text.items())
     if len(by_text) == 1 and len(by_text[next(iter(by_text))]) == len(said):
-        error = next(iter(by_text))
-    watch.evaluation_failed(engine.step, error)
-    return {}, error
+        problem = next(iter(by_text))
+    watch.evaluation_failed(engine.step, problem)
+    return {}, problem
 
 
 def _words(error: Exception) -> str:

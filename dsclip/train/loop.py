@@ -5,43 +5,67 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from dsclip.checkpoint import CheckpointStore
 from dsclip.config import Recipe
+from dsclip.data.loader import Loader
+from dsclip.distributed import Collectives
+from dsclip.train.evaluation import Evaluation
 from dsclip.train.guarded_evaluation import evaluate
 from dsclip.train.prefetch import on_device
+from dsclip.train.records import EvaluationError, Results
+from dsclip.train.watch import Watch
+
+if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
+    from dsclip.engine.contrastive import ContrastiveEngine
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run ended. evaluation: {task: {metric: value}}; evaluation_errors: {"step", "error"} of those that failed."""
+    """Where a run ended. loss: None when nothing was left to train; evaluation_errors: of those that gave no results."""
 
     step: int
     loss: float | None
-    evaluation: dict
-    evaluation_errors: list[dict]
+    evaluation: Results
+    evaluation_errors: list[EvaluationError]
     checkpoint: Path
 
 
-def train(recipe: Recipe, engine, loader, evaluation, store, watch, data_state: dict | None = None) -> Outcome:
+def train(
+    recipe: Recipe,
+    engine: ContrastiveEngine,
+    loader: Loader,
+    evaluation: Evaluation,
+    store: CheckpointStore,
+    watch: Watch,
+    data_state: dict[str, Any] | None = None,
+) -> Outcome:
     """Steps until `train.steps`; every rank runs this in step with the others.
 
     data_state: the position in the data of the checkpoint that the run continues.
     """
-    settings, results, errors, loss = recipe.train, {}, [], None
+    settings = recipe.train
+    results: Results = {}
+    errors: list[EvaluationError] = []
+    loss: float | None = None
     clock = SaveClock(settings.save_minutes, settings.log_every, engine.group)
     batches = on_device(iter(loader), engine.device)
-    checkpoint = None
+    checkpoint: Path | None = None
 
     def save() -> Path:
+        if data_state is None:
+            raise RuntimeError(f"step {engine.step}: the loader's batches don't say their position in the data")
         folder = store.save(engine, data_state, asdict(recipe), watch.counted())
         clock.restart()
         watch.message(f"step {engine.step}: saved {folder}")
         return folder
 
-    def measure() -> dict:
-        found, error = evaluate(evaluation, engine, watch)
-        errors.extend([{"step": engine.step, "error": error}] * (error is not None))
-        return found
+    def measure() -> Results:
+        measured, error = evaluate(evaluation, engine, watch)
+        if error is not None:
+            errors.append({"step": engine.step, "error": error})
+        return measured
 
     while engine.step < settings.steps:
         started = time.monotonic()
@@ -66,7 +90,7 @@ def train(recipe: Recipe, engine, loader, evaluation, store, watch, data_state: 
 class SaveClock:
     """Whether `minutes` have passed since the last checkpoint, by rank 0's clock; looked at every `every` steps."""
 
-    def __init__(self, minutes: float | None, every: int, group):
+    def __init__(self, minutes: float | None, every: int, group: Collectives):
         self._minutes, self._every, self._group = minutes, every, group
         self.restart()
 

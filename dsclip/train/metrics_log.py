@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from dsclip.files import write_whole
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter  # importing it takes a second, on rank 0 alone
 
 SUPERSEDED = "metrics.superseded.jsonl"  # lines of steps that were made again after a resume
 
@@ -37,7 +43,8 @@ class MetricsLog:
     """Writes only when enabled (rank 0). After a resume at start_step, later entries of the earlier launch are put aside."""
 
     def __init__(self, run_dir: Path, enabled: bool, start_step: int = 0):
-        self._file = self._writer = None
+        self._file: TextIO | None = None
+        self._writer: SummaryWriter | None = None
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -51,7 +58,7 @@ class MetricsLog:
 
     def log(self, step: int, scalars: dict[str, float], **words: str | dict[str, str]) -> None:
         """One line and one point per scalar; words go into the line only. JSON has no NaN: such numbers become null."""
-        if self._file is None:
+        if self._file is None or self._writer is None:
             return
         entry = {"step": step, **words} | {k: v if math.isfinite(v) else None for k, v in scalars.items()}
         self._file.write(json.dumps(entry) + "\n")
@@ -60,7 +67,7 @@ class MetricsLog:
             tag = _TAG.get(name) or (name if "/" in name else f"train/{name}")
             self._writer.add_scalar(tag, value, step)
 
-    def histogram(self, tag: str, values, step: int) -> None:
+    def histogram(self, tag: str, values: Tensor, step: int) -> None:
         """The distribution of a tensor's finite values, for TensorBoard only. It never ends a run."""
         if self._writer is None:
             return
@@ -73,14 +80,14 @@ class MetricsLog:
         if self._writer is not None:
             self._writer.add_text(tag, text, 0)
 
-    def image(self, tag: str, image: np.ndarray, step: int) -> None:
+    def image(self, tag: str, image: NDArray[np.uint8], step: int) -> None:
         """A uint8 picture [H, W, 3] for TensorBoard's image tab."""
         if self._writer is not None:
             self._writer.add_image(tag, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes both."""
-        if self._file is not None:
+        if self._file is not None and self._writer is not None:
             self._file.close()
             self._writer.close()
 
@@ -89,13 +96,14 @@ def drop_entries_after(path: Path, step: int) -> list[str]:
     """Takes out later entries, and a last line that a crash cut short, so that a resumed curve doesn't overlap; returns them."""
     if not path.is_file():
         return []
-    kept, dropped = [], []
+    left: list[str] = []
+    dropped: list[str] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             later = json.loads(line)["step"] > step
         except (ValueError, KeyError, TypeError):
             later = True
-        (dropped if later else kept).append(line + "\n")
+        (dropped if later else left).append(line + "\n")
     if dropped:
-        write_whole(path, "".join(kept))
+        write_whole(path, "".join(left))
     return dropped

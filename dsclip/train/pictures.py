@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+Pixels = NDArray[np.uint8]
+Floats = NDArray[np.floating[Any]]
 
 PAPER, INK, FAINT = (255, 255, 255), (35, 39, 47), (140, 146, 156)
 RIGHT, WRONG = (32, 150, 83), (214, 218, 224)
@@ -15,13 +20,11 @@ SHOWN_CANDIDATES = 5
 _ZERO, _POSITIVE, _NEGATIVE = np.array([247, 249, 252]), np.array([12, 64, 140]), np.array([176, 72, 22])
 
 
-def _font(size: int):
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-def retrieval_grid(
-    images: np.ndarray, captions: list[str], similarity: np.ndarray, data: str = "", rows: int = 8
-) -> np.ndarray:
+def retrieval_grid(images: Pixels, captions: list[str], similarity: Floats, data: str = "", rows: int = 8) -> Pixels:
     """Captions with the images they find, best first; the caption's own image is framed in green.
 
     images uint8 [n, 3, H, W], captions n strings, similarity [n captions, n images], data: their name, for the title.
@@ -40,13 +43,13 @@ def retrieval_grid(
         _draw_caption(canvas, captions[row], GAP, top)
         for place, candidate in enumerate(np.argsort(-similarity[row], kind="stable")[:columns]):
             left = GAP + TEXT_WIDTH + place * (THUMBNAIL + GAP)
-            own = candidate == row
+            right = candidate == row
             canvas.rectangle(
-                (left - 4, top - 4, left + THUMBNAIL + 3, top + THUMBNAIL + 3), fill=RIGHT if own else WRONG
+                (left - 4, top - 4, left + THUMBNAIL + 3, top + THUMBNAIL + 3), fill=RIGHT if right else WRONG
             )
             sheet.paste(_thumbnail(images[candidate]), (left, top))
             score = f"{similarity[row, candidate]:.3f}"
-            canvas.text((left, top + THUMBNAIL + 6), score, fill=RIGHT if own else FAINT, font=_font(13))
+            canvas.text((left, top + THUMBNAIL + 6), score, fill=RIGHT if right else FAINT, font=_font(13))
     return np.asarray(sheet)
 
 
@@ -55,18 +58,18 @@ def _of(data: str) -> str:
     return (f", {data}" if len(data) <= 42 else f", ...{data[-40:]}") if data else ""
 
 
-def _draw_caption(canvas, caption: str, left: int, top: int) -> None:
+def _draw_caption(canvas: ImageDraw.ImageDraw, caption: str, left: int, top: int) -> None:
     lines = textwrap.wrap(caption, 36) or [""]
     if len(lines) > 5:
         lines = [*lines[:4], lines[4] + " ..."]
     canvas.multiline_text((left, top + 4), "\n".join(lines), fill=INK, font=_font(16), spacing=5)
 
 
-def _thumbnail(image: np.ndarray) -> Image.Image:
+def _thumbnail(image: Pixels) -> Image.Image:
     return Image.fromarray(image.transpose(1, 2, 0)).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
 
 
-def similarity_matrix(similarity: np.ndarray, data: str = "", limit: int = 64) -> np.ndarray:
+def similarity_matrix(similarity: Floats, data: str = "", limit: int = 64) -> Pixels:
     """Cosine similarity of the first `limit` captions (rows) and images (columns) as a heat map with its scale.
 
     A trained model shows a dark blue diagonal. data: their name, for the title. Returns uint8 [H, W, 3].
@@ -79,9 +82,11 @@ def similarity_matrix(similarity: np.ndarray, data: str = "", limit: int = 64) -
     canvas = ImageDraw.Draw(sheet)
     title = f"cosine similarity of {n} captions and images{_of(data)}"
     canvas.text((24, 14), title, fill=INK, font=_font(14))
-    own = f"own pairs {_number(np.diag(shown).mean())} on average"
+    positives = f"own pairs {_number(np.diag(shown).mean())} on average"
     others = shown[~np.eye(n, dtype=bool)]
-    canvas.text((24, 36), f"{own}, others {_number(others.mean())}" if n > 1 else own, fill=FAINT, font=_font(13))
+    canvas.text(
+        (24, 36), f"{positives}, others {_number(others.mean())}" if n > 1 else positives, fill=FAINT, font=_font(13)
+    )
     most = _limit(shown)
     heat = Image.fromarray(_colour(shown / most)).resize((side, side), Image.Resampling.NEAREST)
     sheet.paste(heat, (left, top))
@@ -91,16 +96,16 @@ def similarity_matrix(similarity: np.ndarray, data: str = "", limit: int = 64) -
     return np.asarray(sheet)
 
 
-def _limit(values: np.ndarray) -> float:
+def _limit(values: Floats) -> float:
     """Where the scale ends on both sides of zero: the largest value in tenths, rounded up."""
-    return max(0.1, np.ceil(np.abs(values).max() * 10 - 1e-9) / 10)
+    return float(max(0.1, np.ceil(np.abs(values).max() * 10 - 1e-9) / 10))
 
 
 def _number(value: float) -> str:
     return f"{round(value, 2) + 0.0:.2f}"  # no -0.00
 
 
-def _draw_axes(sheet, canvas, left: int, top: int, n: int, cell: int) -> None:
+def _draw_axes(sheet: Image.Image, canvas: ImageDraw.ImageDraw, left: int, top: int, n: int, cell: int) -> None:
     """Numbers from 1 at every eighth row and column, and what they number."""
     canvas.text((left, top - 36), "image", fill=INK, font=_font(13))
     label = Image.new("RGB", (60, 18), PAPER)
@@ -115,14 +120,14 @@ def _draw_axes(sheet, canvas, left: int, top: int, n: int, cell: int) -> None:
         canvas.line((left - 4, top + middle, left - 2, top + middle), fill=FAINT)
 
 
-def _colour(shares: np.ndarray) -> np.ndarray:
+def _colour(shares: Floats) -> Pixels:
     """uint8 [..., 3] of values from −1 to 1."""
     shares = np.clip(shares, -1, 1)[..., None]
     ends = np.where(shares < 0, _NEGATIVE, _POSITIVE)
-    return (_ZERO + np.abs(shares) * (ends - _ZERO)).round().astype(np.uint8)
+    return np.asarray((_ZERO + np.abs(shares) * (ends - _ZERO)).round(), dtype=np.uint8)
 
 
-def _draw_scale(sheet, canvas, left: int, top: int, height: int, most: float) -> None:
+def _draw_scale(sheet: Image.Image, canvas: ImageDraw.ImageDraw, left: int, top: int, height: int, most: float) -> None:
     ramp = _colour(np.linspace(1, -1, height)[:, None])
     sheet.paste(Image.fromarray(ramp).resize((16, height), Image.Resampling.NEAREST), (left, top))
     canvas.rectangle((left - 1, top - 1, left + 16, top + height), outline=WRONG)

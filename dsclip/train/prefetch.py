@@ -6,14 +6,28 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from queue import Empty, Full, Queue
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 
 from dsclip.data.batch import Batch
 from dsclip.data.decoding.augment import augment
 
+T = TypeVar("T")
+Given = TypeVar("Given", contravariant=True)
+Queued = TypeVar("Queued")
+Taken = TypeVar("Taken", covariant=True)
 LOOK_S = 0.1  # how often a thread that waits looks whether it is still wanted
+
+
+class Lane(Protocol[Given, Queued, Taken]):
+    """Copies one batch while the one before is in use."""
+
+    def queue(self, batch: Given, /) -> Queued:
+        """Starts a copy."""
+
+    def ready(self, queued: Queued, /) -> Taken:
+        """The copy, once it is done."""
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -29,7 +43,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     yield from pipelined(in_background(batches), CudaLane(device))
 
 
-def pipelined(batches: Iterable, lane) -> Iterator:
+def pipelined(batches: Iterable[Given], lane: Lane[Given, Queued, Taken]) -> Iterator[Taken]:
     """Batch i is given out when the copy of batch i + 1 is queued, and waits for its own copy alone.
 
     lane.queue(batch) starts a copy and returns what lane.ready turns into the batch for the step.
@@ -68,7 +82,7 @@ class CudaLane:
         return batch
 
 
-def in_background(items: Iterator) -> Iterator:
+def in_background(items: Iterator[T]) -> Iterator[T]:
     """The same items, each made by a thread while the one before is in use; an error is raised where its item was due.
 
     The first is made by the caller's thread: it starts the loader's workers, and those are forked from the main thread.
@@ -77,10 +91,10 @@ def in_background(items: Iterator) -> Iterator:
         yield next(items)
     except StopIteration:
         return
-    made: Queue[tuple[Any, BaseException | None]] = Queue(maxsize=1)
+    made: Queue[tuple[list[T], BaseException | None]] = Queue(maxsize=1)
     unwanted = threading.Event()
 
-    def put(item, error: BaseException | None = None) -> bool:
+    def put(item: list[T], error: BaseException | None = None) -> bool:
         while not unwanted.is_set():
             try:
                 made.put((item, error), timeout=LOOK_S)
@@ -92,11 +106,11 @@ def in_background(items: Iterator) -> Iterator:
     def make() -> None:
         try:
             for item in items:
-                if not put(item):
+                if not put([item]):
                     return
-            put(None, StopIteration())
+            put([], StopIteration())
         except BaseException as error:  # of whatever kind: it is the consumer's
-            put(None, error)
+            put([], error)
 
     thread = threading.Thread(target=make, name="dsclip batches", daemon=True)
     thread.start()
@@ -107,14 +121,14 @@ def in_background(items: Iterator) -> Iterator:
                 return
             if error is not None:
                 raise error
-            yield item
+            yield item[0]
     finally:
         unwanted.set()
         _drain(made)
         thread.join(timeout=10 * LOOK_S)
 
 
-def _drain(queue: Queue) -> None:
+def _drain(queue: Queue[tuple[list[T], BaseException | None]]) -> None:
     try:
         while True:
             queue.get_nowait()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -15,7 +17,7 @@ RATE_WINDOW = 50  # steps the estimate of the remaining time looks back
 class Progress:
     """Shows steps done, time left and the current metrics; silent on every rank but the first."""
 
-    def __init__(self, total_steps: int, start_step: int, enabled: bool, stream=None):
+    def __init__(self, total_steps: int, start_step: int, enabled: bool, stream: TextIO | None = None):
         self._total, self._enabled = total_steps, enabled
         self._stream = stream or sys.stderr
         self._times: deque[tuple[int, float]] = deque([(start_step, time.monotonic())], maxlen=RATE_WINDOW)
@@ -25,7 +27,7 @@ class Progress:
             self._bar = tqdm(total=total_steps, initial=start_step, file=self._stream, unit="step", dynamic_ncols=True,
                              bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{remaining} left] {desc}")  # fmt: skip
 
-    def update(self, step: int, metrics: dict) -> None:
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """After each step. metrics: loss, accuracy, logit_scale, lr, grad_norm, samples_per_second, data_wait, ..."""
         if not self._enabled:
             return
@@ -64,7 +66,7 @@ class Progress:
             self._bar.close()
 
 
-def describe(metrics: dict) -> str:
+def describe(metrics: Mapping[str, Any]) -> str:
     """`loss 2.31 · acc 41% · scale 14.9 · lr 5.0e-04 · grad 0.80 · 310 samples/s · wait 2%`, problems last."""
     text = (
         f"loss {metrics['loss']:.3f} · acc {metrics['accuracy']:.0%} · scale {metrics['logit_scale']:.1f} · "

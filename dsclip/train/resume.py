@@ -4,49 +4,49 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
-from dsclip.checkpoint import read_manifest
+from dsclip.checkpoint import Manifest, read_manifest
 from dsclip.config import Recipe
 from dsclip.config.old_names import with_new_names
 from dsclip.config.schema import BatchSection, OptimSection
 from dsclip.data import merge_states
 from dsclip.errors import UserError
 from dsclip.optim.schedule import learning_rate
+from dsclip.train.records import Resume
 
 CHECKPOINT = "the checkpoint's recipe"  # in messages
 # Where a run stands and how it is called changes nothing in it; with `model.init` only a fresh run begins.
 UNSHOWN = {"train.name", "train.output", "model.init"}
 
 
-class Resumed:
-    """The manifest of the checkpoint that a run continues, and what the recipe changes against it."""
+Sections = dict[str, dict[str, Any]]  # of a recipe, as a manifest holds it
 
-    def __init__(self, manifest: dict | None, recipe: Recipe | None):
+
+class Resumed:
+    """The manifest of the checkpoint that a run continues, None for one that starts afresh, and what the recipe changes against it."""
+
+    def __init__(self, manifest: Manifest | None, recipe: Recipe):
         self.manifest, self._recipe = manifest, recipe
         self.changes = changed_keys(manifest["recipe"], recipe) if manifest else {}
 
-    @staticmethod
-    def nothing() -> Resumed:
-        """A run that starts afresh."""
-        return Resumed(None, None)
-
     @property
-    def data_state(self) -> dict | None:
+    def data_state(self) -> dict[str, Any] | None:
         """The position in the data of all ranks together. Raises UserError for one of an earlier version."""
         return merge_states(self.manifest["data"]) if self.manifest else None
 
-    def data_state_of(self, rank: int) -> dict | None:
+    def data_state_of(self, rank: int) -> dict[str, Any] | None:
         """The position of one rank, as it was saved."""
         return self.manifest["data"][rank] if self.manifest else None
 
     @property
-    def counters(self) -> dict | None:
+    def counters(self) -> dict[str, Any] | None:
         """What earlier launches counted."""
         return self.manifest.get("counters") if self.manifest else None
 
     @property
-    def record(self) -> dict | None:
-        """For the summary: {"step", "changes": {key: [old, new]}}."""
+    def record(self) -> Resume | None:
+        """For the summary."""
         return {"step": self.manifest["step"], "changes": self.changes} if self.manifest else None
 
     def describe(self, path: Path | None) -> list[str]:
@@ -67,7 +67,7 @@ def check_length(resume: Path, steps: int) -> None:
         )
 
 
-def keep_planned_sizes(batch: BatchSection, was: dict, world_size: int) -> BatchSection:
+def keep_planned_sizes(batch: BatchSection, was: dict[str, Any], world_size: int) -> BatchSection:
     """The batch section with what it leaves open taken from `was`, the planned one of the checkpoint.
 
     A plan follows free memory, and a batch that is cut differently adds up in another order: a resumed run would not go on
@@ -89,7 +89,7 @@ def keep_planned_sizes(batch: BatchSection, was: dict, world_size: int) -> Batch
     )
 
 
-def changed_keys(was: dict, recipe: Recipe) -> dict[str, list]:
+def changed_keys(was: Sections, recipe: Recipe) -> dict[str, list[Any]]:
     """{key: [value in the checkpoint, value now]} of two recipes. was: as a manifest holds it; keys it lacks aren't compared."""
     changed = {}
     for section, values in asdict(recipe).items():
@@ -101,11 +101,11 @@ def changed_keys(was: dict, recipe: Recipe) -> dict[str, list]:
     return changed
 
 
-def _as_json(value):
+def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def describe_changes(was: dict, recipe: Recipe, step: int) -> list[str]:
+def describe_changes(was: Sections, recipe: Recipe, step: int) -> list[str]:
     """Lines for the log: each key that changed, old → new, and what that does to the learning rate at the next step."""
     lines = [
         f"changed since the checkpoint: {k} {_show(a)} → {_show(b)}" for k, (a, b) in changed_keys(was, recipe).items()
@@ -122,5 +122,5 @@ def describe_changes(was: dict, recipe: Recipe, step: int) -> list[str]:
     return lines
 
 
-def _show(value) -> str:
+def _show(value: object) -> str:
     return "null" if value is None else str(value)

@@ -6,18 +6,22 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
-from dsclip.checkpoint import Lineage, complete_checkpoints, find_checkpoint, newest_checkpoint
+from dsclip.checkpoint import Lineage, Manifest, complete_checkpoints, find_checkpoint, newest_checkpoint
 from dsclip.checkpoint.lineage import RUN_FILE, continued, read_lineage, step_of, write_lineage
 from dsclip.checkpoint.manifest import MANIFEST
 from dsclip.checkpoint.store import remove_unfinished
-from dsclip.config import dump_recipe
+from dsclip.config import Recipe, dump_recipe
+from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.files import sha256
 from dsclip.train.metrics_log import drop_entries_after
 from dsclip.train.run_lock import LOCK, RunLock
 
+T = TypeVar("T")
 ARCHIVE = "archive"
 # What a run leaves that ended before its first logged step.
 BEGUN = {"config.yaml", "ds_config.json", "metrics.jsonl", "tb", LOCK, RUN_FILE}
@@ -38,7 +42,7 @@ def find_resume(resume: str, run_dir: Path) -> Path | None:
             )
         return None
     checkpoint = find_checkpoint(Path(resume))
-    if not (is_own(checkpoint, run_dir) or _is_unused(run_dir)):
+    if not (is_of_run(checkpoint, run_dir) or _is_unused(run_dir)):
         raise UserError(
             f"{checkpoint} is not one of the checkpoints in {run_dir}, which holds a run already. Continue from it in a folder of "
             "its own with train.name=NAME, or continue the run that is there with --resume auto."
@@ -62,7 +66,7 @@ def _parent(run_dir: Path) -> Path | None:
     )
 
 
-def is_own(checkpoint: Path, run_dir: Path) -> bool:
+def is_of_run(checkpoint: Path, run_dir: Path) -> bool:
     """Whether a checkpoint stands in the run's folder, and in none of its archived branches."""
     return checkpoint.resolve().parent == (run_dir / "checkpoints").resolve()
 
@@ -93,10 +97,11 @@ class RunFolder:
     people should know about what was found and moved.
     """
 
-    def __init__(self, run_dir: Path, resume: str, group):
+    def __init__(self, run_dir: Path, resume: str, group: Collectives):
         """Locks the folder and looks again which checkpoint is the newest. Raises UserError on every rank or none."""
         self._run_dir, self._group = run_dir, group
-        self.lock, self.messages = None, []
+        self.lock: RunLock | None = None
+        self.messages: list[str] = []
         self.lineage = Lineage(run_dir.name)
 
         def lock() -> Path | None:
@@ -107,15 +112,15 @@ class RunFolder:
 
         self.resume = self._on_rank_0(lock)
 
-    def claim(self, recipe, ds_config: dict, manifest: dict | None) -> None:
+    def claim(self, recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest | None) -> None:
         """Writes down how the run is configured; moves checkpoints later than the resumed one into the archive."""
 
         def claim() -> Lineage:
-            own = self.resume is not None and is_own(self.resume, self._run_dir)
+            same_run = self.resume is not None and is_of_run(self.resume, self._run_dir)
             step = manifest["step"] if manifest else 0
             later = [c for c in complete_checkpoints(self._run_dir / "checkpoints") if step_of(c) > step]
             steps = [step_of(c) for c in later]
-            lineage = continued(self._run_dir, self.resume, manifest, same_run=own, later=steps)
+            lineage = continued(self._run_dir, self.resume, manifest, same_run=same_run, later=steps)
             write_lineage(self._run_dir, lineage)  # first: from here on the later ones are none of this run's
             if later:
                 self.messages.append(_archive(self._run_dir, later, step))
@@ -130,21 +135,22 @@ class RunFolder:
         if self.lock is not None:
             self.lock.release()
 
-    def _on_rank_0(self, work):
+    def _on_rank_0(self, work: Callable[[], T]) -> T:
         """work() on rank 0 and its result on every rank; its UserError and OSError on every rank too."""
-        problem = result = None
+        problem: str | None = None
+        results: list[T] = []
         if self._group.rank == 0:
             try:
-                result = work()
+                results.append(work())
             except UserError as error:
                 problem = str(error)
             except OSError as error:
                 problem = f"{self._run_dir} can't be written to ({error}); choose another place with train.output=DIR"
-        problem, result = self._group.broadcast_object((problem, result))
+        problem, results = self._group.broadcast_object((problem, results))
         if problem:
             self.release()
             raise UserError(problem)
-        return result
+        return results[0]
 
 
 def _say(text: str) -> None:

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypedDict
 
 from dsclip.errors import UserError
 
@@ -26,10 +27,21 @@ STALE_AFTER_S = 180.0
 WRITING_S = 5.0  # for which a lock may be empty: its holder has created and not yet written it
 
 
+class Holder(TypedDict, total=False):
+    """Who holds a lock. A lock that a kill left empty, or one of another version, has some of it only."""
+
+    host: str
+    pid: int
+    started: str  # ISO 8601, UTC
+    machine: list[str | None]
+    process: str | None  # when the process began
+    id: str
+
+
 class RunLock:
     """The lock of a run's folder, held from `take` until `release`. After a SIGKILL it stays, and is found stale."""
 
-    def __init__(self, path: Path, identity: dict, created: bool):
+    def __init__(self, path: Path, identity: Holder, created: bool):
         self._path, self._identity, self._created = path, identity, created
         self._ended = threading.Event()
         threading.Thread(target=self._beat, daemon=True, name="run lock").start()
@@ -44,7 +56,7 @@ class RunLock:
         created = not run_dir.exists()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            identity = _own_identity()
+            identity = _this_process()
             while not _create(path, identity):
                 holder, seen = _read(path)
                 if holder is not None:
@@ -81,7 +93,7 @@ class RunLock:
                 os.utime(self._path)
 
 
-def _create(path: Path, identity: dict) -> bool:
+def _create(path: Path, identity: Holder) -> bool:
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -93,7 +105,7 @@ def _create(path: Path, identity: dict) -> bool:
     return True
 
 
-def _read(path: Path) -> tuple[dict | None, float]:
+def _read(path: Path) -> tuple[Holder | None, float]:
     """(the holder, the file's time stamp); None when the lock is gone again. A lock without content has no holder's fields."""
     end = time.monotonic() + WRITING_S
     while True:
@@ -102,7 +114,7 @@ def _read(path: Path) -> tuple[dict | None, float]:
         except FileNotFoundError:
             return None, 0.0
         with contextlib.suppress(ValueError):
-            holder = json.loads(text)
+            holder: Holder = json.loads(text)
             if isinstance(holder, dict):
                 return holder, stamp
         if time.monotonic() > end:
@@ -110,7 +122,7 @@ def _read(path: Path) -> tuple[dict | None, float]:
         time.sleep(0.1)
 
 
-def _refuse_a_living(path: Path, holder: dict, seen: float, say, stale_after_s: float) -> None:
+def _refuse_a_living(path: Path, holder: Holder, seen: float, say: Callable[[str], None], stale_after_s: float) -> None:
     """Returns when the holder is surely gone."""
     who = f"process {holder.get('pid')} on {holder.get('host')}, started {holder.get('started')}"
     if holder.get("machine") == _machine():
@@ -135,7 +147,7 @@ def _refuse_a_living(path: Path, holder: dict, seen: float, say, stale_after_s: 
         )
 
 
-def _remove(path: Path, holder: dict, say) -> None:
+def _remove(path: Path, holder: Holder, say: Callable[[str], None]) -> None:
     """Takes a stale lock away: renamed first, because another run may do the same at this moment."""
     aside = path.with_name(f"{LOCK}.{uuid.uuid4().hex}")
     try:
@@ -165,7 +177,7 @@ def _now_by(path: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _own_identity() -> dict:
+def _this_process() -> Holder:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -176,7 +188,7 @@ def _own_identity() -> dict:
     }
 
 
-def _machine() -> list:
+def _machine() -> list[str | None]:
     """What must be equal for process numbers to mean the same: the host, its boot, and the container."""
     boot = namespace = None
     with contextlib.suppress(OSError):
@@ -186,7 +198,10 @@ def _machine() -> list:
 
 
 def _process(pid: int) -> str | None:
-    """When a process began, in clock ticks, so that a number that was given again isn't taken for it; None for one that ended."""
+    """When a process began, so that a number that was given again isn't taken for it; None for one that ended.
+
+    In clock ticks since the boot: psutil adds the time of the boot, which moves when the clock is set.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -194,7 +209,7 @@ def _process(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def _is_alive(holder: dict) -> bool:
+def _is_alive(holder: Holder) -> bool:
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid <= 0:
         return False

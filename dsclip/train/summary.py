@@ -7,22 +7,17 @@ from pathlib import Path
 
 from dsclip.files import write_whole
 from dsclip.train.progress import format_seconds
+from dsclip.train.records import Resume, Summary
 
 
-def write_summary(run_dir: Path, summary: dict) -> None:
-    """Writes both files.
-
-    summary: steps, samples, seconds (of all launches), loss, eval {task: {metric: value}}, eval_data {task: shards},
-    eval_names {task: its data, and whether they are training pairs}, evaluation_errors, checkpoint, hf_export,
-    samples_per_second, skipped_steps, bad_samples {reason: count}, samples_read, memory_gb, planned_memory_gb,
-    launch {from_step, steps, seconds} and resumes [{step, changes {key: [old, new]}}].
-    """
+def write_summary(run_dir: Path, summary: Summary) -> None:
+    """Writes both files."""
     run_dir = Path(run_dir)
     write_whole(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_whole(run_dir / "summary.md", markdown(summary, run_dir))
 
 
-def next_commands(summary: dict, run_dir: Path) -> list[tuple[str, str]]:
+def next_commands(summary: Summary, run_dir: Path) -> list[tuple[str, str]]:
     """(what for, command) of what people do after a run."""
     model = summary["hf_export"] or summary["checkpoint"]
     commands = [("watch the curves and pictures", f"tensorboard --logdir {Path(run_dir).parent}")]
@@ -41,7 +36,7 @@ def _argument(shards: str | list[str]) -> str:
     return shards if isinstance(shards, str) else "::".join(shards)
 
 
-def result_rows(summary: dict) -> list[tuple[str, str]]:
+def result_rows(summary: Summary) -> list[tuple[str, str]]:
     """(metric, value) as people read them."""
     rows = []
     for task, metrics in summary["eval"].items():
@@ -55,7 +50,7 @@ def result_rows(summary: dict) -> list[tuple[str, str]]:
     return rows
 
 
-def markdown(summary: dict, run_dir: Path) -> str:
+def markdown(summary: Summary, run_dir: Path) -> str:
     """The text of summary.md."""
     rate = summary.get("samples_per_second")
     data = summary.get("train_shards")
@@ -81,12 +76,12 @@ def markdown(summary: dict, run_dir: Path) -> str:
     return f"# {Path(run_dir).name}\n\n| | |\n|---|---|\n{table}\n\n## What next\n\n```bash\n{commands}\n```\n"
 
 
-def _memory(summary: dict) -> str:
+def _memory(summary: Summary) -> str:
     used, planned = summary.get("memory_gb"), summary.get("planned_memory_gb")
     return "-" if used is None or planned is None else f"{used:.1f} GB, planned {planned:.1f} GB"
 
 
-def _done(summary: dict) -> str:
+def _done(summary: Summary) -> str:
     text = f"Done: {summary['steps']} steps"
     if not summary.get("resumes"):
         return f"{text} in {format_seconds(summary['seconds'])}."
@@ -94,7 +89,7 @@ def _done(summary: dict) -> str:
     return f"{text}, {launch['steps']} of them in this launch, which took {format_seconds(launch['seconds'])}."
 
 
-def _notes(summary: dict) -> list[str]:
+def _notes(summary: Summary) -> list[str]:
     """What went wrong or changed on the way."""
     notes = [f"  resumed     {_resumed(r)}" for r in summary.get("resumes", ())]
     if summary.get("skipped_steps"):
@@ -106,12 +101,12 @@ def _notes(summary: dict) -> list[str]:
     ]
 
 
-def _resumed(resume: dict) -> str:
+def _resumed(resume: Resume) -> str:
     changes = ", ".join(f"{key} {old} → {new}" for key, (old, new) in resume["changes"].items())
     return f"at step {resume['step']}" + (f" with {changes}" if changes else "")
 
 
-def console_summary(summary: dict, run_dir: Path) -> str:
+def console_summary(summary: Summary, run_dir: Path) -> str:
     """What the run prints last: results first, then what to do with them."""
     lines = ["", _done(summary), *_notes(summary)]
     results, names = summary["eval"], summary["eval_names"]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import resource
-from collections import Counter
+from dataclasses import dataclass
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dsclip.config import dump_recipe
 from dsclip.data.batch import Batch
@@ -16,78 +19,101 @@ from dsclip.errors import RunFailed
 from dsclip.train.counters import Counters
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.progress import Progress
+from dsclip.train.records import Counts, Results, Totals
 from dsclip.train.resume import Resumed
 
+if TYPE_CHECKING:
+    from dsclip.engine.contrastive import ContrastiveEngine, StepMetrics  # importing it takes DeepSpeed's seconds
+    from dsclip.train.inputs import RunInputs
+
 SKIPPED_AT_THE_END = 10  # steps; a run that ends with as many skipped in a row has diverged
+
+
+@dataclass
+class Window:
+    """Since the last logged step: seconds, of which the step waited for data, and what the loader's workers did."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    decoded: int = 0  # samples
+    decoding_s: float = 0.0  # of all workers
+
+
+RankLog = tuple[
+    list[dict[str, str]], bytes
+]  # what a rank journaled since the last time, and the sample ids of its batch
 
 
 class Watch:
     """Collects each step's metrics and passes them on. `step` is collective where it logs (counts are summed)."""
 
-    def __init__(self, plan, engine, resumed: Resumed):
-        self._group, self._settings = engine.group, plan.recipe.train
-        self._global_batch = plan.recipe.batch.global_batch_size
+    def __init__(self, inputs: RunInputs, engine: ContrastiveEngine, resumed: Resumed):
+        self._group, self._settings = engine.group, inputs.recipe.train
+        self._global_batch = inputs.recipe.batch.global_batch_size
         shown = self._group.rank == 0
-        self._log = MetricsLog(plan.run_dir, shown, start_step=engine.step)
+        self._log = MetricsLog(inputs.run_dir, shown, start_step=engine.step)
         self._progress = Progress(self._settings.steps, engine.step, shown)
-        self._window = Counter()  # seconds, seconds waited and steps since the last logged step
+        self._window = Window()
         self._counters = Counters(self._group, resumed.counters, resumed.record)
         self._start_step = engine.step
-        self._journal: list[dict] = []
-        self._journal_path = plan.run_dir / "data_journal.jsonl"
+        self._journal: list[dict[str, str]] = []
+        self._journal_path = inputs.run_dir / "data_journal.jsonl"
         self._skipped_in_a_row = 0
-        self._memory_gb = None  # before evaluation and conversion add theirs
+        self._memory_gb: float | None = None  # before evaluation and conversion add theirs
         self._seconds = 0.0
         self._steps = 0
         if shown:
-            self._log.text("recipe", f"```yaml\n{dump_recipe(plan.recipe)}\n```")
-            self._log.text("deepspeed", f"```json\n{json.dumps(plan.ds_config, indent=2)}\n```")
+            self._log.text("recipe", f"```yaml\n{dump_recipe(inputs.recipe)}\n```")
+            self._log.text("deepspeed", f"```json\n{json.dumps(inputs.ds_config, indent=2)}\n```")
 
-    def step(self, metrics, batch: Batch, waited_s: float, seconds: float) -> None:
+    def step(self, metrics: StepMetrics, batch: Batch, waited_s: float, seconds: float) -> None:
         """One optimizer step: shown every time, logged every `train.log_every` steps."""
-        self._window.update(seconds=seconds, waited=waited_s, steps=1)
+        window, report = self._window, batch.report
+        window.steps += 1
+        window.seconds += seconds
+        window.waited_s += waited_s
+        window.decoded += report.read
+        window.decoding_s += report.seconds
         self._seconds += seconds
         self._steps += 1
         if metrics.skipped and not self._skipped_in_a_row:
             self.message(f"step {metrics.step}: skipped, not finite: {metrics.skip_reason}")
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics.skipped else 0
         self._memory_gb = peak_memory_gb()
-        report = batch.report
         self._counters.add(report, metrics.skipped)
-        self._window.update(decoded=report.read, decoding=report.seconds)
         self._journal += report.journal
-        step, window = metrics.step, self._window
-        logged = step % self._settings.log_every == 0 or step == self._settings.steps
-        if logged:
-            others = self._counters.gather((self._journal, batch.sample_ids.cpu().numpy().tobytes()))
-        shown = {
+        step = metrics.step
+        logged: list[RankLog] | None = None
+        if step % self._settings.log_every == 0 or step == self._settings.steps:
+            logged = self._counters.gather((self._journal, batch.sample_ids.cpu().numpy().tobytes()))
+        shown: dict[str, float | None] = {
             "loss": metrics.loss,
             "accuracy": metrics.accuracy_image_to_text,
             "logit_scale": metrics.logit_scale,
             "lr": metrics.lr,
             "grad_norm": metrics.grad_norm,
-            "samples_per_second": window["steps"] * self._global_batch / window["seconds"],
-            "data_wait": window["waited"] / window["seconds"],
+            "samples_per_second": window.steps * self._global_batch / window.seconds,
+            "data_wait": window.waited_s / window.seconds,
             "skipped_steps": self._counters.skipped_steps,
             "bad_samples": sum(self._counters.total["bad_samples"].values()),
             "epoch": report.epoch,
             "data_queue_depth": report.queue_depth,
-            "decoded_per_worker_second": window["decoded"] / window["decoding"] if window["decoding"] else None,
+            "decoded_per_worker_second": window.decoded / window.decoding_s if window.decoding_s else None,
         }
         self._progress.update(step, shown)
-        if logged:
-            self._write(step, metrics, shown, others)
-            self._window = Counter()
+        if logged is not None:
+            self._write(step, metrics, shown, logged)
+            self._window = Window()
 
-    def _write(self, step: int, metrics, shown: dict, others: list[tuple]) -> None:
-        """others: what each rank journaled since the last time, and the sample ids of its batch."""
+    def _write(self, step: int, metrics: StepMetrics, shown: dict[str, float | None], ranks: list[RankLog]) -> None:
         total, batch_hash = self._counters.total, sha256()
         bad, read = total["bad_samples"], total["samples_read"]
-        for journal, ids in others:
+        for journal, ids in ranks:
             batch_hash.update(ids)
             self._write_journal(step, journal)
         self._journal = []
-        scalars = {
+        scalars: dict[str, float] = {
             "samples": step * self._global_batch,
             **{k: v for k, v in shown.items() if k not in ("accuracy", "bad_samples") and v is not None},
             "accuracy_image_to_text": metrics.accuracy_image_to_text,
@@ -96,18 +122,19 @@ class Watch:
             "slow_decoded": total["slow_decoded"],
             "bad_samples": sum(bad.values()),
             "bad_sample_rate": sum(bad.values()) / max(1, read),
-            "memory_gb": self._memory_gb,
             **loss_scalars(metrics),
         }
+        if self._memory_gb is not None:
+            scalars["memory_gb"] = self._memory_gb
         if metrics.features is not None:
             self._log.histogram("similarity/positive", metrics.features.positive, step)
             self._log.histogram("similarity/negative", metrics.features.negative, step)
         scalars |= {f"bad_samples/{reason}": n for reason, n in bad.items()}
         # Of the sample ids of the whole global batch: equal in runs that saw the same data.
-        words = {"skip_reason": metrics.skip_reason} if metrics.skipped else {}
+        words = {} if metrics.skip_reason is None else {"skip_reason": metrics.skip_reason}
         self._log.log(step, scalars, batch_hash=batch_hash.hexdigest()[:16], **words)
 
-    def _write_journal(self, step: int, journal: list[dict]) -> None:
+    def _write_journal(self, step: int, journal: list[dict[str, str]]) -> None:
         """Shards that failed, once each and worker: what was left out of the run."""
         if self._group.rank or not journal:
             return
@@ -116,7 +143,7 @@ class Watch:
                 file.write(json.dumps({"step": step, **entry}) + "\n")
                 self.message(f"shard {entry['shard']}: {entry['what']} ({entry['detail']})")
 
-    def evaluated(self, step: int, results: dict[str, dict[str, float]], names: dict[str, str]) -> None:
+    def evaluated(self, step: int, results: Results, names: dict[str, str]) -> None:
         """Evaluation results, to the log and above the progress line. names: {task: its data}, see `data_name`."""
         if results:
             scalars = {
@@ -135,7 +162,7 @@ class Watch:
         self._log.log(step, {}, evaluation_error=error)
         self.message(f"step {step}: the evaluation failed, and the run goes on: {error}")
 
-    def picture(self, tag: str, image, step: int) -> None:
+    def picture(self, tag: str, image: NDArray[np.uint8], step: int) -> None:
         """A uint8 picture [H, W, 3] for TensorBoard's image tab."""
         self._log.image(tag, image, step)
 
@@ -154,7 +181,7 @@ class Watch:
             "at the data"
         )
 
-    def totals(self) -> dict:
+    def totals(self) -> Totals:
         """Collective. What the summary says about the run as a whole, and about this launch."""
         return {
             "samples_per_second": self._steps * self._global_batch / self._seconds if self._seconds else None,
@@ -167,9 +194,9 @@ class Watch:
             **self.counted(),
         }
 
-    def counted(self) -> dict:
+    def counted(self) -> Counts:
         """Collective. What a checkpoint keeps of the counts."""
-        self._counters.gather()
+        self._counters.gather(None)
         return self._counters.total
 
     def close(self) -> None:
@@ -183,7 +210,7 @@ def evaluation_tag(name: str) -> str:
     return next((f"eval_on_{note.replace(' ', '_')}" for note in (PART, ALL) if name.endswith(f"({note})")), "eval")
 
 
-def loss_scalars(metrics) -> dict[str, float]:
+def loss_scalars(metrics: StepMetrics) -> dict[str, float]:
     """What TensorBoard shows of the loss beyond its value; only what the run has."""
     shown = {"logit_bias": metrics.logit_bias}
     if metrics.features is not None:

@@ -7,11 +7,12 @@ import sys
 import traceback
 from pathlib import Path
 
-import dsclip.train.run as run_module
+import dsclip.train.inputs as inputs_module
 from dsclip import distributed
 from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
 from dsclip.errors import UserError
+from dsclip.train import run as train_run
 from dsclip.train.cli import parse_arguments
 
 SMALL = [
@@ -45,7 +46,7 @@ class Runs:
         shown, error = io.StringIO(), None
         try:
             with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
-                run_module.run(parse_arguments(arguments))
+                train_run.run(parse_arguments(arguments))
         except UserError as found:
             error = f"{type(found).__name__}: {found}"
         except Exception:
@@ -69,7 +70,7 @@ def read_lines(path: Path) -> list[dict]:
 def failing_evaluation(group: Collectives, kind: str):
     """An evaluation that is due at every second step, and fails at the second."""
 
-    class Failing(run_module.Evaluation):
+    class Failing(inputs_module.Evaluation):
         def due(self, step, last):
             return step % 2 == 0
 
@@ -110,9 +111,9 @@ def main(out: str, folder: str) -> None:
     runs.start("scheduled", "scheduled", "train.steps=4", *schedule)
     runs.start("scheduled again", "scheduled", "train.steps=4", *schedule, "--resume", runs.checkpoint("scheduled", 2))
     # Evaluations that fail.
-    original = run_module.Evaluation
+    original = inputs_module.Evaluation
     for kind in ("on all ranks", "on one rank", "last"):
-        run_module.Evaluation = failing_evaluation(group, kind)
+        inputs_module.Evaluation = failing_evaluation(group, kind)
         runs.start(
             f"evaluation {kind}",
             kind.replace(" ", "_"),
@@ -120,7 +121,7 @@ def main(out: str, folder: str) -> None:
             "train.save_every=null",
             "eval.zeroshot_shards=demo:val",
         )
-    run_module.Evaluation = original
+    inputs_module.Evaluation = original
     runs.start("by the clock", "clock", "train.steps=3", "train.save_every=null", "train.save_minutes=1e-9")
     if hasattr(group, "meet"):
         alone = None if group.rank else group.meet("here", timeout_s=0.5)

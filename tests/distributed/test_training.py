@@ -14,7 +14,7 @@ from transformers import CLIPModel
 from dsclip.checkpoint import read_checkpoint
 from dsclip.config.deepspeed import packaged_ds_configs
 from dsclip.convert.cli import largest_difference
-from dsclip.train.run import find_resume
+from dsclip.train.run_folder import find_resume
 from tests.distributed.launch import (
     REPOSITORY,
     SMALL,

@@ -1,0 +1,90 @@
+"""What a run is started with: read and checked on every rank alike, before anything is built or written."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dsclip.config import Recipe, load_ds_config, load_recipe
+from dsclip.data import build_loader, load_tokenizer, resolve_shards
+from dsclip.data.decoding.tokenizer import Tokenizer
+from dsclip.data.loader import Loader, data_sets
+from dsclip.data.order.exact import check_split, default_streams
+from dsclip.data.sources.storage import Storage
+from dsclip.distributed import Collectives, launched_ranks
+from dsclip.errors import UserError
+from dsclip.losses import check_options, find_loss
+from dsclip.model import ClipConfig, resolve_preset
+from dsclip.train.evaluation import Evaluation
+from dsclip.train.resume import check_length
+from dsclip.train.run_folder import find_resume
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything that was checked before the first collective."""
+
+    recipe: Recipe
+    ds_config: dict[str, Any]
+    model: ClipConfig
+    tokenizer: Tokenizer
+    run_dir: Path
+    resume: Path | None
+    """The checkpoint to continue from."""
+    init: str | None
+    """The weights to start from."""
+    evaluation: Evaluation
+    """Its sets are open and checked."""
+
+
+def read_inputs(arguments: argparse.Namespace) -> RunInputs:
+    """Raises UserError, on every rank alike, for what can't work."""
+    recipe = load_recipe(arguments.config, arguments.overrides)
+    check_options(find_loss(recipe.loss.name, recipe.loss.plugin), recipe.loss)
+    world_size = launched_ranks()[1]
+    ds_config = load_ds_config(arguments.ds_config, recipe, world_size)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    batch = recipe.batch.global_batch_size
+    check_split(recipe.data.streams or default_streams(batch), batch, world_size, recipe.data.workers)
+    storage = Storage(tuple(recipe.data.trusted_hosts), recipe.data.retries)
+    for key, shards in _named_shards(recipe):
+        try:
+            resolve_shards(shards, storage)
+        except UserError as error:
+            raise UserError(f"`{key}`: {error}") from error
+    run_dir = Path(recipe.train.output) / recipe.train.name
+    resume = find_resume(arguments.resume, run_dir)
+    if resume:
+        check_length(resume, recipe.train.steps)
+    overrides = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
+    vocabulary = dict(vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
+    model = resolve_preset(recipe.model.preset, **overrides, **vocabulary)
+    init = None if resume else recipe.model.init
+    evaluation = Evaluation(recipe, model, tokenizer)
+    return RunInputs(recipe, ds_config, model, tokenizer, run_dir, resume, init, evaluation)
+
+
+def make_loader(inputs: RunInputs, group: Collectives, state: dict[str, Any] | None) -> Loader:
+    """This rank's endless loader, at the position of `state`."""
+    recipe = inputs.recipe
+    return build_loader(
+        recipe.data,
+        tokenizer=inputs.tokenizer,
+        image_size=inputs.model.image_size,
+        context_length=inputs.model.context_length,
+        global_batch_size=recipe.batch.global_batch_size,
+        seed=recipe.train.seed,
+        rank=group.rank,
+        world_size=group.world_size,
+        hard_negatives=recipe.loss.hard_negatives != "none",
+        state=state,
+    )
+
+
+def _named_shards(recipe: Recipe) -> list[tuple[str, str | list[str]]]:
+    """(key of the recipe, shards) of the training data and of every evaluation that is on."""
+    training = [("data.train_shards", shards) for shards in data_sets(recipe.data)]
+    tasks = ("zeroshot_shards", "retrieval_shards", "hard_negatives_shards")
+    return training + [(f"eval.{t}", getattr(recipe.eval, t)) for t in tasks if getattr(recipe.eval, t)]
