@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dsclip.checkpoint import read_manifest
-from dsclip.checkpoint.manifest import verify
+from dsclip.checkpoint.manifest import MANIFEST, verify
+from dsclip.files import sha256
 from tests.distributed.launch import WORKERS, run_ranks
 from tests.shard_files import sample, write_tar
 
@@ -79,7 +80,10 @@ def test_a_rewound_run_continues_its_own_branch(folder, results):
 
 def test_another_runs_checkpoint_starts_under_a_new_name_or_is_refused(folder, results):
     forked, part = (read_manifest(folder / "runs" / n / "checkpoints" / "step_00000003") for n in ("fork", "part"))
-    assert forked["lineage"]["parent"] == {"run": part["lineage"]["run"], "step": 3}
+    parent = folder / "runs" / "part" / "checkpoints" / "step_00000003"
+    assert forked["lineage"]["parent"] == {
+        "run": part["lineage"]["run"], "step": 3, "path": str(parent), "sha256": sha256(parent / MANIFEST),
+    }  # fmt: skip
     assert forked["lineage"]["run"] != part["lineage"]["run"]
     refused = results["another run's"]
     assert all(e.startswith("UserError") and "Continue from it in a folder of its own" in e for e in refused["ranks"])
