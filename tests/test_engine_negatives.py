@@ -14,7 +14,7 @@ from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads
-from dsclip.losses.observe import feature_statistics
+from dsclip.losses.feature_statistics import feature_statistics
 from dsclip.model import resolve_preset
 
 CPU = torch.device("cpu")

@@ -19,10 +19,10 @@ ASKED = {
 
 @pytest.mark.parametrize("key", ASKED)
 def test_a_recipe_that_asks_for_it_is_refused(key):
-    losses.check_options(DENSE, LossSection(name="dense"))
-    losses.check_options(losses.softmax, LossSection(**{key: ASKED[key]}))
+    losses.check_options(losses.find_loss("dense"), LossSection(name="dense"))
+    losses.check_options(losses.find_loss("softmax"), LossSection(**{key: ASKED[key]}))
     with pytest.raises(UserError, match=f"loss.{key}={ASKED[key]}"):
-        losses.check_options(DENSE, LossSection(name="dense", **{key: ASKED[key]}))
+        losses.check_options(losses.find_loss("dense"), LossSection(name="dense", **{key: ASKED[key]}))
 
 
 @pytest.mark.parametrize("key", ["duplicates", "label_smoothing", "beta", "filter_margin"])

@@ -36,7 +36,7 @@ def step_main(argv: list[str] | None = None) -> None:
 
 def loss_main(argv: list[str] | None = None) -> None:
     """tools/bench_loss.py."""
-    p = parser("One loss with its gradients: dsclip's tiled stage, and dense with autograd.", LOSS_EXAMPLE)
+    p = parser("One loss with its gradients: dsclip's in tiles, and dense with autograd.", LOSS_EXAMPLE)
     p.add_argument("--n", type=int, default=8192, help="global batch (default: 8192)")
     p.add_argument("--d", type=int, default=512, help="embedding width (default: 512)")
     p.add_argument("--repeats", type=int, default=3)

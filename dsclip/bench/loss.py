@@ -24,7 +24,7 @@ def dense(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor):
 
 
 def tiled(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor):
-    """dsclip's loss stage."""
+    """dsclip's loss, in tiles."""
     return softmax(Pairs(image, text, log_scale))
 
 

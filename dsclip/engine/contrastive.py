@@ -29,8 +29,8 @@ from dsclip.engine.momentum import MomentumEncoder
 from dsclip.engine.state import EngineState
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss
-from dsclip.losses.observe import FeatureStatistics, feature_statistics
-from dsclip.model import Clip, ClipConfig
+from dsclip.losses.feature_statistics import FeatureStatistics, feature_statistics
+from dsclip.model import Clip, ClipConfig, Encoder
 from dsclip.model.blocks import compile_blocks
 from dsclip.optim.schedule import learning_rate
 
@@ -179,14 +179,14 @@ class ContrastiveEngine:
         self.deepspeed.set_gradient_accumulation_boundary(True)
         return grads, micro_batches, pairs
 
-    def _features(self, micro_batch: MicroBatch, encoder: MomentumEncoder | None = None) -> tuple[Tensor, Tensor]:
+    def _features(self, micro_batch: MicroBatch, encoder: Encoder | None = None) -> tuple[Tensor, Tensor]:
         """Image features [b, D], and text features [b + m, D] of captions and hard negatives."""
         _, _, checkpointing = self.recipe.batch.sizes(self.group.world_size)
-        image, text = (encoder or self.deepspeed)(
+        encode: Encoder = encoder or self.deepspeed
+        return encode(
             micro_batch.images, micro_batch.tokens, chunk_size=self.recipe.batch.chunk_size, checkpointing=checkpointing,
             visible_patches=micro_batch.visible_patches, token_wise=self._loss.token_wise,
         )  # fmt: skip
-        return image, text
 
     def _pairs(self, micro_batches: list[MicroBatch], features: list[tuple[Tensor, Tensor]], batch: Batch) -> Pairs:
         """What the loss sees: the features of all micro-batches, hard negatives and queue."""

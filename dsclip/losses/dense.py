@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from dsclip.errors import UserError
 from dsclip.losses.group import ALONE, Group
 from dsclip.losses.pairs import PLAIN, LossGrads, Negatives, Pairs
-from dsclip.losses.sides import widen
+from dsclip.losses.samples import widen
 
-Loss = Callable[..., LossGrads]
+if TYPE_CHECKING:
+    from dsclip.config.schema import LossSection
+    from dsclip.losses.registry import RegisteredLoss
+
+DenseFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 # What the function isn't given, by its key in the loss section, with the value that asks for nothing.
 NOT_GIVEN = {
@@ -20,68 +26,76 @@ NOT_GIVEN = {
 }  # fmt: skip
 
 
-def from_dense(loss: Callable) -> Loss:
+class DenseLoss:
+    """A loss that `from_dense` made: autograd over the gathered features."""
+
+    def __init__(self, function: DenseFunction):
+        self.function = function
+
+    def __call__(
+        self, pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
+    ) -> LossGrads:
+        _refuse(pairs, negatives)
+        local = slice(group.rank * len(pairs.image), (group.rank + 1) * len(pairs.image))
+        image_ND, text_ND = (widen(group.all_gather(x)).detach().requires_grad_() for x in (pairs.image, pairs.text))
+        log_scale = pairs.log_scale.detach().requires_grad_()
+        bias = None if pairs.bias is None else pairs.bias.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.function(image_ND, text_ND, log_scale, bias)
+        inputs = [image_ND, text_ND, log_scale, *(() if bias is None else (bias,))]
+        grads = torch.autograd.grad(value, inputs, materialize_grads=True)
+        image_ND, text_ND = image_ND.detach(), text_ND.detach()
+        image_similarity_nN = image_ND[local] @ text_ND.T
+        text_similarity_nN = text_ND[local] @ image_ND.T
+        partner_n = image_similarity_nN.diagonal(local.start)
+        return LossGrads(
+            loss=value.detach(),
+            d_image=grads[0][local],
+            d_text=grads[1][local],
+            d_log_scale=grads[2],
+            d_bias=grads[3] if len(grads) > 3 else None,
+            correct_image=(partner_n >= image_similarity_nN.amax(1)).sum(),
+            correct_text=(partner_n >= text_similarity_nN.amax(1)).sum(),
+        )
+
+
+def from_dense(loss: DenseFunction) -> DenseLoss:
     """A loss from a plain differentiable function, for trying ideas: autograd over the gathered features.
 
-    loss(image [N, d], text [N, d], log_scale [], bias [] or None) -> scalar over the global batch. It holds whatever
+    loss(image [N, D], text [N, D], log_scale [], bias [] or None) -> scalar over the global batch. It holds whatever
     the function holds, N×N matrices too, on every rank. Raises UserError when it is asked for negatives, smoothing or
     tokens, which the function doesn't see.
     """
-
-    def run(pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries=None):
-        _refuse(pairs, negatives)
-        mine = slice(group.rank * len(pairs.image), (group.rank + 1) * len(pairs.image))
-        gathered = [widen(group.all_gather(x)) for x in (pairs.image, pairs.text)]
-        leaves = [x.detach().requires_grad_() for x in gathered]
-        scalars = [None if x is None else x.detach().requires_grad_() for x in (pairs.log_scale, pairs.bias)]
-        with torch.enable_grad():
-            value = loss(*leaves, *scalars)
-        inputs = [*leaves, *(x for x in scalars if x is not None)]
-        grads = torch.autograd.grad(value, inputs, materialize_grads=True)
-        similarity = leaves[0].detach()[mine] @ leaves[1].detach().T
-        own = similarity.diagonal(mine.start)
-        back = leaves[1].detach()[mine] @ leaves[0].detach().T
-        return LossGrads(
-            loss=value.detach(),
-            d_image=grads[0][mine],
-            d_text=grads[1][mine],
-            d_log_scale=grads[2],
-            d_bias=grads[3] if len(grads) > 3 else None,
-            correct_image=(own >= similarity.amax(1)).sum(),
-            correct_text=(own >= back.amax(1)).sum(),
-        )
-
-    run.from_dense = True
-    return run
+    return DenseLoss(loss)
 
 
-def check_options(loss: Loss, settings) -> None:
+def check_options(loss: RegisteredLoss, settings: LossSection) -> None:
     """Raises UserError for options of a recipe's loss section that a loss made by `from_dense` would not obey."""
-    if not getattr(loss, "from_dense", False):
+    if not isinstance(loss.function, DenseLoss):
         return
     if loss.token_wise:
         raise UserError(f"the loss `{settings.name}` was made by from_dense and can't be token-wise; {_INSTEAD}")
     for key, nothing in NOT_GIVEN.items():
         if (value := getattr(settings, key)) != nothing:
-            _raise(f"loss.{key}={value}", f"loss.{key}={'null' if nothing is None else nothing}")
+            _refuse_option(f"loss.{key}={value}", f"loss.{key}={'null' if nothing is None else nothing}")
 
 
 def _refuse(pairs: Pairs, negatives: Negatives) -> None:
     for name in ("duplicates", "label_smoothing", "beta", "filter_margin"):
         if (value := getattr(negatives, name)) != NOT_GIVEN[name]:
-            _raise(f"{name}={value}", f"{name}={NOT_GIVEN[name]}")
+            _refuse_option(f"{name}={value}", f"{name}={NOT_GIVEN[name]}")
     for name, x in (("hard negatives", pairs.hard_text), ("a queue", pairs.queue_image)):
         if x is not None and len(x):
-            _raise(name, "none")
+            _refuse_option(name, "none")
     if pairs.image.ndim != 2:
-        raise UserError(f"a loss made by from_dense takes features [n, d], not tokens; {_INSTEAD}")
+        raise UserError(f"a loss made by from_dense takes features [n, D], not tokens; {_INSTEAD}")
 
 
 _INSTEAD = "write it as loss(pairs, *, negatives, group, tile_entries) -> LossGrads instead"
 
 
-def _raise(found: str, harmless: str) -> None:
+def _refuse_option(option: str, harmless: str) -> None:
     raise UserError(
-        f"{found} can't be obeyed by a loss made by from_dense, whose function sees one batch of pairs and nothing else; "
+        f"{option} can't be obeyed by a loss made by from_dense, whose function sees one batch of pairs and nothing else; "
         f"set {harmless}, or {_INSTEAD}"
     )

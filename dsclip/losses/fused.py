@@ -10,10 +10,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _state = {"usable": True}
 
 
@@ -27,12 +30,14 @@ def log_sum_exp(logits: Tensor, excluded: Tensor | None, dim: int) -> tuple[Tens
     return _run(_log_sum_exp, logits, excluded, dim)
 
 
-def pair_weights(logits: Tensor, row_lse: Tensor, col_lse: Tensor, rows_out, cols_out) -> Tensor:
+def pair_weights(
+    logits: Tensor, row_lse: Tensor, col_lse: Tensor, rows_out: Tensor | None, cols_out: Tensor | None
+) -> Tensor:
     """exp(S − row_lse) + exp(S − col_lse), [r, c], without the entries that rows_out and cols_out [r, c] exclude."""
     return _run(_pair_weights, logits, row_lse, col_lse, rows_out, cols_out)
 
 
-def _log_sum_exp(logits, excluded, dim):
+def _log_sum_exp(logits: Tensor, excluded: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
     best = logits.amax(dim)
     seen, top = logits, best
     if excluded is not None:
@@ -41,7 +46,9 @@ def _log_sum_exp(logits, excluded, dim):
     return best, (seen - top.unsqueeze(dim)).exp().sum(dim).log() + top
 
 
-def _pair_weights(logits, row_lse, col_lse, rows_out, cols_out):
+def _pair_weights(
+    logits: Tensor, row_lse: Tensor, col_lse: Tensor, rows_out: Tensor | None, cols_out: Tensor | None
+) -> Tensor:
     row = (logits - row_lse[:, None]).exp()
     col = (logits - col_lse[None, :]).exp()
     if rows_out is not None:
@@ -52,14 +59,15 @@ def _pair_weights(logits, row_lse, col_lse, rows_out, cols_out):
 
 
 @cache
-def _compiled(function: Callable) -> Callable:
+def _compiled(function: Callable[P, T]) -> Callable[P, T]:
     return torch.compile(function, dynamic=True)
 
 
-def _run(function: Callable, *arguments):
+def _run(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     if _state["usable"]:
         try:
-            return _compiled(function)(*arguments)
+            result: T = _compiled(function)(*arguments, **options)
+            return result
         except Exception as error:  # no compiler on this machine: the same numbers, more slowly
             if _out_of_memory(error):  # the plain functions need more of it
                 raise
@@ -67,7 +75,7 @@ def _run(function: Callable, *arguments):
             warnings.warn(
                 f"the loss runs unfused: torch.compile failed ({type(error).__name__}: {error})", stacklevel=2
             )
-    return function(*arguments)
+    return function(*arguments, **options)
 
 
 def _out_of_memory(error: BaseException | None) -> bool:

@@ -1,4 +1,4 @@
-"""Which entries of a tile are positives, and which are left out, seen from the side that asks."""
+"""Which entries of a tile are positives, and which are left out, for the queries of one direction."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from dsclip.losses.pairs import Negatives
-from dsclip.losses.sides import Side
+from dsclip.losses.samples import Samples
 
 
 @dataclass(frozen=True)
 class Masks:
-    """positive, excluded [r, c] bool; None when there are none. diagonal: offset of the own pairs, without masks.
+    """positive, excluded [r, c] bool; None when there are none. diagonal: offset of the pairs' diagonal in the tile.
 
-    Where `positive` is None and `diagonal` is set, the own pairs on that diagonal are the only positives.
+    Where `positive` is None and `diagonal` is set, the pairs on that diagonal are the only positives.
     """
 
     positive: Tensor | None
@@ -23,47 +23,42 @@ class Masks:
     diagonal: int | None
 
 
-def masks(logits: Tensor, rows: Side, cols: Side, negatives: Negatives, scale: Tensor, *, cols_ask: bool) -> Masks:
-    """The masks of a tile [r, c]; with cols_ask the columns are those that ask about the rows."""
-    asker, candidate = (cols, rows) if cols_ask else (rows, cols)
-    in_batch = asker.first is not None and candidate.first is not None
-    # torch's diagonal(k) is entry (i, i + k): row i of the tile is sample rows.first + i.
-    diagonal = rows.first - cols.first if in_batch else None
-    if in_batch and not _overlap(rows, cols):
-        diagonal = None
+def tile_masks(
+    logits_rc: Tensor, rows: Samples, cols: Samples, negatives: Negatives, scale: Tensor, *, candidate_dim: int
+) -> Masks:
+    """The masks of a tile, with the rows (candidate_dim 1) or the columns (0) as queries."""
+    queries, candidates = (rows, cols) if candidate_dim == 1 else (cols, rows)
+    query_dim = 1 - candidate_dim
+    in_batch, diagonal = False, None
+    if rows.first is not None and cols.first is not None:
+        # torch's diagonal(k) is entry (i, i + k): row i of the tile is sample rows.first + i.
+        in_batch, offset = True, rows.first - cols.first
+        diagonal = offset if -len(rows) < offset < len(cols) else None
     positive = excluded = None
-
-    def facing(x: Tensor, side: Side) -> Tensor:
-        return x[:, None] if side is rows else x[None, :]
-
-    if negatives.duplicates != "negative" and asker.key is not None and candidate.key is not None:
-        same = facing(asker.key, asker) == facing(candidate.key, candidate)
+    if negatives.duplicates != "negative" and queries.key is not None and candidates.key is not None:
+        same = queries.key.unsqueeze(candidate_dim) == candidates.key.unsqueeze(query_dim)
         if in_batch and negatives.duplicates == "positive":
             positive = same
         else:
             excluded = same
-    if negatives.hard == "own" and candidate.owner is not None:
-        row_index = torch.arange(asker.first, asker.first + len(asker), device=logits.device)
-        excluded = facing(row_index, asker) != facing(candidate.owner, candidate)
-    if negatives.filter_margin is not None and candidate.owner is None:
-        similar = logits > facing(asker.own, asker) - negatives.filter_margin * scale
+    if negatives.hard == "own" and candidates.owner is not None and queries.first is not None:
+        index = torch.arange(queries.first, queries.first + len(queries), device=logits_rc.device)
+        excluded = index.unsqueeze(candidate_dim) != candidates.owner.unsqueeze(query_dim)
+    if negatives.filter_margin is not None and candidates.owner is None and queries.positive_logit is not None:
+        similar = logits_rc > queries.positive_logit.unsqueeze(candidate_dim) - negatives.filter_margin * scale
         if positive is not None:
             similar &= ~positive
         excluded = similar if excluded is None else excluded | similar
     if excluded is not None and diagonal is not None:
-        excluded.diagonal(diagonal).fill_(False)  # the own pair always counts
+        excluded.diagonal(diagonal).fill_(False)  # a pair itself always counts
     return Masks(positive, excluded, diagonal)
 
 
-def _overlap(rows: Side, cols: Side) -> bool:
-    return rows.first < cols.first + len(cols) and cols.first < rows.first + len(rows)
-
-
-def own_pairs(masks_: Masks, like: Tensor) -> Tensor:
-    """The positives of a tile as a bool mask [r, c], whatever form they are kept in."""
-    if masks_.positive is not None:
-        return masks_.positive
-    own = torch.zeros_like(like, dtype=torch.bool)
-    if masks_.diagonal is not None:
-        own.diagonal(masks_.diagonal).fill_(True)
-    return own
+def positives(masks: Masks, like: Tensor) -> Tensor:
+    """The positives of a tile as a bool mask [r, c], in whichever form `masks` has them."""
+    if masks.positive is not None:
+        return masks.positive
+    on_diagonal = torch.zeros_like(like, dtype=torch.bool)
+    if masks.diagonal is not None:
+        on_diagonal.diagonal(masks.diagonal).fill_(True)
+    return on_diagonal

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dsclip.errors import UserError
+from dsclip.losses.group import ALONE, Group
 
 DUPLICATES = ("negative", "positive", "mask")
 HARD_SCOPES = ("global", "own")
@@ -30,7 +32,7 @@ class Negatives:
     beta: float = 0.0
     label_smoothing: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.duplicates not in DUPLICATES:
             raise UserError(f"duplicates is `{self.duplicates}`; choose {', '.join(DUPLICATES)}")
         if self.hard not in HARD_SCOPES:
@@ -42,7 +44,7 @@ class Negatives:
 
     @property
     def one_hot(self) -> bool:
-        """Whether the target is the own pair alone and all other candidates weigh the same."""
+        """Whether the target is a query's partner alone and all other candidates weigh the same."""
         return not self.beta and not self.label_smoothing and self.duplicates != "positive"
 
 
@@ -50,10 +52,10 @@ class Negatives:
 class Pairs:
     """The features of this rank's n pairs, and all that a loss may need beside them.
 
-    image, text [n, d]: unit rows, float32 or float64, or bfloat16, which is gathered as such and computed in float32; with token-wise losses [n, T, d] and `*_valid` [n, T] bool, True
-    where a token exists. log_scale, bias []: log s and SigLIP's logit bias. keys [n] int64: equal keys mark
-    duplicates. hard_text [m, d] (or [m, T, d]): hard-negative captions, m may differ between ranks; hard_owner [m]: the
-    row of this rank that each belongs to. queue_image, queue_text [Q, d], queue_keys [Q]: features of earlier steps,
+    image, text [n, D]: unit rows, float32 or float64, or bfloat16, which is gathered as such and computed in float32;
+    with token-wise losses [n, T, D] and `*_valid` [n, T] bool, True where a token exists. log_scale, bias []: log s and SigLIP's logit bias. keys [n] int64: equal keys mark
+    duplicates. hard_text [m, D] (or [m, T, D]): hard-negative captions, m may differ between ranks; hard_owner [m]: the
+    row of this rank that each belongs to. queue_image, queue_text [Q, D], queue_keys [Q]: features of earlier steps,
     the same on every rank, negatives only; with token-wise losses queue_text_valid [Q, T] bool, all images have all tokens.
     """
 
@@ -80,7 +82,7 @@ class LossGrads:
     loss []: the value over the global batch, in nats, the same on every rank. d_image, d_text, d_hard_text: gradient
     of the *global* loss for this rank's features, in their shapes. d_log_scale, d_bias []: already summed over ranks.
     correct_image, correct_text []: how many of this rank's images (captions) have no caption (image) in the global
-    batch that is more similar than their own. masked []: entries that this rank left out.
+    batch that is more similar than their partner. masked []: entries that this rank left out.
     """
 
     loss: Tensor
@@ -95,3 +97,12 @@ class LossGrads:
 
 
 PLAIN = Negatives()
+
+
+class Loss(Protocol):
+    """A loss as the engine calls it. Collective."""
+
+    def __call__(
+        self, pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
+    ) -> LossGrads:
+        """The loss of the global batch and its exact gradients. tile_entries: see `tiled_loss`."""

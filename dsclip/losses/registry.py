@@ -5,38 +5,63 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, overload
 
 from dsclip.errors import UserError, did_you_mean
-from dsclip.losses.builtin import filip, sigmoid, softmax
-from dsclip.losses.dense import Loss
-from dsclip.losses.pairs import LossGrads, Pairs
+from dsclip.losses.group import ALONE, Group
+from dsclip.losses.info_nce import softmax
+from dsclip.losses.late_interaction import filip
+from dsclip.losses.pairs import PLAIN, Loss, LossGrads, Negatives, Pairs
+from dsclip.losses.siglip import sigmoid
 
-_LOSSES: dict[str, Loss] = {}
+L = TypeVar("L", bound=Loss)
 
 
-def register(name: str, loss: Loss | None = None, *, has_bias: bool = False, token_wise: bool = False):
-    """Makes a loss known under `name`, for `loss.name` of a recipe. Also a decorator.
+@dataclass(frozen=True)
+class RegisteredLoss:
+    """A loss with what the engine must know of it. has_bias: it wants a learned logit bias. token_wise: all tokens."""
+
+    function: Loss
+    has_bias: bool = False
+    token_wise: bool = False
+
+    def __call__(
+        self, pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
+    ) -> LossGrads:
+        return self.function(pairs, negatives=negatives, group=group, tile_entries=tile_entries)
+
+
+_LOSSES: dict[str, RegisteredLoss] = {
+    "softmax": RegisteredLoss(softmax),
+    "sigmoid": RegisteredLoss(sigmoid, has_bias=True),
+    "filip": RegisteredLoss(filip, token_wise=True),
+}
+
+
+@overload
+def register(name: str, loss: L, *, has_bias: bool = False, token_wise: bool = False) -> L: ...
+@overload
+def register(name: str, loss: None = None, *, has_bias: bool = False, token_wise: bool = False) -> Callable[[L], L]: ...
+def register(
+    name: str, loss: Loss | None = None, *, has_bias: bool = False, token_wise: bool = False
+) -> Loss | Callable[[L], L]:
+    """Makes a loss known under `name`, for `loss.name` of a recipe. Also a decorator; gives the loss back.
 
     loss(pairs, *, negatives, group, tile_entries) -> LossGrads. has_bias: it wants a learned logit bias. token_wise: it
     wants all tokens of both towers. Raises UserError for a name that is taken by another function.
     """
     if loss is None:
-        return partial(register, name, has_bias=has_bias, token_wise=token_wise)
-    if name in _LOSSES and _LOSSES[name] is not loss:
+        return lambda function: register(name, function, has_bias=has_bias, token_wise=token_wise)
+    if name in _LOSSES and _LOSSES[name].function is not loss:
         raise UserError(f"a loss named `{name}` is registered already; choose another name")
-    loss.has_bias, loss.token_wise = has_bias, token_wise
-    _LOSSES[name] = loss
+    _LOSSES[name] = RegisteredLoss(loss, has_bias, token_wise)
     return loss
 
 
-register("softmax", softmax)
-register("sigmoid", sigmoid, has_bias=True)
-register("filip", filip, token_wise=True)
-
-
-def find_loss(name: str, plugin: str | None = None) -> Loss:
+def find_loss(name: str, plugin: str | None = None) -> RegisteredLoss:
     """The loss of that name, after importing `plugin` (a Python file or module that registers its own)."""
     if plugin is not None:
         _import(plugin)
@@ -63,6 +88,8 @@ def _import(plugin: str) -> None:
     if name in sys.modules:  # its losses are registered
         return
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"loss.plugin: Python can't import {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -73,19 +100,26 @@ def _import(plugin: str) -> None:
         raise UserError(f"loss.plugin {path} could not be imported: {type(error).__name__}: {error}") from error
 
 
-def checked(loss: Loss, pairs: Pairs, **options) -> LossGrads:
+def checked(loss: Loss, pairs: Pairs, **options: Any) -> LossGrads:
     """Runs a loss and refuses what can't be its gradients, with a message that names the field."""
     result = loss(pairs, **options)
     if not isinstance(result, LossGrads):
         raise UserError(f"the loss returned {type(result).__name__}; it must return dsclip.losses.LossGrads")
-    expected = {"loss": (), "d_log_scale": (), "d_image": tuple(pairs.image.shape), "d_text": tuple(pairs.text.shape)}
+    expected: dict[str, tuple[int, ...]] = {
+        "loss": (),
+        "d_log_scale": (),
+        "d_image": tuple(pairs.image.shape),
+        "d_text": tuple(pairs.text.shape),
+    }
     if pairs.bias is not None:
         expected["d_bias"] = ()
     if pairs.hard_text is not None:
         expected["d_hard_text"] = tuple(pairs.hard_text.shape)
     for name, shape in expected.items():
         value = getattr(result, name)
-        found = None if value is None else tuple(value.shape)
-        if found != shape:
-            raise UserError(f"the loss returned {name} of shape {found}; it must have the shape {shape} of its feature")
+        returned = None if value is None else tuple(value.shape)
+        if returned != shape:
+            raise UserError(
+                f"the loss returned {name} of shape {returned}; it must have the shape {shape} of its feature"
+            )
     return result

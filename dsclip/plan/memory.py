@@ -126,7 +126,7 @@ def state_bytes(
 
 
 def loss_bytes(config: ClipConfig, batch: int, world_size: int, loss: LossSection, device: str) -> dict[str, float]:
-    """Features of the global batch with their gradients, the queue, and the loss stage's tiles."""
+    """Features of the global batch with their gradients, the queue, and the loss's tiles."""
     numbers = config.embed_dim * (config.context_length if loss.name == "filip" else 1)
     local, hard = batch // world_size, 0 if loss.hard_negatives == "none" else 1
     gathered = (2 + hard) * batch if world_size > 1 else 0
