@@ -58,6 +58,33 @@ def refused(folder) -> str:
     return str(error.value)
 
 
+def test_a_flipped_byte_is_named(checkpoint):
+    victim = next(checkpoint.glob("deepspeed/*.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(UserError, match=f"{victim.name} has changed"):
+        verify(checkpoint)
+
+
+def test_a_truncated_and_a_missing_file_are_named(checkpoint):
+    victim = checkpoint / "tokenizer" / "tokenizer.json"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert "tokenizer.json has 1 bytes instead of 2" in refused(checkpoint)
+    victim.unlink()
+    assert "tokenizer.json is missing" in refused(checkpoint)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no dsclip checkpoint"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="is no folder"):
+        read_checkpoint(tmp_path / "nowhere")
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        read_checkpoint(tmp_path)
+
+
 def test_a_poisoned_file_that_the_manifest_does_not_list_is_never_opened(checkpoint, tmp_path):
     victim = next(checkpoint.glob("deepspeed/*.pt"))
     torch.save({"module": Payload(tmp_path / "executed")}, victim)

@@ -4,7 +4,6 @@ The reference is one process with the whole global batch, dense InfoNCE and auto
 """
 
 import itertools
-import json
 import sys
 from dataclasses import replace
 
@@ -14,12 +13,12 @@ from torch._dynamo.utils import counters
 
 from dsclip.config.schema import BatchSection, LossSection, OptimSection, Recipe, TrainSection
 from dsclip.data import Batch
-from dsclip.distributed import Collectives, shutdown_distributed
-from dsclip.engine.build import init_distributed
+from dsclip.distributed import Collectives
 from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.model import Clip, resolve_preset
 from dsclip.model.patch_dropout import visible_patches
 from dsclip.optim.adamw import decay_groups
+from tests.distributed.launch import write_cases
 
 GLOBAL_BATCH, CONTEXT, SEED = 12, 16, 3
 CONFIG = resolve_preset(
@@ -173,9 +172,7 @@ def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
     return result
 
 
-def main(out: str) -> None:
-    init_distributed()
-    group = Collectives.current()
+def cases(group: Collectives) -> list[dict]:
     results = []
     for stage, micro_batches, chunks, dropout, bf16 in itertools.product(
         (1, 2, 3), (1, 3), (1, 2), (0.0, 0.5), (False, True)
@@ -191,11 +188,8 @@ def main(out: str) -> None:
         results.append({"kind": "coalesced", "stage": stage, **coalesced_case(stage, group)})
     for stage in (1, 2, 3):
         results.append({"kind": "adamw", "stage": stage, **adamw_case(stage, group)})
-    if group.rank == 0:
-        with open(out, "w") as f:
-            json.dump(results, f)
-    shutdown_distributed()
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    write_cases(cases, sys.argv[1])

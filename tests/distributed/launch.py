@@ -9,10 +9,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import IO
+from unittest import mock
 
 import psutil
+import torch
+
+from dsclip.distributed import Collectives, shutdown_distributed
+from dsclip.engine.build import init_distributed
 
 WORKERS = Path(__file__).parent
 REPOSITORY = WORKERS.parent.parent
@@ -33,6 +40,33 @@ def run_ranks(script: Path, world_size: int, *args, timeout_s: int = 300) -> sub
             f"{script.name} on {world_size} ranks exited with {done.returncode}\n{done.stdout[-6000:]}"
         )
     return done
+
+
+def cases_of(worker: ModuleType, world_size: int, folder: Path, *, timeout_s: int = 300) -> list[dict]:
+    """What the cases of a worker give on so many ranks; a single one needs no process of its own where there is no GPU."""
+    if world_size > 1 or torch.cuda.is_available():
+        run_ranks(Path(worker.__file__), world_size, folder / "results.json", timeout_s=timeout_s)
+        return json.loads((folder / "results.json").read_text())
+    with alone() as group:
+        return json.loads(json.dumps(worker.cases(group)))
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[Collectives]:
+    """This process as the only rank of a job, for engines without a launcher."""
+    with mock.patch.dict(os.environ, {"LOCAL_RANK": "0"}):  # the address that is set here is for no other test
+        init_distributed()
+        yield Collectives.current()
+
+
+def write_cases(cases: Callable[[Collectives], list[dict]], out: str) -> None:
+    """A worker's whole run under torchrun: joins the ranks, runs the cases, writes them as JSON."""
+    init_distributed()
+    group = Collectives.current()
+    found = cases(group)
+    if group.rank == 0:
+        Path(out).write_text(json.dumps(found))
+    shutdown_distributed()
 
 
 def run_command(command: list[str], *, timeout_s: int = 300, **environment: str) -> subprocess.CompletedProcess:

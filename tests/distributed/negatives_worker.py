@@ -1,7 +1,6 @@
 """Run by torchrun: engine gradients of every loss with every negatives option against dense float64; one JSON file."""
 
 import itertools
-import json
 import sys
 from dataclasses import replace
 
@@ -10,8 +9,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from dsclip.config.schema import BatchSection, LossSection, Recipe, TrainSection
 from dsclip.data import Batch
-from dsclip.distributed import Collectives, shutdown_distributed
-from dsclip.engine.build import init_distributed
+from dsclip.distributed import Collectives
 from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.errors import UserError
 from dsclip.losses import Negatives
@@ -29,6 +27,7 @@ from tests.distributed.exactness_worker import (
     local_part,
     relative,
 )  # fmt: skip
+from tests.distributed.launch import write_cases
 
 OPTIONS = {
     "plain": {},
@@ -43,6 +42,20 @@ OPTIONS = {
     "everything": {"label_smoothing": 0.1, "duplicates": "positive", "filter_margin": -0.01, "beta": 0.3,
                    "hard_negatives": "global", "queue_size": 5, "queue_warmup_steps": 0},
 }  # fmt: skip
+
+
+LOSSES, MICRO_BATCHES = ("softmax", "sigmoid", "filip"), (1, 3)
+
+
+def combinations(world_size: int) -> list[tuple[str, str, int]]:
+    """(loss, option, micro-batches): half of all, on one rank and on four the one half, on two the other.
+
+    Covered on each number of ranks: every pair of the three factors, so every loss with every option. Covered on one of
+    them: every three together.
+    """
+    every = itertools.product(range(len(LOSSES)), range(len(OPTIONS)), range(len(MICRO_BATCHES)))
+    chosen = [(loss, option, micro) for loss, option, micro in every if (loss + option + micro + world_size // 2) % 2]
+    return [(LOSSES[loss], list(OPTIONS)[option], MICRO_BATCHES[micro]) for loss, option, micro in chosen]
 
 
 def captions(count: int, seed: int) -> torch.Tensor:
@@ -166,25 +179,14 @@ def second_backward(group: Collectives) -> str:
     return "accepted"
 
 
-def main(out: str) -> None:
-    init_distributed()
-    group = Collectives.current()
+def cases(group: Collectives) -> list[dict]:
     results = []
-    for name, option, micro_batches in itertools.product(("softmax", "sigmoid", "filip"), OPTIONS, (1, 3)):
-        results.append(
-            {
-                "loss_name": name,
-                "option": option,
-                "micro_batches": micro_batches,
-                **case(name, OPTIONS[option], micro_batches, group),
-            }
-        )
+    for name, option, micro_batches in combinations(group.world_size):
+        result = case(name, OPTIONS[option], micro_batches, group)
+        results.append({"loss_name": name, "option": option, "micro_batches": micro_batches, **result})
     results.append({"second_backward": second_backward(group), "by_chunk": second_losses_by_chunk(group)})
-    if group.rank == 0:
-        with open(out, "w") as f:
-            json.dump(results, f)
-    shutdown_distributed()
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    write_cases(cases, sys.argv[1])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsclip.checkpoint import complete_checkpoints, find_checkpoint, read_checkpoint
-from dsclip.checkpoint.manifest import MANIFEST, sha256, verify
+from dsclip.checkpoint.manifest import MANIFEST, sha256
 from dsclip.errors import UserError
 from tests.distributed.launch import WORKERS, run_ranks
 
@@ -65,26 +65,6 @@ def test_half_written_checkpoints_are_never_chosen(saved, tmp_path):
     assert find_checkpoint(tmp_path).name == "step_00000007"
 
 
-def test_a_flipped_byte_is_named(checkpoint):
-    victim = next(checkpoint.glob("deepspeed/*rank_1*optim_states.pt"))
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
-    with pytest.raises(UserError, match=f"{victim.name} has changed"):
-        verify(checkpoint)
-
-
-def test_a_missing_and_a_truncated_file_are_named(checkpoint):
-    first, second = sorted(checkpoint.glob("deepspeed/*optim_states.pt"))
-    first.write_bytes(first.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{first.name} has .* bytes instead of"):
-        read_checkpoint(checkpoint)
-    first.unlink()
-    with pytest.raises(UserError, match=f"{first.name} is missing"):
-        read_checkpoint(checkpoint)
-    assert second.exists()
-
-
 class Payload:
     def __init__(self, target):
         self.target = target
@@ -103,13 +83,3 @@ def test_a_poisoned_file_is_refused_unopened(checkpoint, tmp_path):
     with pytest.raises(UserError, match="would run code when loaded: it refers to posix.mkdir"):
         read_checkpoint(checkpoint)
     assert not (tmp_path / "executed").exists()
-
-
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no dsclip checkpoint"):
-        read_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="is no folder"):
-        read_checkpoint(tmp_path / "nowhere")
-    (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(UserError, match="is damaged"):
-        read_checkpoint(tmp_path)

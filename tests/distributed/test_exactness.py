@@ -1,17 +1,14 @@
 """The first test of all: a step equals the float64 single-process step on the whole global batch."""
 
-import json
-
 import pytest
 
-from tests.distributed.launch import WORKERS, run_ranks
+from tests.distributed import exactness_worker
+from tests.distributed.launch import cases_of
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def results(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("exactness") / "results.json"
-    run_ranks(WORKERS / "exactness_worker.py", request.param, out, timeout_s=900)
-    return json.loads(out.read_text())
+    return cases_of(exactness_worker, request.param, tmp_path_factory.mktemp("exactness"), timeout_s=900)
 
 
 def test_coalesced_and_compiled_steps_are_among_them(results):

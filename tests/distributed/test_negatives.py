@@ -1,25 +1,40 @@
-"""Engine gradients of every loss × every negatives option, cached features or not, equal the dense float64 ones."""
+"""Engine gradients of every loss × every negatives option on every number of ranks equal the dense float64 ones.
 
-import json
+Pairwise beyond that: `combinations` in the worker runs each of loss × option with cached features or without, so that each
+pair of loss, option, micro-batches and ranks is covered, and each loss × option × micro-batches on some number of ranks.
+"""
+
+import itertools
 
 import pytest
 
-from tests.distributed.launch import WORKERS, run_ranks
-from tests.distributed.negatives_worker import OPTIONS
+from tests.distributed import negatives_worker
+from tests.distributed.launch import cases_of
+from tests.distributed.negatives_worker import LOSSES, MICRO_BATCHES, OPTIONS, combinations
+
+RANKS = (1, 2, 4)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=["1 rank", "2 ranks", "4 ranks"])
+@pytest.fixture(scope="module", params=RANKS, ids=["1 rank", "2 ranks", "4 ranks"])
 def results(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("negatives") / "results.json"
-    run_ranks(WORKERS / "negatives_worker.py", request.param, out, timeout_s=600)
-    *cases, misuse = json.loads(out.read_text())
+    *cases, misuse = cases_of(negatives_worker, request.param, tmp_path_factory.mktemp("negatives"), timeout_s=600)
     assert "called twice after one forward" in misuse["second_backward"]
     assert misuse["by_chunk"] == pytest.approx([misuse["by_chunk"][0]] * 3, rel=1e-6), "FILIP with a queue"
     return cases
 
 
-def test_every_combination_is_covered(results):
-    assert len({(r["loss_name"], r["option"], r["micro_batches"]) for r in results}) == 3 * len(OPTIONS) * 2
+def test_every_pair_is_covered(results):
+    factors, found = (
+        (LOSSES, tuple(OPTIONS), MICRO_BATCHES),
+        [(r["loss_name"], r["option"], r["micro_batches"]) for r in results],
+    )
+    for one, two in itertools.combinations(range(3), 2):
+        assert {(f[one], f[two]) for f in found} == set(itertools.product(factors[one], factors[two]))
+
+
+def test_every_three_are_covered_on_some_number_of_ranks():
+    found = {case for ranks in RANKS for case in combinations(ranks)}
+    assert found == set(itertools.product(LOSSES, OPTIONS, MICRO_BATCHES))
 
 
 def test_gradients_of_encoders_and_scalars(results):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -14,17 +15,22 @@ from transformers import CLIPModel
 from dsclip.checkpoint import read_checkpoint
 from dsclip.config.deepspeed import packaged_ds_configs
 from dsclip.convert.cli import largest_difference
+from dsclip.errors import UserError
+from dsclip.evaluate.cli import _parser, evaluate
 from dsclip.train.run_folder import find_resume
 from tests.distributed.launch import (
     REPOSITORY,
     SMALL,
+    WORKERS,
     deepspeed,
     deepspeed_with_a_killed_rank,
     losses,
     metrics,
     run_command,
+    run_ranks,
     torchrun,
 )
+from tests.programs import run_program
 from tests.shard_files import sample, write_set, write_tar
 
 
@@ -90,8 +96,8 @@ def test_tools_print_one_json_object_and_nothing_else(finished, tmp_path):
     done = tool("tools/convert_hf.py", run, tmp_path / "hf", "--dtype", "fp32", "--json")
     assert json.loads(done.stdout)["max_difference"] <= 1e-5, done.stderr
     results = []
-    for model in (run, tmp_path / "hf"):
-        done = tool("launchers/evaluate.py", "--model", model, "--task", "zeroshot", "--data", "demo:val", "--json")
+    for start, model in ((tool, run), (run_program, tmp_path / "hf")):
+        done = start("launchers/evaluate.py", "--model", model, "--task", "zeroshot", "--data", "demo:val", "--json")
         results.append(json.loads(done.stdout)["metrics"])
     assert results[0] == results[1] and results[0]["samples"] == 300
 
@@ -99,7 +105,7 @@ def test_tools_print_one_json_object_and_nothing_else(finished, tmp_path):
 @pytest.mark.parametrize("task", ["zeroshot", "retrieval"])
 def test_evaluation_gives_the_same_on_one_and_three_ranks(task, finished):
     options = ["--model", finished[0], "--task", task, "--data", "demo:val", "--batch-size", "37", "--json"]
-    alone = json.loads(tool("launchers/evaluate.py", *options).stdout)
+    alone = json.loads(run_program("launchers/evaluate.py", *options).stdout)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     done = run_command([*launcher, "launchers/evaluate.py", *map(str, options)])
     together = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
@@ -118,8 +124,8 @@ def test_evaluation_gives_the_same_on_one_and_three_ranks(task, finished):
 )
 def test_wrong_evaluation_input_is_explained(arguments, message, finished, tmp_path):
     filled = [a.replace("{tmp}", str(tmp_path)).replace("{run}", str(finished[0])) for a in arguments]
-    done = tool("launchers/evaluate.py", "--task", "zeroshot", *filled)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=re.escape(message)):
+        evaluate(_parser().parse_args(["--task", "zeroshot", *filled]))
 
 
 def test_a_run_killed_at_a_random_step_continues_bit_for_bit(demo, tmp_path):
@@ -213,46 +219,56 @@ def test_dry_run_shows_the_plan_and_writes_nothing(demo, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "case, message",
-    [
-        ("unknown recipe key", "unknown key `optim.lrr`. Did you mean `lr`"),
-        ("unknown DeepSpeed key", "unknown key `gradient_cliping`. Did you mean `gradient_clipping`"),
-        ("contradictory sizes", "`train_batch_size` is 64, but the recipe gives 32"),
-        ("missing shards", "no file matches"),
-        ("missing tokenizer", "give a folder with tokenizer.json"),
-        ("empty shard", "there is no sample in"),
-        ("text files named jpg", "undecodable image"),
-        ("no checkpoint", "is no dsclip checkpoint"),
-    ],
-)
-def test_bad_input_ends_with_one_clear_sentence(case, message, demo, tmp_path):
-    run, arguments, ds_config = tmp_path / "runs", [], "zero3_bf16"
-    if case == "unknown recipe key":
-        arguments = ["optim.lrr=1"]
-    elif case in ("unknown DeepSpeed key", "contradictory sizes"):
-        ds_config = tmp_path / "ds.json"
-        content = json.loads((REPOSITORY / "ds_configs" / "zero3_bf16.json").read_text())
-        content |= {"gradient_cliping": 1.0} if "unknown" in case else {"train_batch_size": 64}
-        ds_config.write_text(json.dumps(content))
-    elif case == "missing shards":
-        arguments = [f"data.train_shards={tmp_path}/*.tar"]
-    elif case == "missing tokenizer":
-        arguments = [f"data.tokenizer={tmp_path}/tokenizer"]
-    elif case == "empty shard":
-        (tmp_path / "0.tar").write_bytes(b"")
-        arguments = [f"data.train_shards={tmp_path}/0.tar"]
-    elif case == "text files named jpg":
-        write_tar(tmp_path / "0.tar", {f"{i}": {"jpg": b"text", "txt": b"a"} for i in range(40)})
-        arguments = [f"data.train_shards={tmp_path}/0.tar"]
-    elif case == "no checkpoint":
-        arguments = ["--resume", str(tmp_path)]
-    done = deepspeed(*SMALL, *arguments, f"train.output={run}", ds_config=ds_config)
+REFUSED = {
+    "unknown recipe key": "unknown key `optim.lrr`. Did you mean `lr`",
+    "unknown DeepSpeed key": "unknown key `gradient_cliping`. Did you mean `gradient_clipping`",
+    "contradictory sizes": "`train_batch_size` is 64, but the recipe gives 32",
+    "missing shards": "no file matches",
+    "missing tokenizer": "give a folder with tokenizer.json",
+    "empty shard": "there is no sample in",
+    "no checkpoint": "is no dsclip checkpoint",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(demo, tmp_path_factory):
+    """(what each rank said in each case of REFUSED, the folder of their runs): one launch for all of them."""
+    folder = tmp_path_factory.mktemp("refused")
+    (folder / "0.tar").write_bytes(b"")
+    packaged = json.loads((REPOSITORY / "ds_configs" / "zero3_bf16.json").read_text())
+    for name, change in (("typo", {"gradient_cliping": 1.0}), ("sizes", {"train_batch_size": 64})):
+        (folder / f"{name}.json").write_text(json.dumps(packaged | change))
+    wrong = {
+        "unknown recipe key": ["optim.lrr=1"],
+        "unknown DeepSpeed key": ["--ds_config", f"{folder}/typo.json"],
+        "contradictory sizes": ["--ds_config", f"{folder}/sizes.json"],
+        "missing shards": [f"data.train_shards={folder}/none/*.tar"],
+        "missing tokenizer": [f"data.tokenizer={folder}/tokenizer"],
+        "empty shard": [f"data.train_shards={folder}/0.tar"],
+        "no checkpoint": ["--resume", str(folder)],
+    }
+    common = ["--config", "demo", *SMALL, f"train.output={folder}/runs"]
+    cases = {case: [*common, f"train.name={case.replace(' ', '-')}", *arguments] for case, arguments in wrong.items()}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    run_ranks(WORKERS / "refused_worker.py", 2, folder / "said.json", folder / "cases.json")
+    return json.loads((folder / "said.json").read_text()), folder / "runs"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_ends_with_one_clear_sentence(case, refused):
+    said, runs = refused
+    for sentence in said[case]:
+        assert REFUSED[case] in sentence and "Traceback" not in sentence
+    again = find_resume("none", runs / case.replace(" ", "-"))
+    assert again is None, "corrected, the same command must not stumble over its own leftovers"
+
+
+def test_bad_input_that_workers_find_ends_the_launch_with_one_clear_sentence(demo, tmp_path):
+    write_tar(tmp_path / "0.tar", {f"{i}": {"jpg": b"text", "txt": b"a"} for i in range(40)})
+    done = deepspeed(*SMALL, f"data.train_shards={tmp_path}/0.tar", f"train.output={tmp_path}/runs")
     assert done.returncode != 0
-    assert message in done.stdout, done.stdout
-    assert "Traceback" not in done.stdout
-    again = find_resume("none", run / "demo")  # corrected, the same command must not stumble over its own leftovers
-    assert again is None
+    assert "undecodable image" in done.stdout and "Traceback" not in done.stdout, done.stdout
+    assert find_resume("none", tmp_path / "runs" / "demo") is None
 
 
 def test_a_truncated_shard_is_counted_and_the_run_goes_on(demo, tmp_path):

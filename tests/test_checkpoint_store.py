@@ -1,0 +1,90 @@
+"""A checkpoint of one rank: what its manifest says, what of it stays, and which engines may continue it."""
+
+import pytest
+
+from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint, read_manifest
+from dsclip.checkpoint.lineage import Lineage, complete_checkpoints
+from dsclip.config.schema import LossSection
+from dsclip.errors import UserError
+from tests.distributed.checkpoint_worker import NoTokenizer
+from tests.distributed.exactness_worker import GLOBAL_BATCH, build, global_batch
+from tests.distributed.launch import alone
+
+OPTIONS = dict(micro_batches=1, chunks=1, patch_dropout=0.0, bf16=False)
+
+
+@pytest.fixture(scope="module")
+def group():
+    with alone() as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def saved(group, tmp_path_factory):
+    """A run folder with the checkpoints of steps 2 and 3, of which only these were kept, and what 3 was."""
+    run = tmp_path_factory.mktemp("run")
+    (run / "checkpoints" / "step_00000001.tmp" / "left by another save").mkdir(parents=True)
+    engine = build(1, **OPTIONS, group=group)
+    store = CheckpointStore(run, keep=2, tokenizer=NoTokenizer(), lineage=Lineage("this"))
+    for step in range(3):
+        engine.train_step(global_batch(step))
+        store.save(engine, {"position": step}, {"train": {"seed": 7}}, {"bad": 2})
+    engine.close()
+    return run, store
+
+
+def names(run) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_the_newest_are_kept_and_nothing_else_is_left(saved):
+    run, store = saved
+    assert names(run) == ["step_00000002", "step_00000003"]
+    assert find_checkpoint(run) == store.find(3) == run / "checkpoints" / "step_00000003"
+    assert find_checkpoint(run / "checkpoints").name == "step_00000003" and store.find(1) is None
+    assert [p.name for p in complete_checkpoints(run / "checkpoints")] == names(run)
+
+
+def test_the_manifest_says_what_the_run_was(saved):
+    manifest = read_manifest(find_checkpoint(saved[0]))
+    assert (manifest["step"], manifest["samples"]) == (3, 3 * GLOBAL_BATCH)
+    assert (manifest["world_size"], manifest["zero_stage"]) == (1, 1)
+    assert manifest["lineage"]["steps"] == [1, 2] and manifest["lineage"]["run"] == "this"
+    assert (manifest["data"], manifest["recipe"]) == ([{"position": 2}], {"train": {"seed": 7}})
+    assert manifest["counters"] == {"bad": 2}
+
+
+def test_a_step_that_is_saved_again_replaces_its_checkpoint(saved, group):
+    run, store = saved
+    engine = build(1, **OPTIONS, group=group)
+    load_checkpoint(engine, find_checkpoint(run), world_size=1)
+    assert engine.step == 3
+    store.save(engine, {"position": "again"}, {})
+    engine.close()
+    assert names(run) == ["step_00000002", "step_00000003"]
+    assert read_manifest(find_checkpoint(run))["data"] == [{"position": "again"}]
+
+
+@pytest.mark.parametrize(
+    ("stage", "loss", "world_size", "message"),
+    [
+        (1, "softmax", 2, "was written by 1 ranks and this run has 2"),
+        (2, "softmax", 1, "was written with ZeRO stage 1 and the DeepSpeed configuration says 2"),
+        (1, "sigmoid", 1, "which learns a temperature, and loss.name sigmoid learns a temperature and a bias"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_to_do(stage, loss, world_size, message, saved, group):
+    engine = build(stage, **OPTIONS, group=group, loss=LossSection(name=loss))
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(engine, find_checkpoint(saved[0]), world_size=world_size)
+    assert engine.step == 0
+    engine.close()
+
+
+def test_another_model_is_refused_but_not_for_its_patch_dropout(saved, group):
+    engine = build(1, **OPTIONS | {"patch_dropout": 0.5}, group=group)
+    load_checkpoint(engine, find_checkpoint(saved[0]), world_size=1)
+    object.__setattr__(engine.config, "layer_norm_eps", 1e-3)
+    with pytest.raises(UserError, match="holds another model: layer_norm_eps differ"):
+        load_checkpoint(engine, find_checkpoint(saved[0]), world_size=1)
+    engine.close()
