@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dsclip.bench import step
+from dsclip.bench.cli import step_main
 from dsclip.bench.measure import in_process
 from dsclip.bench.peers import PEERS
 from dsclip.create import create_model
@@ -47,6 +48,13 @@ def test_batches_have_captions_of_real_length():
     assert (tokens == config.eot_token_id).sum(1).tolist() == [1] * 50
     assert 8 <= ends.min() and ends.max() < 22
     create_model("demo")(step.make_batch(resolve_preset("demo"), 2, 0).images, None)
+
+
+@pytest.mark.parametrize("arguments", ["--batch 0", "--chunk-size 0", "--micro-batch -1", "--checkpointing some"])
+def test_sizes_that_no_step_can_have_are_refused_before_anything_is_measured(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        step_main(arguments.split())
+    assert left.value.code == 2 and arguments.split()[0] in capsys.readouterr().err
 
 
 def test_bench_loss_prints_one_json_object():

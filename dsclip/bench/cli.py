@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from typing import get_args
 
 import torch
 
 from dsclip.bench.measure import environment, in_process, product_tflops, utilisation
 from dsclip.command_line import parser, run_tool, say
+from dsclip.config.schema import Checkpointing
+from dsclip.errors import UserError
 from dsclip.model import resolve_preset
 from dsclip.model.flops import forward_flops
 
@@ -30,7 +33,12 @@ def step_main(argv: list[str] | None = None) -> None:
     p.add_argument("--steps", type=int, default=3, help="steps measured after two to warm up (default: 3)")
     p.add_argument("--repeats", type=int, default=2, help="rounds over all trainers, the best counts (default: 2)")
     p.add_argument("--ds_config", default="zero1_bf16", help="dsclip's DeepSpeed JSON (default: zero1_bf16)")
-    p.add_argument("--checkpointing", default="auto", help="of dsclip's accumulated step (default: auto)")
+    p.add_argument(
+        "--checkpointing",
+        default="auto",
+        choices=get_args(Checkpointing),
+        help="of dsclip's accumulated step (default: auto)",
+    )
     sys.exit(run_tool(bench_step, p.parse_args(argv)))
 
 
@@ -54,7 +62,9 @@ def bench_step(arguments: argparse.Namespace) -> tuple[dict, str]:
     resolve_preset(a.preset)  # here an unknown one is a sentence; in a process of its own a trace
     trainers = ["dsclip", "transformers"] + (["open_clip"] if importlib.util.find_spec("open_clip") else [])
     # Work of the same size at a time: layer-major accumulation needs no micro-batches where peers do.
-    chunk_size = a.chunk_size or a.micro_batch
+    chunk_size = a.micro_batch if a.chunk_size is None else a.chunk_size
+    if min(a.batch, a.micro_batch, chunk_size, a.steps, a.repeats) < 1:
+        raise UserError("--batch, --micro-batch, --chunk-size, --steps and --repeats must be at least 1")
     best: dict[tuple[str, str], dict] = {}
     for _ in range(a.repeats):
         for trainer in trainers:

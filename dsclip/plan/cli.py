@@ -6,10 +6,11 @@ import argparse
 import math
 import sys
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_args
 
 from dsclip.command_line import parser, run_tool
 from dsclip.config import Recipe, load_ds_config, load_recipe
+from dsclip.config.schema import Checkpointing
 from dsclip.data import load_tokenizer
 from dsclip.errors import UserError
 from dsclip.model import resolve_preset
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--batch", type=int, help="global batch (default: 256, or the recipe's)")
     p.add_argument("--micro-batch", type=int, help="samples that a rank embeds in one forward; default: planned")
     p.add_argument("--chunk-size", type=int, help="samples that go through a block at a time; default: planned")
-    p.add_argument("--checkpointing", choices=("auto", "none", "selective", "full", "offload"))
+    p.add_argument("--checkpointing", choices=get_args(Checkpointing))
     p.add_argument("--gpu", help="plan for a GPU by name, such as H100, and not for this machine")
     p.add_argument(
         "--memory-gb", type=float, help="memory of a rank, 10⁹ bytes (default: the GPU's; of a CPU what is free)"
