@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
+def sha256(content: Path | bytes | Iterable[bytes]) -> str:
+    """Hex digest of a file, of bytes, or of bytes that come in pieces."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    else:
+        for piece in [content] if isinstance(content, bytes) else content:
+            digest.update(piece)
     return digest.hexdigest()
 
 

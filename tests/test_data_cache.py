@@ -8,7 +8,6 @@ from dsclip.config.schema import DataSection
 from dsclip.data import ShardWriter, build_loader, load_tokenizer
 from dsclip.data.reading.samples import SampleReader
 from dsclip.data.shards.shard_set import open_shards
-from dsclip.data.sources import storage as sources
 from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
 from tests.http_shards import serve
@@ -37,8 +36,7 @@ def loader(tokenizer, url, host, **options):
     return build_loader(data, tokenizer=tokenizer, image_size=16, context_length=16, global_batch_size=8, seed=0)
 
 
-def test_a_copy_that_gave_way_is_fetched_again(written, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_OPEN_FILES", 1)
+def test_a_copy_that_gave_way_is_fetched_again(written, tmp_path):
     with serve(written) as (_, url, host):
         samples = SampleReader(open_shards(url, Storage((host,))), Storage((host,)))
         keys = [samples.read(shard, 0).key for shard in range(3)]

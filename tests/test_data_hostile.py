@@ -19,7 +19,8 @@ from dsclip.config.load import parse_yaml
 from dsclip.config.schema import DataSection
 from dsclip.data import build_loader, load_tokenizer
 from dsclip.data.reading.samples import read_shard
-from dsclip.data.shards.tar_index import scan_file, to_bytes
+from dsclip.data.shards.index_file import to_bytes
+from dsclip.data.shards.tar_index import scan_file
 from dsclip.data.sources.storage import LOCAL
 from dsclip.datasets.check import check_data
 from dsclip.errors import UserError

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsclip.data.reading.samples import SampleReader
+from dsclip.data.shards.index_file import from_bytes, to_bytes
 from dsclip.data.shards.shard_set import open_shards
-from dsclip.data.shards.tar_index import from_bytes, members_of, scan, to_bytes
+from dsclip.data.shards.tar_index import members_of, reader_of, scan
 from dsclip.errors import UserError
 from tests.shard_files import write_set
 
@@ -61,7 +62,7 @@ def test_the_index_finds_what_tarfile_reads(keys, format, data):
                 (extension.lower(), tar.extractfile(member).read())
             )
     content = stream.getvalue()
-    index = scan(io.BytesIO(content), len(content))
+    index = scan(reader_of(content), len(content))
     assert from_bytes(to_bytes(index), "x", len(content)).starts.tolist() == index.starts.tolist()
     if len(expected) == len(keys) and not index.problems:
         found = {}

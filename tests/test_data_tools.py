@@ -9,7 +9,7 @@ from PIL import Image
 from dsclip.bench.data_cli import plan_at_scale
 from dsclip.config.schema import DataSection
 from dsclip.data import ShardWriter, build_loader, load_tokenizer, read_manifest
-from dsclip.data.shards.tar_index import from_bytes
+from dsclip.data.shards.index_file import from_bytes
 from dsclip.data.sources.storage import LOCAL
 from dsclip.datasets.check import check_data
 from dsclip.distributed import Collectives

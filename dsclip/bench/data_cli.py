@@ -136,7 +136,7 @@ def plan_at_scale() -> tuple[dict, str]:
             {"name": f"{i:06d}.tar", "samples": LAION_SHARD_SIZE, "bytes": 327_000_000, "sha256": f"{i:064x}"}
             for i in range(LAION_SHARDS)
         ]
-        write_manifest(Path(name), entries, base="https://shards.example.org/laion")
+        write_manifest(Path(name), entries, {"base": "https://shards.example.org/laion"})
         del entries
         reset_peak()
         before, started = peak_mb(), time.perf_counter()

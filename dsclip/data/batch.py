@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+State = dict[str, Any]  # a position in the data, ready for JSON; its loader knows what is in it
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Batch:
     """int64 [m]: the row of the sample that each hard negative belongs to."""
     augmentation: Tensor | None = None
     """float32 [n, 6]: flips and colours that are still to be applied to the images, see `decoding.augment`."""
-    state: dict[str, Any] | None = None
-    """The position in the data after this batch, ready for JSON; None for batches that no loader made."""
+    state: State | None = None
+    """The position in the data after this batch; None for batches that no loader made."""
     report: LoadReport = field(default_factory=LoadReport)
 
     def __len__(self) -> int:
@@ -75,12 +77,16 @@ class Batch:
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by name."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies from pinned memory don't wait."""
-        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in self.tensors().items()})
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {name: change(x) for name, x in self.tensors().items()}
+        return replace(self, **changed)
 
     def rows(self, start: int, stop: int) -> Batch:
         """The samples from `start` to `stop` with their hard negatives, whose owners count from `start`."""
@@ -88,9 +94,5 @@ class Batch:
         if hard_tokens is not None and hard_owner is not None:
             chosen = (hard_owner >= start) & (hard_owner < stop)
             hard_tokens, hard_owner = hard_tokens[chosen], hard_owner[chosen] - start
-        whole = (self.images, self.tokens, self.sample_ids, self.keys, self.augmentation)
-        images, tokens, sample_ids, keys, augmentation = (x if x is None else x[start:stop] for x in whole)
-        return replace(
-            self, images=images, tokens=tokens, sample_ids=sample_ids, keys=keys, hard_tokens=hard_tokens,
-            hard_owner=hard_owner, augmentation=augmentation,
-        )  # fmt: skip
+        samples = replace(self, hard_tokens=None, hard_owner=None)._map(lambda x: x[start:stop])
+        return replace(samples, hard_tokens=hard_tokens, hard_owner=hard_owner)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dsclip.config.schema import DataSection
-from dsclip.data.batch import Batch, summed
+from dsclip.config.data_section import DataSection
+from dsclip.data.batch import Batch, State, summed
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.order.exact import Order, SetOrder, check_split, default_streams
 from dsclip.data.reading.open_shards import check_copies_fit
@@ -42,7 +43,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     hard_negatives: bool = False,
-    state: dict | None = None,
+    state: State | None = None,
 ) -> Loader:
     """This rank's endless iterable over its n = N / world_size samples of every global batch.
 
@@ -61,9 +62,14 @@ def build_loader(
             raise UserError(f"there is no sample in {spec} ({reasons})")
         check_copies_fit(shards, storage)
         check_sizes(shards, storage, skip=data.on_unreadable == "skip")
-    options = dict(global_batch=global_batch_size, streams=streams, seed=seed, window=data.shuffle_window,
-                   unit=data.shuffle_unit, resampled=data.resampled)  # fmt: skip
-    order = Order([SetOrder(s.samples, **options) for s in sets], data.weights, streams, seed)
+    set_orders = [
+        SetOrder(
+            shards.samples, global_batch=global_batch_size, streams=streams, seed=seed, window=data.shuffle_window,
+            unit=data.shuffle_unit, resampled=data.resampled,
+        )
+        for shards in sets
+    ]  # fmt: skip
+    order = Order(set_orders, data.weights, streams, seed)
     share = streams // world_size
     settings = Settings(
         data, order, [SampleReader(s, storage, data.max_sample_bytes) for s in sets], tokenizer, image_size, context_length,
@@ -74,8 +80,8 @@ def build_loader(
         "shuffle_unit": data.shuffle_unit, "resampled": data.resampled, "weights": data.weights,
         **same_shards.identity(sets),
     }  # fmt: skip
-    problems: Counter = Counter()
-    journal = []
+    problems: Counter[str] = Counter()
+    journal: list[dict[str, str]] = []
     if rank == 0 and state is None:
         for shards in sets:
             problems.update(shards.problems)
@@ -85,7 +91,7 @@ def build_loader(
     return Loader(settings, identity, state, problems, journal)
 
 
-def data_sets(data: DataSection) -> list:
+def data_sets(data: DataSection) -> Sequence[str | list[str]]:
     """The shard specifications that are mixed: one without weights, and one for each weight."""
     if data.weights is None:
         return [data.train_shards]
@@ -97,7 +103,7 @@ def data_sets(data: DataSection) -> list:
     return parts
 
 
-def merge_states(states: list[dict]) -> dict:
+def merge_states(states: list[State]) -> State:
     """One state of all streams from those of the ranks, in any order. Raises UserError for those of other versions."""
     if not all("first" in state and "drawn" in state for state in states):
         raise UserError(
@@ -114,7 +120,10 @@ class Loader:
     set_samples: of each set that is mixed; damaged {shard: what is lost}: of shards without a manifest, on rank 0.
     """
 
-    def __init__(self, settings: Settings, identity: dict, state: dict | None, problems: Counter, journal: list[dict]):
+    def __init__(
+        self, settings: Settings, identity: dict[str, Any], state: State | None, problems: Counter[str],
+        journal: list[dict[str, str]],
+    ):  # fmt: skip
         self._settings, self._identity, self._problems, self._journal = settings, identity, problems, journal
         self.damaged = {entry["shard"]: entry["detail"] for entry in journal}
         self.set_samples = [s.total for s in settings.order.sets]
@@ -129,26 +138,25 @@ class Loader:
                 raise UserError("the state is that of another rank; put the states of all ranks together first")
 
     def __iter__(self) -> Iterator[Batch]:
-        workers, processes = self._settings.data.workers, self._settings.workers
-        options = (
-            dict(prefetch_factor=PREFETCH, persistent_workers=True, worker_init_fn=_start_worker) if workers else {}
-        )
+        workers = self._settings.data.workers
         slots = image_slots(self._settings)
         loader = DataLoader(
             Parts(self._settings, self._drawn, slots),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
-            **options,
+            prefetch_factor=PREFETCH if workers else None,
+            persistent_workers=workers > 0,
+            worker_init_fn=_start_worker,
         )
         parts, number = iter(loader), self._batches
         while True:
             depth = _queue_depth(parts)
-            taken = [_checked(next(parts)) for _ in range(processes)]
+            of_batch = [_checked(next(parts)) for _ in range(self._settings.workers)]
             if slots is not None:
-                taken = [replace(part, images=slots[w, part.images]) for w, part in enumerate(taken)]
+                of_batch = [replace(part, images=slots[w, part.images]) for w, part in enumerate(of_batch)]
             number += 1
-            yield self._join(taken, number, depth)
+            yield self._join(of_batch, number, depth)
 
     def _join(self, parts: list[Part], number: int, queue_depth: int | None) -> Batch:
         """The parts of all workers as batch `number`, counted from 1, in the order of the streams, in memory that a GPU copies from."""
@@ -173,7 +181,7 @@ class Loader:
         )
 
 
-def _check_state(state: dict, identity: dict) -> None:
+def _check_state(state: State, identity: dict[str, Any]) -> None:
     written = state.get("order", {})
     settings = [name for name in identity if name not in same_shards.NAMES and written.get(name) != identity[name]]
     changes = [f"{name} was {written.get(name)} and is {identity[name]}" for name in settings]
@@ -215,16 +223,16 @@ def _concatenate(tensors: list[Tensor]) -> Tensor:
     return torch.cat(tensors, out=pinned)
 
 
-def _queue_depth(parts) -> int | None:
+def _queue_depth(parts: Iterator[Part | UserError]) -> int | None:
     """Parts that wait to be taken, where torch's loader lets one look."""
     queue = getattr(parts, "_data_queue", None)  # torch's own name; without workers there is no queue
     try:
-        return None if queue is None else queue.qsize()
+        return None if queue is None else int(queue.qsize())
     except NotImplementedError:  # macOS can't count a queue
         return None
 
 
-def _as_it_is(part: Part | UserError) -> Part | UserError:
+def _as_it_is(part: Any) -> Any:
     return part
 
 

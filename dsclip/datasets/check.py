@@ -9,12 +9,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from dsclip.config.schema import DataSection
+from dsclip.config.data_section import DataSection
 from dsclip.data.decoding.prepare import Preparer
 from dsclip.data.decoding.sample import BadSample, RawSample, decode_image, image_bytes, read_captions
 from dsclip.data.reading.samples import SampleReader
@@ -33,8 +34,8 @@ class Report:
 
     samples: int = 0
     usable: int = 0
-    bad: Counter = field(default_factory=Counter)
-    by_shard: dict[str, Counter] = field(default_factory=dict)
+    bad: Counter[str] = field(default_factory=Counter)
+    by_shard: dict[str, Counter[str]] = field(default_factory=dict)
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
     image_bytes: list[int] = field(default_factory=list)
@@ -51,7 +52,7 @@ class Report:
         self.bad[reason] += count
         self.by_shard.setdefault(shard, Counter())[reason] += count
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """For JSON; distributions as their percentiles."""
         spread = {
             name: _percentiles(getattr(self, name)) for name in ("widths", "heights", "image_bytes", "caption_words")
@@ -83,7 +84,9 @@ def check_data(
     samples = SampleReader(shards, storage, data.max_sample_bytes)
     prepare = Preparer(data, image_size, 0, hard_negatives)
     crop = torch.empty(3, image_size, image_size, dtype=torch.uint8)
-    seen_images, seen_captions, pictures = set(), set(), []
+    seen_images: set[bytes] = set()
+    seen_captions: set[bytes] = set()
+    pictures = []
     places = ((s, p) for s, count in enumerate(shards.samples.tolist()) for p in range(count))
     looked = min(total, most or total)
     wanted = set(np.linspace(0, looked - 1, min(looked, SHEET_PAIRS)).astype(int).tolist())
@@ -127,7 +130,7 @@ def _check_files(shards: ShardSet, storage: Storage, report: Report) -> None:
             report.problem(shards.name(number), "content is not the manifest's")
 
 
-def _count(report: Report, raw: RawSample, captions: list[str], images: set, sentences: set) -> None:
+def _count(report: Report, raw: RawSample, captions: list[str], images: set[bytes], sentences: set[bytes]) -> None:
     report.usable += 1
     content = image_bytes(raw)
     with Image.open(io.BytesIO(content)) as image:  # its header

@@ -7,6 +7,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dsclip.command_line import parser, run_tool
 from dsclip.datasets.make import Summary, make_shards
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(run_tool(_make, p.parse_args(argv)))
 
 
-def _make(arguments: argparse.Namespace) -> tuple[dict, str]:
+def _make(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if (
         arguments.shard_size < 1
         or not 0 <= (arguments.holdout or 0) < 1

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from dsclip.command_line import parser, run_tool, say
-from dsclip.config.schema import DataSection
+from dsclip.config.data_section import DataSection
 from dsclip.data.sources.storage import Storage
 from dsclip.datasets.check import Report, check_data
 from dsclip.datasets.index import index_shards, problem_counts
@@ -67,21 +68,23 @@ def storage_of(arguments: argparse.Namespace) -> Storage:
     return Storage(tuple(arguments.trusted_host), arguments.retries)
 
 
-def _index(arguments: argparse.Namespace) -> tuple[dict, str]:
-    found = index_shards(arguments.shards, arguments.out, storage_of(arguments), progress=say)
-    samples = sum(e["samples"] for e in found.entries)
-    counts = problem_counts(found.problems)
-    lines = [f"{len(found.entries)} shards with {samples:,} samples, {sum(e['bytes'] for e in found.entries):,} bytes"]
-    lines += [
-        f"  {name}: {', '.join(f'{n} {reason}' for reason, n in p.items())}" for name, p in found.problems.items()
+def _index(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    indexed = index_shards(arguments.shards, arguments.out, storage_of(arguments), progress=say)
+    samples = sum(e["samples"] for e in indexed.entries)
+    counts = problem_counts(indexed.problems)
+    lines = [
+        f"{len(indexed.entries)} shards with {samples:,} samples, {sum(e['bytes'] for e in indexed.entries):,} bytes"
     ]
-    lines += [f"  {name}: left out, {reason}" for name, reason in found.unreadable.items()]
+    lines += [
+        f"  {name}: {', '.join(f'{n} {reason}' for reason, n in p.items())}" for name, p in indexed.problems.items()
+    ]
+    lines += [f"  {name}: left out, {reason}" for name, reason in indexed.unreadable.items()]
     target = arguments.out or arguments.shards
     lines += ["", f"Next: tools/check_data.py {target}, or train with data.train_shards={target}"]
-    if found.unreadable:
-        names = ", ".join(list(found.unreadable)[:5])
-        say(f"dsclip: {len(found.unreadable)} shards could not be read and are not in the manifest: {names}")
-    result = {"shards": len(found.entries), "samples": samples, "problems": counts, "unreadable": found.unreadable}
+    if indexed.unreadable:
+        names = ", ".join(list(indexed.unreadable)[:5])
+        say(f"dsclip: {len(indexed.unreadable)} shards could not be read and are not in the manifest: {names}")
+    result = {"shards": len(indexed.entries), "samples": samples, "problems": counts, "unreadable": indexed.unreadable}
     return result, "\n".join(lines)
 
 
@@ -89,7 +92,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     """The exit code: 0, 1 when more samples are bad than --max-bad allows or a shard is damaged, 2 for wrong input."""
     verdict = {}
 
-    def check(a: argparse.Namespace) -> tuple[dict, str]:
+    def check(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if not 0 <= a.max_bad <= 1 or (a.max_samples is not None and a.max_samples < 1):
             raise UserError("--max-bad is a share in [0, 1], and --max-samples at least 1")
         if a.sheet is not None and (
@@ -115,7 +118,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def text(report: Report, share: float, arguments: argparse.Namespace) -> str:
     """The report for people."""
-    found = report.as_dict()
+    summary = report.as_dict()
     lines = [f"{report.samples:,} samples, {report.usable:,} usable, {report.captions:,} captions"]
     lines += [f"  {count:8,} {reason}" for reason, count in report.bad.most_common()]
     lines += [
@@ -126,8 +129,8 @@ def text(report: Report, share: float, arguments: argparse.Namespace) -> str:
     ]
     lines.append(f"{'':14}" + "".join(f"{name:>10}" for name in ("least", "5 %", "median", "95 %", "most")))
     for name in ("widths", "heights", "image_bytes", "caption_words"):
-        lines.append(f"{name.replace('_', ' '):14}" + "".join(f"{v:10,.0f}" for v in found[name].values()))
-    for name, reasons in found["worst_shards"].items():
+        lines.append(f"{name.replace('_', ' '):14}" + "".join(f"{v:10,.0f}" for v in summary[name].values()))
+    for name, reasons in summary["worst_shards"].items():
         lines.append(f"{name}: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items()))
     lines += [f"{name}: {lost}" for name, lost in report.damage.items()]
     if arguments.sheet:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from dsclip.data.decoding.sample import IMAGE_EXTENSIONS, BadSample, RawSample, decode_image
-from dsclip.data.decoding.tokenizer import load_tokenizer
+from dsclip.data.decoding.tokenizer import Tokenizer, load_tokenizer
 from dsclip.data.shards.manifest import MANIFEST
 from dsclip.data.shards.writer import ShardWriter
 from dsclip.datasets.caption_table import CAPTIONS, read_tables
@@ -106,8 +106,8 @@ def make_shards(
             summary.samples[name] = _write(files, items, folder_of(out, name), shard_size, size, summary)
     if not sum(summary.samples.values()):
         raise UserError(f"{source}: no image could be used ({summary.skipped or 'there are none'})")
-    seen = [items for split, items in splits.items() if split in ("", "train")] or list(splits.values())
-    captions = [caption for items in seen for item in items for caption in item.captions]
+    trained_on = [items for split, items in splits.items() if split in ("", "train")] or list(splits.values())
+    captions = [caption for items in trained_on for item in items for caption in item.captions]
     if tokenizer_size is not None:
         summary.tokenizer = str(out / "tokenizer")
         train_tokenizer(captions, out / "tokenizer", tokenizer_size)
@@ -119,7 +119,7 @@ def make_shards(
     return summary
 
 
-def _usual_length(tokenizer, captions: list[str]) -> int:
+def _usual_length(tokenizer: Tokenizer, captions: list[str]) -> int:
     """Tokens that 99 of 100 captions don't exceed, of a few looked at."""
     step = max(1, len(captions) // MEASURED_CAPTIONS)
     ids = tokenizer(captions[::step], 77)
@@ -136,9 +136,9 @@ def _split(files: Source, splits: dict[str, list[_Item]], holdout: float | None)
     """The source's own splits, or a share of its images held out."""
     if set(splits) != {""}:
         if holdout:
-            own = ", ".join(f"{name}/" for name in splits)
+            names = ", ".join(f"{name}/" for name in splits)
             raise UserError(
-                f"{files.path} has splits of its own ({own}), which --holdout would mix; leave it out, or give one of these "
+                f"{files.path} has splits of its own ({names}), which --holdout would mix; leave it out, or give one of these "
                 "folders as SRC"
             )
         return splits
@@ -203,7 +203,9 @@ def _write(files: Source, items: list[_Item], folder: Path, shard_size: int, siz
     return written
 
 
-def _usable(files: Source, items: list[_Item], size: int | None, summary: Summary) -> Iterator[tuple[_Item, dict]]:
+def _usable(
+    files: Source, items: list[_Item], size: int | None, summary: Summary
+) -> Iterator[tuple[_Item, dict[str, bytes]]]:
     for item in items:
         extension = item.name.rpartition(".")[2].lower()
         if extension not in IMAGE_EXTENSIONS:

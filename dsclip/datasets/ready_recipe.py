@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -52,7 +53,7 @@ def folder_of(out: Path, split: str) -> Path:
     return out / split if split else out
 
 
-def _recipe(made: Made, train: str, held_out: str | None) -> dict:
+def _recipe(made: Made, train: str, held_out: str | None) -> dict[str, Any]:
     count = made.samples[train]
     batch = largest_batch(count)
     steps = max(LEAST_STEPS, EPOCHS * count // batch)
@@ -90,7 +91,7 @@ def largest_batch(count: int) -> int:
     return batch
 
 
-def _model(made: Made, count: int) -> dict:
+def _model(made: Made, count: int) -> dict[str, Any]:
     if count >= LARGE_SET:
         return {"preset": "ViT-S-32" if count < LARGER_SET else "ViT-B-32"}
     size = {"image_size": 32, "patch_size": 4} if made.side < TINY_SIDE else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,7 +82,7 @@ def _random_object(rng: np.random.Generator, held_out: bool) -> Shape:
             return thing
 
 
-def _pick(rng: np.random.Generator, options) -> str:
+def _pick(rng: np.random.Generator, options: Collection[str]) -> str:
     return list(options)[int(rng.integers(len(options)))]
 
 
@@ -143,11 +144,11 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
         fill = tuple(
             int(np.clip(c + d, 0, 255)) for c, d in zip(COLOURS[thing.colour], rng.integers(-12, 13, 3), strict=True)
         )
-        _draw_shape(canvas, thing.shape, (x + dx) * large, (y + dy) * large, radius, fill, image)
+        _draw_shape(canvas, thing.shape, (x + dx) * large, (y + dy) * large, radius, fill)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
-def _draw_shape(canvas, shape: str, x: float, y: float, r: float, fill, image: Image.Image) -> None:
+def _draw_shape(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, ...]) -> None:
     if shape == "circle":
         canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif shape == "ring":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ from dsclip.config import dump_recipe
 from dsclip.data.batch import Batch
 from dsclip.data.shards.overlap import ALL, PART
 from dsclip.errors import RunFailed
+from dsclip.files import sha256
 from dsclip.train.counters import Counters
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.progress import Progress
@@ -107,10 +107,9 @@ class Watch:
             self._window = Window()
 
     def _write(self, step: int, metrics: StepMetrics, shown: dict[str, float | None], ranks: list[RankLog]) -> None:
-        total, batch_hash = self._counters.total, sha256()
+        total, batch_hash = self._counters.total, sha256(ids for _, ids in ranks)[:16]
         bad, read = total["bad_samples"], total["samples_read"]
-        for journal, ids in ranks:
-            batch_hash.update(ids)
+        for journal, _ in ranks:
             self._write_journal(step, journal)
         self._journal = []
         scalars: dict[str, float] = {
@@ -132,7 +131,7 @@ class Watch:
         scalars |= {f"bad_samples/{reason}": n for reason, n in bad.items()}
         # Of the sample ids of the whole global batch: equal in runs that saw the same data.
         words = {} if metrics.skip_reason is None else {"skip_reason": metrics.skip_reason}
-        self._log.log(step, scalars, batch_hash=batch_hash.hexdigest()[:16], **words)
+        self._log.log(step, scalars, batch_hash=batch_hash, **words)
 
     def _write_journal(self, step: int, journal: list[dict[str, str]]) -> None:
         """Shards that failed, once each and worker: what was left out of the run."""

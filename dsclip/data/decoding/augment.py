@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsclip.config.schema import DataSection
+from dsclip.config.data_section import DataSection
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL and torchvision
 IDENTITY = (0.0, 1.0, 1.0, 1.0, 0.0, 0.0)
@@ -21,7 +21,7 @@ def draw_augmentation(data: DataSection, rng: np.random.Generator) -> tuple[floa
     if not (data.flip or data.color_jitter or data.grayscale):
         return None
     flip = float(data.flip and rng.random() < 0.5)
-    jitter = IDENTITY[1:5]
+    jitter: tuple[float, ...] = IDENTITY[1:5]
     if data.color_jitter and rng.random() < data.color_jitter_probability:
         *spread, hue = data.color_jitter
         jitter = (*(float(rng.uniform(max(0.0, 1 - s), 1 + s)) for s in spread), float(rng.uniform(-hue, hue)))

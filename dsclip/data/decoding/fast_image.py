@@ -51,9 +51,9 @@ class FastImages:
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(content)
         except ValueError:
-            found = self._slowly(raw, rng)
+            image, box = self._slowly(raw, rng)
             self.slow_decoded += 1
-            return found
+            return image, box
         if width * height > self._max_pixels:
             raise BadSample("too many pixels")
         left, top, right, bottom = random_crop(width, height, self._crop_scale, rng)

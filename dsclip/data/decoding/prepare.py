@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dsclip.config.schema import DataSection
+from dsclip.config.data_section import DataSection
 from dsclip.data.decoding.augment import draw_augmentation
 from dsclip.data.decoding.sample import RawSample, decode_image, read_captions, read_group, read_negatives
 from dsclip.data.decoding.transforms import train_image

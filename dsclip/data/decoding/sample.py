@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Any
 
 from PIL import Image
 
@@ -67,10 +68,10 @@ def read_captions(raw: RawSample, caption_key: str) -> list[str]:
     _refuse_long(raw)
     if "json" in raw.members:
         try:
-            found = _parsed(raw.members["json"])[caption_key]
+            value = _parsed(raw.members["json"])[caption_key]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
-        captions = found if isinstance(found, list) else [found]
+        captions = value if isinstance(value, list) else [value]
     elif "txt" in raw.members:
         try:
             captions = [raw.members["txt"].decode("utf-8")]
@@ -94,13 +95,13 @@ def read_negatives(raw: RawSample, negative_key: str, most: int | None = None) -
     """The sample's hard-negative captions, the first `most` or all: from `.neg.txt` (one a line) or `.json`. Raises BadSample."""
     if "neg.txt" in raw.members:
         try:
-            found = raw.members["neg.txt"].decode("utf-8").splitlines()
+            lines = raw.members["neg.txt"].decode("utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise BadSample("unreadable hard negatives") from error
     else:
-        found = _json_value(raw, negative_key, [])
-    found = found if isinstance(found, list) else [found]
-    return [c.strip() for c in found if isinstance(c, str) and c.strip()][:most]
+        value = _json_value(raw, negative_key, [])
+        lines = value if isinstance(value, list) else [value]
+    return [c.strip() for c in lines if isinstance(c, str) and c.strip()][:most]
 
 
 def read_group(raw: RawSample, group_key: str | None, caption: str) -> int:
@@ -112,12 +113,12 @@ def read_group(raw: RawSample, group_key: str | None, caption: str) -> int:
 
 
 @lru_cache(maxsize=1)
-def _parsed(content: bytes):
+def _parsed(content: bytes) -> Any:
     """A .json member, parsed once for its captions, hard negatives and group."""
     return json.loads(content)
 
 
-def _json_value(raw: RawSample, key: str, otherwise):
+def _json_value(raw: RawSample, key: str, otherwise: Any) -> Any:
     try:
         return _parsed(raw.members["json"]).get(key, otherwise) if "json" in raw.members else otherwise
     except (ValueError, AttributeError, RecursionError) as error:

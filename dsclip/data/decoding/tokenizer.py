@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from dsclip.errors import UserError
 class Tokenizer:
     """A CLIP-style tokenizer: begin token, caption, end token, padding; the end token survives truncation."""
 
-    def __init__(self, hf_tokenizer):
+    def __init__(self, hf_tokenizer: Any):
         self._hf = hf_tokenizer
 
     def __call__(self, captions: list[str], context_length: int) -> Tensor:
@@ -28,12 +29,12 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Rows of the token embedding: the largest id plus one."""
-        return max(self._hf.get_vocab().values()) + 1
+        return int(max(self._hf.get_vocab().values())) + 1
 
     @property
     def eot_token_id(self) -> int:
         """The end token, whose position the text tower pools."""
-        return self._hf.eos_token_id
+        return int(self._hf.eos_token_id)
 
     def save(self, folder: Path) -> None:
         """Writes a folder that `transformers` and `load_tokenizer` read."""
@@ -59,7 +60,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 _ADVICE = "give a folder with tokenizer.json, or a hub name such as openai/clip-vit-base-patch32 and a network"
 
 
-def _checked(hf_tokenizer, name: str) -> Tokenizer:
+def _checked(hf_tokenizer: Any, name: str) -> Tokenizer:
     if hf_tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {name} has no end token; CLIP's text tower pools there. Use a CLIP tokenizer.")
     if hf_tokenizer.pad_token_id is None:

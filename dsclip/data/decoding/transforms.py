@@ -40,8 +40,9 @@ def random_crop(
 ) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) as torchvision's RandomResizedCrop draws it, whole image in the worst case."""
     low, high = (math.log(r) for r in ASPECT_RATIO)
+    least, most = crop_scale
     for _ in range(CROP_TRIES):
-        area = width * height * rng.uniform(*crop_scale)
+        area = width * height * rng.uniform(least, most)
         ratio = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -34,8 +35,16 @@ class _Image(NamedTuple):
     size: int
 
 
+class EvalSample(TypedDict):
+    """One sample. image: uint8 [3, S, S]; label: its class, None where it has none."""
+
+    image: Tensor
+    captions: list[str]
+    label: int | None
+
+
 class EvalDataset:
-    """Indexed samples: ds[i] is {"image": uint8 [3, S, S], "captions": [str], "label": int or None}.
+    """Samples by their number, see `EvalSample`.
 
     captions, negatives (lists of strings) and labels (int or None) are those of all samples, in order. broken: {index:
     reason} of samples whose image turned out to be unusable.
@@ -48,7 +57,7 @@ class EvalDataset:
         self.captions: list[list[str]] = []
         self.negatives: list[list[str]] = []
         self.labels: list[int | None] = []
-        self.left_out: Counter = Counter()  # when the shards were opened
+        self.left_out: Counter[str] = Counter()  # when the shards were opened
         self.broken: dict[int, str] = {}
         self.classes: list[str] | None = None
         self.templates: list[str] | None = None
@@ -57,11 +66,11 @@ class EvalDataset:
         return len(self._images)
 
     @property
-    def bad(self) -> Counter:
+    def bad(self) -> Counter[str]:
         """Samples that were left out so far, by reason."""
         return self.left_out + Counter(self.broken.values())
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> EvalSample:
         return {"image": self.image(index), "captions": self.captions[index], "label": self.labels[index]}
 
     def image(self, index: int) -> Tensor:
@@ -132,13 +141,13 @@ def build_eval_dataset(
     if not len(dataset):
         reasons = ", ".join(f"{n} {reason}" for reason, n in dataset.bad.items()) or "they are empty"
         raise UserError(f"no usable sample in {_names(locations)} ({reasons})")
-    manifest = read_manifest(locations, storage) or {}
-    dataset.classes, dataset.templates = manifest.get("classes"), manifest.get("templates")
+    if manifest := read_manifest(locations, storage):
+        dataset.classes, dataset.templates = manifest.get("classes"), manifest.get("templates")
     return dataset
 
 
 @contextmanager
-def _collection_paused():
+def _collection_paused() -> Iterator[None]:
     """Python's cyclic collector looks at all of a growing list again and again: a third of the time of opening."""
     enabled = gc.isenabled()
     gc.disable()

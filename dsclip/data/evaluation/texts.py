@@ -12,16 +12,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsclip.data.decoding.sample import IMAGE_EXTENSIONS, MEMBER_EXTENSIONS, MOST_TEXT_BYTES, BadSample, RawSample
+from dsclip.data.shards.index_file import SUFFIX, read_index
 from dsclip.data.shards.shard_set import short_name
-from dsclip.data.shards.tar_index import BLOCK, SUFFIX, DamagedTar, ShardIndex, from_bytes, locate_members, scan_file
+from dsclip.data.shards.tar_index import BLOCK, DamagedTar, ShardIndex, locate_members, scan_file
+from dsclip.data.sources.storage import SourceError
 from dsclip.errors import UserError
 
 TEXT_EXTENSIONS = tuple(e for e in MEMBER_EXTENSIONS if e not in IMAGE_EXTENSIONS)
-SMALL_SAMPLE = (
-    1 << 16
-)  # bytes: up to here, reading whole samples in sequence is faster than going from header to header
+SMALL_SAMPLE = 1 << 16  # bytes: up to here, reading whole samples is faster than going from header to header
 GROUP_BYTES = 1 << 25  # of samples that are looked at together
 GROUP_SAMPLES = 4096
 
@@ -37,7 +38,7 @@ class TextSample(NamedTuple):
     size: int
 
 
-def read_texts(path: str, bad: Counter) -> Iterator[TextSample]:
+def read_texts(path: str, bad: Counter[str]) -> Iterator[TextSample]:
     """The samples of a local shard, in order; damage and samples without an image are counted in `bad`."""
     index = _index(path)
     bad.update(index.problems)
@@ -61,10 +62,10 @@ def read_texts(path: str, bad: Counter) -> Iterator[TextSample]:
 def _index(path: str) -> ShardIndex:
     """From the file beside the shard if it is that of these bytes, or else by walking the shard."""
     try:
-        with open(path + SUFFIX, "rb") as sidecar:
-            return from_bytes(sidecar.read(), path + SUFFIX, os.path.getsize(path))
-    except (OSError, UserError):
-        return scan_file(path)
+        index = read_index(path + SUFFIX, os.path.getsize(path))
+    except (SourceError, UserError):
+        index = None
+    return scan_file(path) if index is None else index
 
 
 def _groups(index: ShardIndex) -> Iterator[tuple[int, int]]:
@@ -89,17 +90,22 @@ class _Part:
             return os.pread(self._descriptor, length, start)
         return self._content[start - self._start : start - self._start + length]
 
-    def headers(self, positions: np.ndarray) -> np.ndarray:
+    def headers(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 [n, 512] of n positions."""
         if self._content is not None:
-            return np.frombuffer(self._content, np.uint8).reshape(-1, BLOCK)[(positions - self._start) // BLOCK]
-        blocks = [os.pread(self._descriptor, BLOCK, p).ljust(BLOCK, b"\0") for p in positions.tolist()]
-        return np.frombuffer(b"".join(blocks), np.uint8).reshape(-1, BLOCK)
+            content, rows = self._content, (positions - self._start) // BLOCK
+        else:
+            content = b"".join(os.pread(self._descriptor, BLOCK, p).ljust(BLOCK, b"\0") for p in positions.tolist())
+            rows = np.arange(len(positions))
+        blocks: NDArray[np.uint8] = np.frombuffer(content, np.uint8).reshape(-1, BLOCK)
+        return blocks[rows]
 
 
-def _plain_members(part: _Part, starts: np.ndarray, ends: np.ndarray) -> list[list[tuple[bytes, int, int]] | None]:
+def _plain_members(
+    part: _Part, starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> list[list[tuple[bytes, int, int]] | None]:
     """(name, first byte, size) of the members of each sample; None for a sample with any but plain headers."""
-    found: list[list | None] = [[] for _ in starts]
+    members: list[list[tuple[bytes, int, int]] | None] = [[] for _ in starts]
     samples, positions = np.arange(len(starts)), starts
     while len(samples):
         plain, sizes, names = _parse(part.headers(positions))
@@ -108,16 +114,17 @@ def _plain_members(part: _Part, starts: np.ndarray, ends: np.ndarray) -> list[li
         plain &= following <= ends[samples]
         rows = zip(samples.tolist(), plain.tolist(), names, bodies.tolist(), sizes.tolist(), strict=True)
         for sample, is_plain, name, body, size in rows:
-            if is_plain:
-                found[sample].append((name, body, size))
+            of_sample = members[sample]
+            if is_plain and of_sample is not None:
+                of_sample.append((name, body, size))
             else:
-                found[sample] = None
-        more = plain & (following < ends[samples])
-        samples, positions = samples[more], following[more]
-    return found
+                members[sample] = None
+        unfinished = plain & (following < ends[samples])
+        samples, positions = samples[unfinished], following[unfinished]
+    return members
 
 
-def _parse(headers: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+def _parse(headers: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.int64], list[bytes]]:
     """(which are plain ustar headers of files with a short ASCII name, sizes, names) of headers [n, 512]."""
     size_digits, sum_digits = (headers[:, a:b].astype(np.int64) - ord("0") for a, b in ((124, 135), (148, 154)))
     sizes, sums = (digits @ (8 ** np.arange(digits.shape[1])[::-1]) for digits in (size_digits, sum_digits))
@@ -159,7 +166,7 @@ def _sample(shard: str, key: str, places: list[Place], part: _Part) -> TextSampl
             texts[extension] = part.read(start, min(size, MOST_TEXT_BYTES + 1))
         elif extension in IMAGE_EXTENSIONS:
             images[extension] = (start, size)
-    extension = next((e for e in IMAGE_EXTENSIONS if e in images), None)
-    if extension is None:
+    image = next((e for e in IMAGE_EXTENSIONS if e in images), None)
+    if image is None:
         raise BadSample("no image")
-    return TextSample(RawSample(shard, key, texts), extension, *images[extension])
+    return TextSample(RawSample(shard, key, texts), image, *images[image])

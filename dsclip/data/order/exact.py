@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from dsclip.errors import UserError
+
+T = TypeVar("T")
 
 MOST_STREAMS = 1024
 # Up to so many samples every one is permuted on its own; beyond, shards stay together and are read in sequence.
@@ -50,10 +54,10 @@ def check_split(streams: int, global_batch: int, world_size: int, workers: int) 
             "batch.global_batch_size (or data.streams) that the number of ranks divides"
         )
     if streams // world_size % processes:
-        own = streams // world_size
-        fitting = [w for w in range(1, own + 1) if own % w == 0]
+        share = streams // world_size
+        fitting = [w for w in range(1, share + 1) if share % w == 0]
         raise UserError(
-            f"{workers} loader workers can't share a rank's {own} of {streams} data streams equally; set data.workers to "
+            f"{workers} loader workers can't share a rank's {share} of {streams} data streams equally; set data.workers to "
             f"one of 0, {_some(fitting)}"
         )
 
@@ -62,20 +66,18 @@ def _some(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:12])) + (", …" if len(numbers) > 12 else "")
 
 
-class Recent:
-    """A method's last results, by its arguments. functools.lru_cache can't be pickled, and loader workers may be spawned."""
+class Recent(Generic[T]):
+    """A method's last results, by its arguments: an lru_cache that can be pickled, since loader workers may be spawned."""
 
-    def __init__(self, method: Callable, most: int):
+    def __init__(self, method: Callable[..., T], most: int):
         self._method, self._most = method, most
-        self._results: dict = {}
+        self._cached = lru_cache(most)(method)
 
-    def __call__(self, *key):
-        if key in self._results:
-            return self._results[key]
-        if len(self._results) >= self._most:
-            self._results.pop(next(iter(self._results)))
-        result = self._results[key] = self._method(*key)
-        return result
+    def __reduce__(self) -> tuple[type[Recent[T]], tuple[Callable[..., T], int]]:
+        return Recent, (self._method, self._most)
+
+    def __call__(self, *key: int) -> T:
+        return self._cached(*key)
 
 
 class SetOrder:

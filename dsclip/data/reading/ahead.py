@@ -14,11 +14,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from dsclip.data.decoding.sample import BadSample
 from dsclip.data.order.exact import SetOrder
 from dsclip.data.reading.samples import SampleReader
 from dsclip.data.sources.storage import SourceError, is_remote
+
+T = TypeVar("T")
 
 THREADS = 16  # of a worker: with 20 ms of latency, 800 requests a second
 GAP = 1 << 16  # two samples with fewer bytes between them are read at once
@@ -30,15 +34,22 @@ class Threads:
     """Runs functions in the order given. Daemons: a read that hangs must not hold up the end of a worker."""
 
     def __init__(self, count: int = THREADS):
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._count, self._closed = count, False
         for _ in range(count):
             threading.Thread(target=self._run, daemon=True).start()
 
-    def submit(self, function: Callable, *arguments) -> Future:
+    def submit(self, function: Callable[[], T]) -> Future[T]:
         """What it will return or raise."""
-        future: Future = Future()
-        self._queue.put((future, function, arguments))
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._queue.put(run)
         return future
 
     def close(self) -> None:
@@ -49,11 +60,28 @@ class Threads:
 
     def _run(self) -> None:
         while (task := self._queue.get()) is not None and not self._closed:
-            future, function, arguments = task
-            try:
-                future.set_result(function(*arguments))
-            except BaseException as error:
-                future.set_exception(error)
+            task()
+
+
+class Range(NamedTuple):
+    """The bytes of the sample of a draw."""
+
+    shard: int
+    start: int
+    size: int
+    draw: int
+
+
+# Of each draw: the run of neighbours that is read with it, or why there is nothing to read; and how many bytes it has.
+_Planned = dict[int, tuple[Future[dict[int, bytes]] | Exception, int]]
+
+
+class _Block(NamedTuple):
+    """Draws from `first` to `stop`."""
+
+    first: int
+    stop: int
+    planned: Future[_Planned]
 
 
 @dataclass
@@ -62,7 +90,7 @@ class _Stream:
     next: int  # the first draw that is in no block yet
     size: int  # of the next block
     first_full: int  # size of the block after which all have full size: differs from stream to stream
-    blocks: deque = field(default_factory=deque)  # (first, stop, Future of {draw: (Future or exception, bytes)})
+    blocks: deque[_Block] = field(default_factory=deque)
 
 
 class ReadAhead:
@@ -94,22 +122,25 @@ class ReadAhead:
     def take(self, stream: int, draw: int) -> tuple[bytes | Exception, int]:
         """(bytes of the sample or why there are none, how many there should be). A stream's draws are taken in order."""
         state = self._streams[stream]
-        while state.blocks and draw >= state.blocks[0][1]:
+        while state.blocks and draw >= state.blocks[0].stop:
             state.blocks.popleft()
         if not state.blocks:
             self._extend(stream)
         if draw > state.begun:
             self._keep_ahead(stream)
         started = time.monotonic()
-        try:
-            found, size = state.blocks[0][2].result().pop(draw)
-            if isinstance(found, Future):
-                found = found.result().pop(draw)
-        except SourceError as error:
-            found = error
+        reading, size = state.blocks[0].planned.result().pop(draw)
+        content: bytes | Exception
+        if isinstance(reading, Future):
+            try:
+                content = reading.result().pop(draw)
+            except SourceError as error:
+                content = error
+        else:
+            content = reading
         self.waited_s += time.monotonic() - started
         self._hold(-size)
-        return found, size
+        return content, size
 
     def fill(self) -> None:
         """Reads on after the first batch, during which nothing is read but what it takes."""
@@ -129,28 +160,30 @@ class ReadAhead:
         places = [place for place in places if is_remote(self._samples.shards.locations[place[1]])]
         expected = len(places) * self._mean
         self._hold(expected)
-        state.blocks.append((draws.start, draws.stop, self._threads.submit(self._plan, places, expected)))
+        planned = self._threads.submit(lambda: self._plan(places, expected))
+        state.blocks.append(_Block(draws.start, draws.stop, planned))
         state.next = draws.stop
         state.size = self._full if state.size >= state.first_full else min(2 * state.size, state.first_full)
 
-    def _plan(self, places: list[tuple], expected: int) -> dict:
-        """Finds where the samples lie, which may need indexes, and has runs of neighbours read."""
-        found, ranges = {}, []
+    def _plan(self, places: list[tuple[int, int, int]], expected: int) -> _Planned:
+        """Finds where the samples of (draw, shard, position) lie, which may need indexes, and has runs of neighbours read."""
+        planned: _Planned = {}
+        ranges = []
         for draw, shard, position in places:
             try:
-                ranges.append((shard, *self._samples.locate(shard, position), draw))
+                ranges.append(Range(shard, *self._samples.locate(shard, position), draw))
             except (BadSample, SourceError) as error:
-                found[draw] = error, 0
-        self._hold(sum(size for _, _, size, _ in ranges) - expected)
+                planned[draw] = error, 0
+        self._hold(sum(r.size for r in ranges) - expected)
         for run in runs(sorted(ranges)):
-            reading = self._threads.submit(self._read, run)
-            found |= {draw: (reading, size) for _, _, size, draw in run}
-        return found
+            reading = self._threads.submit(partial(self._read, run))
+            planned |= {r.draw: (reading, r.size) for r in run}
+        return planned
 
-    def _read(self, run: list[tuple]) -> dict[int, bytes]:
-        first, end = run[0][1], run[-1][1] + run[-1][2]
-        content = self._samples.opened(run[0][0]).read(first, end - first)
-        return {draw: content[start - first : start - first + size] for _, start, size, draw in run}
+    def _read(self, run: list[Range]) -> dict[int, bytes]:
+        first, end = run[0].start, run[-1].start + run[-1].size
+        content = self._samples.opened(run[0].shard).read(first, end - first)
+        return {r.draw: content[r.start - first : r.start - first + r.size] for r in run}
 
     def _hold(self, size: int) -> None:
         with self._lock:
@@ -158,16 +191,16 @@ class ReadAhead:
             self.peak_bytes = max(self.peak_bytes, self._held)
 
 
-def runs(ranges: list[tuple]) -> Iterator[list[tuple]]:
-    """Sorted (shard, start, size, ...) as lists of neighbours that one request reads."""
-    run: list[tuple] = []
-    for entry in ranges:
-        shard, start, size = entry[:3]
+def runs(ranges: list[Range]) -> Iterator[list[Range]]:
+    """Sorted ranges as lists of neighbours that one request reads."""
+    run: list[Range] = []
+    for r in ranges:
         if run:
-            end = run[-1][1] + run[-1][2]
-            if shard != run[-1][0] or start - end > GAP or start + size - run[0][1] > RUN_BYTES:
+            last = run[-1]
+            far = r.shard != last.shard or r.start - (last.start + last.size) > GAP
+            if far or r.start + r.size - run[0].start > RUN_BYTES:
                 yield run
                 run = []
-        run.append(entry)
+        run.append(r)
     if run:
         yield run

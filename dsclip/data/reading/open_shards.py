@@ -5,15 +5,14 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 
+from dsclip.data.shards.index_file import SUFFIX, read_index
 from dsclip.data.shards.shard_set import ShardSet
-from dsclip.data.shards.tar_index import SUFFIX, ShardIndex, from_bytes, scan_file
+from dsclip.data.shards.tar_index import ShardIndex, scan_file
 from dsclip.data.sources.cache import local_copy, most_bytes, read_copy
 from dsclip.data.sources.storage import MissingSource, SourceError, Storage, is_remote
 from dsclip.errors import UserError
 
-MOST_INDEX_BYTES = 1 << 28
 MOST_ENTRIES = 8_000_000  # samples whose places are kept, 16 bytes each
 
 
@@ -43,45 +42,48 @@ class OpenShards:
     def __init__(self, shards: ShardSet, storage: Storage):
         self._shards, self._storage = shards, storage
         self._lock, self._entries = threading.Lock(), 0
-        self._found: dict[int, Future] = {}
+        self._open: dict[
+            int, Future[OpenShard]
+        ] = {}  # no lru_cache: what counts is the samples of all, not their number
 
-    def __reduce__(self):  # loader workers may be spawned; they open shards themselves
+    def __reduce__(self) -> tuple[type[OpenShards], tuple[ShardSet, Storage]]:
+        # Loader workers may be spawned; they open shards themselves.
         return OpenShards, (self._shards, self._storage)
 
     def __call__(self, shard: int) -> OpenShard:
         """The shard, opened by one thread while others that want it wait. Raises SourceError, and UserError."""
         with self._lock:
-            found = self._found.get(shard)
-            mine = found is None
-            if mine:
-                found = self._found[shard] = Future()
-        if mine:
+            opening = self._open.get(shard)
+            first = opening is None
+            if opening is None:
+                opening = self._open[shard] = Future()
+        if first:
             try:
                 opened = open_shard(self._shards, shard, self._storage)
             except BaseException as error:
                 with self._lock:
-                    del self._found[shard]
-                found.set_exception(error)
+                    del self._open[shard]
+                opening.set_exception(error)
             else:
-                found.set_result(opened)
+                opening.set_result(opened)
                 self._account(shard, len(opened.index))
-        return found.result()
+        return opening.result()
 
     def _account(self, shard: int, entries: int) -> None:
         with self._lock:
             self._entries += entries
-            for old in list(self._found):
+            for old in list(self._open):
                 if self._entries <= MOST_ENTRIES or old == shard:
                     break
-                if self._found[old].done():
-                    self._entries -= len(self._found.pop(old).result().index)
+                if self._open[old].done():
+                    self._entries -= len(self._open.pop(old).result().index)
 
 
 def open_shard(shards: ShardSet, shard: int, storage: Storage) -> OpenShard:
     """With the index beside the manifest, or else by walking the headers of the shard or of a copy of it."""
     location, recorded = shards.locations[shard], int(shards.shard_bytes[shard])
     try:
-        index = read_index(sidecar(shards, shard), storage, recorded)
+        index = read_index(sidecar(shards, shard), recorded if recorded >= 0 else None, storage)
     except SourceError:
         index = None
     copy = None
@@ -99,20 +101,6 @@ def sidecar(shards: ShardSet, shard: int) -> str:
     return f"{shards.indexes[shard]}/{shards.locations[shard].rpartition('/')[2]}{SUFFIX}"
 
 
-def read_index(path: str, storage: Storage, shard_bytes: int) -> ShardIndex | None:
-    """The index, or None where there is none. shard_bytes: as the manifest says, −1 when it doesn't. Raises UserError."""
-    if is_remote(path):
-        content = storage.read_all(path, MOST_INDEX_BYTES)
-    else:
-        try:
-            content = Path(path).read_bytes()
-        except (FileNotFoundError, IsADirectoryError):
-            return None
-        except OSError as error:
-            raise SourceError(f"{path}: {error.strerror}") from error
-    return from_bytes(content, path, shard_bytes if shard_bytes >= 0 else None)
-
-
 def check_copies_fit(shards: ShardSet, storage: Storage) -> None:
     """Raises UserError for remote shards without indexes of which the cache holds only a part: each would be copied again and again."""
     remote = [i for i, location in enumerate(shards.locations) if is_remote(location) and shards.samples[i]]
@@ -120,7 +108,7 @@ def check_copies_fit(shards: ShardSet, storage: Storage) -> None:
     if not remote or needed <= most_bytes():
         return
     try:
-        if read_index(sidecar(shards, remote[0]), storage, -1) is not None:
+        if read_index(sidecar(shards, remote[0]), None, storage) is not None:
             return
     except MissingSource:
         pass

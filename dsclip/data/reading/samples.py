@@ -21,7 +21,7 @@ class SampleReader:
     most_bytes: int = 1 << 26
     opened: OpenShards = field(init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.opened = OpenShards(self.shards, self.storage)
 
     def read(self, shard: int, position: int) -> RawSample:

@@ -9,12 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dsclip.config.schema import DataSection
+from dsclip.config.data_section import DataSection
 from dsclip.data.batch import LoadReport
 from dsclip.data.decoding.prepare import Preparer, TrainSample
 from dsclip.data.decoding.sample import BadSample, RawSample
@@ -79,16 +80,16 @@ def image_slots(settings: Settings) -> torch.Tensor | None:
             f"/dev/shm has {free / 1e9:.1f} GB free. Start the container with a larger --shm-size, or set data.workers=0."
         )
     # Shared from the beginning: `share_memory_` would copy what nobody has written, page by page.
-    shared = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)
+    shared: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
 def _shared_memory_bytes() -> int | None:
     try:
-        found = os.statvfs("/dev/shm")
+        status = os.statvfs("/dev/shm")
     except OSError:  # no such folder on this system
         return None
-    return found.f_bavail * found.f_frsize
+    return status.f_bavail * status.f_frsize
 
 
 class Parts(IterableDataset[Part | UserError]):
@@ -102,8 +103,8 @@ class Parts(IterableDataset[Part | UserError]):
         number = worker.id if worker else 0
         first, stop = self._settings.streams
         share = (stop - first) // self._settings.workers
-        mine = range(first + number * share, first + (number + 1) * share)
-        drawn = {v: list(self._drawn[v - first]) for v in mine}
+        streams = range(first + number * share, first + (number + 1) * share)
+        drawn = {v: list(self._drawn[v - first]) for v in streams}
         try:
             yield from Worker(self._settings, drawn, None if self._slots is None else self._slots[number]).parts()
         except UserError as error:
@@ -116,10 +117,10 @@ class Worker:
     def __init__(self, settings: Settings, drawn: dict[int, list[int]], slots: torch.Tensor | None = None):
         self._settings, self._drawn, self._slots = settings, drawn, slots
         self._ahead: dict[int, ReadAhead] = {}  # of data sets with remote shards
-        self._bad_by_shard: Counter = Counter()
-        self._reasons: Counter = Counter()
-        self._journaled: set[tuple] = set()
-        self._journal: list[dict] = []
+        self._bad_by_shard: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._journaled: set[tuple[str, str]] = set()
+        self._journal: list[dict[str, str]] = []
         self._read = self._negatives = self._bad_in_a_row = 0
         self._prepare = Preparer(settings.data, settings.image_size, settings.seed, settings.hard_negatives)
         self._total = sum(s.total for s in settings.order.sets)
@@ -204,21 +205,18 @@ class Worker:
             return sample
 
     def _fetch(self, stream: int, draw: Draw) -> RawSample:
-        samples = self._settings.sample_readers[draw.data_set]
-        if not is_remote(samples.shards.locations[draw.shard]):
-            try:
-                return samples.read(draw.shard, draw.position)
-            except SourceError as error:
-                found = error
-        else:
-            found, size = self._ahead[draw.data_set].take(stream, self._drawn[stream][draw.data_set] - 1)
-        if isinstance(found, SourceError):
-            self._unreadable(samples.shards.name(draw.shard), found)
-        if isinstance(found, Exception):
-            raise found
-        return samples.sample(draw.shard, found, size)
+        reader = self._settings.sample_readers[draw.data_set]
+        try:
+            if not is_remote(reader.shards.locations[draw.shard]):
+                return reader.read(draw.shard, draw.position)
+            content, size = self._ahead[draw.data_set].take(stream, self._drawn[stream][draw.data_set] - 1)
+            if isinstance(content, Exception):
+                raise content
+            return reader.sample(draw.shard, content, size)
+        except SourceError as error:
+            self._unreadable(reader.shards.name(draw.shard), error)
 
-    def _unreadable(self, shard: str, error: SourceError) -> None:
+    def _unreadable(self, shard: str, error: SourceError) -> NoReturn:
         """A shard that can't be read after all attempts: the end of the run, or a gap that the journal tells of."""
         if self._settings.data.on_unreadable == "stop":
             raise UserError(
@@ -263,7 +261,7 @@ class Worker:
                 f"`{self._settings.data.negative_key}` (data.negative_key) in their .json, or set loss.hard_negatives=none."
             )
 
-    def _judge(self, skipped: Counter) -> None:
+    def _judge(self, skipped: Counter[str]) -> None:
         total_bad = self._bad_by_shard.total()
         if self._bad_in_a_row > self._total:
             names = [name for reader in self._settings.sample_readers for name in reader.shards.locations]
@@ -280,7 +278,7 @@ class Worker:
             )
 
 
-def _counts(reasons: Counter) -> str:
+def _counts(reasons: Counter[str]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
+from typing import Any
 
 from dsclip.data.shards.shard_set import ShardSet
 from dsclip.data.sources.storage import SourceError, Storage, is_remote
 from dsclip.errors import UserError
+from dsclip.files import sha256
 
 THREADS = 16
 MOST_ASKED = 64  # remote shards whose sizes are asked for at start; more of them are compared as they are opened
@@ -25,14 +26,14 @@ def check_sizes(shards: ShardSet, storage: Storage, skip: bool) -> None:
     local = [i for i in known if not is_remote(shards.locations[i])]
     remote = [i for i in known if is_remote(shards.locations[i])]
 
-    def others(numbers: list[int]) -> list[tuple[int, int]]:
+    def of_other_size(numbers: list[int]) -> list[tuple[int, int]]:
         sizes = ((i, _size(shards.locations[i], storage)) for i in numbers)
-        return [(i, size) for i, size in sizes if size not in (None, int(shards.shard_bytes[i]))]
+        return [(i, size) for i, size in sizes if size is not None and size != int(shards.shard_bytes[i])]
 
     tasks = [local[i : i + _TOGETHER] for i in range(0, len(local), _TOGETHER)]
     tasks += [[i] for i in remote] if len(remote) <= MOST_ASKED else []
     with ThreadPoolExecutor(THREADS) as pool:
-        wrong = [found for part in pool.map(others, tasks) for found in part]
+        wrong = [numbered for part in pool.map(of_other_size, tasks) for numbered in part]
     if not wrong:
         return
     if skip:
@@ -69,7 +70,7 @@ def identity(sets: list[ShardSet]) -> dict[str, str | None]:
     }
 
 
-def difference(was: dict, now: dict) -> str | None:
+def difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Why the shards are others than those of a checkpoint, or None. What only one of both knows is not compared."""
     if was.get("data") not in (now["data"], now["data_in_folders"]):
         return "the shards changed (names of files, or counts of samples)"
@@ -78,5 +79,5 @@ def difference(was: dict, now: dict) -> str | None:
     return None
 
 
-def _digest(value) -> str:
-    return sha256(repr(value).encode()).hexdigest()[:16]
+def _digest(value: list[Any]) -> str:
+    return sha256(repr(value).encode())[:16]

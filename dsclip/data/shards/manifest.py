@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple, TypedDict
 
 from dsclip.data.sources.storage import LOCAL, MissingSource, SourceError, Storage, is_remote
 from dsclip.errors import UserError
@@ -15,18 +16,46 @@ FORMAT = "dsclip-shards-1"
 MAX_MANIFEST_BYTES = 1 << 30
 
 
-def read_manifest(shards: list[str], storage: Storage = LOCAL) -> dict | None:
+class _Hash(TypedDict, total=False):
+    sha256: str
+
+
+class Entry(_Hash):
+    """A shard in a manifest."""
+
+    name: str
+    samples: int
+    bytes: int
+
+
+class Labels(TypedDict, total=False):
+    """What a manifest may say beyond its shards. base: where they lie, if not beside it."""
+
+    classes: list[str] | None
+    templates: list[str] | None
+    base: str
+
+
+class Manifest(Labels):
+    """manifest.json."""
+
+    format: str
+    samples: int
+    shards: list[Entry]
+
+
+def read_manifest(shards: list[str], storage: Storage = LOCAL) -> Manifest | None:
     """The manifest beside the first shard, or None."""
-    path = f"{_folder(str(shards[0]))}/{MANIFEST}"
+    path = f"{folder_of(str(shards[0]))}/{MANIFEST}"
     if not is_remote(path) and not os.path.isfile(path):
         return None
     try:
-        return _load_manifest(path, storage)
+        return load_manifest(path, storage)
     except FileNotFoundError:
         return None
 
 
-def _load_manifest(path: str, storage: Storage) -> dict:
+def load_manifest(path: str, storage: Storage) -> Manifest:
     """Raises UserError when it is damaged, FileNotFoundError when a remote one isn't there."""
     try:
         content = storage.read_all(path, MAX_MANIFEST_BYTES)
@@ -35,7 +64,7 @@ def _load_manifest(path: str, storage: Storage) -> dict:
     except SourceError as error:
         raise UserError(f"the manifest can't be read: {error}") from error
     try:
-        manifest = json.loads(content)
+        manifest: Manifest = json.loads(content)
         if manifest["format"] != FORMAT:
             raise UserError(f"{path} has format {manifest['format']!r}; this version of dsclip reads {FORMAT!r}")
         for entry in manifest["shards"]:
@@ -48,23 +77,32 @@ def _load_manifest(path: str, storage: Storage) -> dict:
         raise UserError(f"{path} is damaged ({error}); delete it and run tools/index_shards.py") from error
 
 
-def _entries(path: str, storage: Storage) -> dict[str, dict]:
-    """What a manifest says of each shard, by location; nothing where there is no manifest."""
+class Listed(NamedTuple):
+    """What a manifest says of a shard, and the folder of that manifest, where the shard's index lies too."""
+
+    entry: Entry
+    folder: str
+
+
+def listed_shards(path: str, storage: Storage) -> dict[str, Listed]:
+    """The shards of a manifest, by location; none where there is no manifest."""
     if not is_remote(path) and not os.path.isfile(path):
         return {}
     try:
-        content = _load_manifest(path, storage)
+        content = load_manifest(path, storage)
     except FileNotFoundError:
         return {}
-    base = content.get("base") or _folder(path)
-    return {f"{base}/{entry['name']}": entry | {"folder": _folder(path)} for entry in content["shards"]}
+    folder = folder_of(path)
+    base = content.get("base") or folder
+    return {f"{base}/{entry['name']}": Listed(entry, folder) for entry in content["shards"]}
 
 
-def _folder(location: str) -> str:
+def folder_of(location: str) -> str:
+    """What a location lies in."""
     return location.rpartition("/")[0] or "."
 
 
-def write_manifest(folder: Path, entries: list[dict], **more) -> None:
+def write_manifest(folder: Path, entries: list[Entry], labels: Labels | None = None) -> None:
     """Writes the manifest aside, then renames it: it is whole, or absent."""
-    manifest = {"format": FORMAT, "samples": sum(e["samples"] for e in entries), "shards": entries, **more}
+    manifest = {"format": FORMAT, "samples": sum(e["samples"] for e in entries), "shards": entries, **(labels or {})}
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dsclip.data.shards.manifest import MANIFEST, _entries, _folder
-from dsclip.data.shards.specification import DEMO, _parts, resolve_shards
-from dsclip.data.shards.tar_index import scan_file
+from dsclip.data.shards.manifest import MANIFEST, Listed, folder_of, listed_shards
+from dsclip.data.shards.specification import DEMO, parts_of, resolve_shards
+from dsclip.data.shards.tar_index import ShardIndex, scan_file
 from dsclip.data.sources.storage import LOCAL, Storage, is_remote
 from dsclip.errors import UserError
 
@@ -20,8 +21,8 @@ class ShardSet:
     """Shards with what their manifests say. samples, shard_bytes int64 [S]; shard_bytes is −1 where no manifest tells."""
 
     locations: list[str]
-    samples: np.ndarray
-    shard_bytes: np.ndarray
+    samples: NDArray[np.int64]
+    shard_bytes: NDArray[np.int64]
     problems: dict[str, int]  # of shards without a manifest, found while their samples were counted
     damage: dict[int, str]  # of these shards: what is lost
     indexes: list[str]  # the folder of each shard's manifest, where its index lies too, or its own
@@ -42,7 +43,7 @@ class ShardSet:
 
 def told_apart(sets: list[ShardSet]) -> list[ShardSet]:
     """The sets with their `repeats`: which shards have a file name that others before them have, and how many."""
-    seen: Counter = Counter()
+    seen: Counter[str] = Counter()
     result = []
     for shards in sets:
         repeats = {}
@@ -66,43 +67,55 @@ def open_shards(spec: str | list[str], storage: Storage = LOCAL) -> ShardSet:
     Raises UserError when remote shards have no manifest, or when there is no sample at all.
     """
     locations = resolve_shards(spec, storage)
-    known: dict[str, dict] = {}
+    known: dict[str, Listed] = {}
     # A manifest that is named, or lies in a named folder, may list shards that lie elsewhere; others list their neighbours.
-    named = [p.rstrip("/") or "/" for p in _parts(spec) if p not in DEMO]
+    named = [p.rstrip("/") or "/" for p in parts_of(spec) if p not in DEMO]
     for path in [p if p.endswith(".json") else f"{p}/{MANIFEST}" for p in named if _is_index(p)]:
-        listed = _entries(path, storage)
+        listed = listed_shards(path, storage)
         if missing := sorted(listed.keys() - set(locations)):
             raise UserError(
                 f"{path} lists {len(missing)} shards that are not there: {', '.join(missing[:3])}. Copy them again, or write the "
                 "manifest anew with tools/index_shards.py"
             )
         known |= listed
-    for folder in {_folder(x) for x in locations if x not in known}:
-        known |= _entries(f"{folder}/{MANIFEST}", storage)
-    samples, sizes, problems, damage, indexes, hashes = [], [], {}, {}, [], []
+    for folder in {folder_of(x) for x in locations if x not in known}:
+        known |= listed_shards(f"{folder}/{MANIFEST}", storage)
+    samples, sizes, indexes = [], [], []
+    hashes: list[str | None] = []
+    problems: Counter[str] = Counter()
+    damage: dict[int, str] = {}
     for number, location in enumerate(locations):
-        entry = known.get(location)
-        if entry is None:
-            if is_remote(location):
-                raise UserError(
-                    f"{location} has no manifest beside it that lists it; make one with "
-                    f"tools/index_shards.py {_folder(location)} OUT and train on OUT"
-                )
-            try:
-                index = scan_file(location)
-            except OSError as error:
-                raise UserError(f"shard {location} can't be read: {error.strerror}") from error
-            entry = {"samples": len(index), "bytes": -1}
+        known_shard = known.get(location)
+        if known_shard is not None:
+            entry, folder = known_shard
+            samples.append(entry["samples"])
+            sizes.append(entry["bytes"])
+            hashes.append(entry.get("sha256"))
+        else:
+            folder = folder_of(location)
+            index = _walked(location)
+            samples.append(len(index))
+            sizes.append(-1)
+            hashes.append(None)
+            problems.update(index.problems)
             if lost := index.damage():
                 damage[number] = lost
-            for reason, count in index.problems.items():
-                problems[reason] = problems.get(reason, 0) + count
-        samples.append(entry["samples"])
-        sizes.append(entry["bytes"])
-        indexes.append(entry.get("folder") or _folder(location))
-        hashes.append(entry.get("sha256"))
+        indexes.append(folder)
     counts, shard_bytes = np.array(samples, dtype=np.int64), np.array(sizes, dtype=np.int64)
     return told_apart([ShardSet(locations, counts, shard_bytes, problems, damage, indexes, hashes)])[0]
+
+
+def _walked(location: str) -> ShardIndex:
+    """The index of a shard that no manifest lists. Raises UserError."""
+    if is_remote(location):
+        raise UserError(
+            f"{location} has no manifest beside it that lists it; make one with "
+            f"tools/index_shards.py {folder_of(location)} OUT and train on OUT"
+        )
+    try:
+        return scan_file(location)
+    except OSError as error:
+        raise UserError(f"shard {location} can't be read: {error.strerror}") from error
 
 
 def _is_index(part: str) -> bool:

@@ -8,7 +8,7 @@ import re
 
 import braceexpand
 
-from dsclip.data.shards.manifest import MANIFEST, _load_manifest
+from dsclip.data.shards.manifest import MANIFEST, load_manifest
 from dsclip.data.sources.storage import LOCAL, Storage, is_remote
 from dsclip.embedded import embedded_folder
 from dsclip.errors import UserError
@@ -24,20 +24,21 @@ def resolve_shards(spec: str | list[str], storage: Storage = LOCAL) -> list[str]
     of one of these but a glob, several joined by `::`, a list of these, or `demo` and `demo:val` for the embedded data
     set. Raises UserError that names what can't be found.
     """
-    shards = [location for part in _parts(spec) for location in _resolve_part(part, storage)]
+    shards = [location for part in parts_of(spec) for location in _resolve_part(part, storage)]
     if not shards:
         raise UserError("no shards are named; set data.train_shards to a folder, a glob or a brace expression")
     return shards
 
 
-def _parts(spec: str | list[str]) -> list[str]:
+def parts_of(spec: str | list[str]) -> list[str]:
+    """What is joined by `::` or listed, one by one."""
     return [p.strip() for s in ([spec] if isinstance(spec, str) else spec) for p in s.split("::")]
 
 
 def _resolve_part(part: str, storage: Storage) -> list[str]:
-    if part in DEMO:
-        name, _, split = part.partition(":")
-        return _resolve_part(str(embedded_folder(name) / (split or "train")), storage)
+    name, _, split = part.partition(":")
+    if part in DEMO and (folder := embedded_folder(name)):
+        return _resolve_part(str(folder / (split or "train")), storage)
     remote = is_remote(part)
     if "{" in part:
         return [p if remote else _existing(p) for p in _expand(part)]
@@ -47,25 +48,25 @@ def _resolve_part(part: str, storage: Storage) -> list[str]:
         return [part] if part.endswith(".tar") else _listed(part.rstrip("/") + "/" + MANIFEST, storage)
     if os.path.isdir(part):
         part = part.rstrip("/") or "/"
-        found = sorted(p for p in glob.glob(os.path.join(glob.escape(part), "*.tar")) if os.path.isfile(p))
-        if not found:
+        shards = sorted(p for p in glob.glob(os.path.join(glob.escape(part), "*.tar")) if os.path.isfile(p))
+        if not shards:
             listed = os.path.join(part, MANIFEST)  # an index of shards that lie elsewhere
-            if os.path.isfile(listed) and _load_manifest(listed, storage).get("base"):
+            if os.path.isfile(listed) and load_manifest(listed, storage).get("base"):
                 return _listed(listed, storage)
             raise UserError(f"{part} holds no .tar shards; write some with tools/make_shards.py")
-        return found
+        return shards
     if any(c in part for c in "*?["):
-        found = sorted(glob.glob(part))
-        if not found:
+        files = sorted(glob.glob(part))
+        if not files:
             raise UserError(f"no file matches {part}")
-        return found
+        return files
     return [_existing(part)]
 
 
 def _listed(manifest: str, storage: Storage) -> list[str]:
     """The shards that a manifest lists."""
     try:
-        content = _load_manifest(manifest, storage)
+        content = load_manifest(manifest, storage)
     except FileNotFoundError:
         raise UserError(
             f"there is no {manifest}; name the shards (…/{{00000..00099}}.tar) in tools/index_shards.py, which makes one"

@@ -1,4 +1,4 @@
-"""Where each sample lies in a tar shard: found by walking its headers, kept in a sidecar file of 8 bytes a sample.
+"""Where each sample lies in a tar shard, by walking its headers.
 
 The samples of a shard are its runs of members with one key. A key that comes back later (interleaved or repeated
 members) is no sample of its own: its members would meet others that were read long before.
@@ -7,29 +7,28 @@ members) is no sample of its own: its members would meet others that were read l
 from __future__ import annotations
 
 import os
-import struct
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
+from typing import NamedTuple
 from zlib import adler32
 
 import numpy as np
-
-from dsclip.errors import UserError
+from numpy.typing import NDArray
 
 BLOCK = 512
-SUFFIX = ".idx"  # 00000.tar has its index in 00000.tar.idx
-_MAGIC = b"dsclipx1"
-_HEAD = struct.Struct("<8sQQ")  # magic, bytes of the shard, samples
 MOST_NAME_BYTES = 4096
+
+
+ReadAt = Callable[[int, int], bytes]  # (start, length) to the bytes there, fewer only where they end
 
 
 class DamagedTar(Exception):
     """Bytes that are no tar header, or an archive that ends early."""
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A regular file in a tar. content: offset of its first byte; end: of the block after it."""
 
     name: str
@@ -42,8 +41,8 @@ class Member:
 class ShardIndex:
     """starts, sizes int64 [samples]: the bytes of each sample's members, headers included. problems: {reason: count}."""
 
-    starts: np.ndarray
-    sizes: np.ndarray
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
     shard_bytes: int
     problems: dict[str, int]
 
@@ -58,23 +57,28 @@ class ShardIndex:
         return len(self.starts)
 
 
-def walk(stream: BinaryIO, start: int = 0):
-    """The regular files of an uncompressed tar from `start`, by its headers alone. Raises DamagedTar."""
-    position, long_name = start, None
-    while True:
-        stream.seek(position)
-        header = stream.read(BLOCK)
+def walk(read: ReadAt, length: int | None = None) -> Iterator[Member]:
+    """The regular files of an uncompressed tar, by its headers alone. Raises DamagedTar.
+
+    length: of a part that holds whole members and no end marker, such as a sample; an archive ends by its marker.
+    """
+    position = 0
+    long_name: str | None = None
+    while length is None or position < length:
+        header = read(position, BLOCK)
         if len(header) < BLOCK:
             raise DamagedTar(f"the archive ends at byte {position + len(header)} without its end marker")
-        if header == bytes(BLOCK):
+        if length is None and header == bytes(BLOCK):
             return
         name, size, kind = parse_header(header, position)
         content = position + BLOCK
         position = content + -(-size // BLOCK) * BLOCK
+        if length is not None and position > length:
+            raise DamagedTar(f"{name} is longer than its sample")
         if kind in b"Lx":
             if size > MOST_NAME_BYTES:
                 raise DamagedTar(f"a name of {size} bytes at byte {content}")
-            text = stream.read(size)
+            text = read(content, size)
             long_name = _pax_path(text) if kind == b"x" else text.rstrip(b"\0").decode("utf-8", "replace")
         elif kind in b"0\0":
             yield Member(long_name or name, content, size, position)
@@ -131,56 +135,56 @@ def members_of(content: bytes, extensions: tuple[str, ...]) -> tuple[str, dict[s
 
     Raises DamagedTar where headers are broken or name another sample.
     """
-    key, places = locate_members(lambda start, length: content[start : start + length], len(content))
+    key, places = locate_members(reader_of(content), len(content))
     return key, {name: content[start : start + size] for name, start, size in places if name in extensions}
 
 
-def locate_members(take: Callable[[int, int], bytes], length: int) -> tuple[str, list[tuple[str, int, int]]]:
-    """(key, [(extension, first byte, size)]) of a sample of `length` bytes; take(start, length) gives bytes of it.
+def reader_of(content: bytes) -> ReadAt:
+    """Reads parts of bytes that are in memory."""
+    return lambda start, length: content[start : start + length]
+
+
+def locate_members(read: ReadAt, length: int) -> tuple[str, list[tuple[str, int, int]]]:
+    """(key, [(extension, first byte, size)]) of a sample of `length` bytes.
 
     Raises DamagedTar where headers are broken or name another sample.
     """
-    key, places, position, long_name = None, [], 0, None
-    while position < length:
-        name, size, kind = parse_header(take(position, BLOCK).ljust(BLOCK, b"\0"), position)
-        body = position + BLOCK
-        position = body + -(-size // BLOCK) * BLOCK
-        if position > length:
-            raise DamagedTar(f"{name} is longer than its sample")
-        if kind in b"Lx":
-            text = take(body, size)
-            long_name = _pax_path(text) if kind == b"x" else text.rstrip(b"\0").decode("utf-8", "replace")
-        elif kind in b"0\0":
-            stem, extension = split_name(long_name or name)
-            long_name = None
-            if extension:
-                if key not in (None, stem):
-                    raise DamagedTar(f"{stem} within the sample {key}")
-                key = stem
-                places.append((extension, body, size))
+    key: str | None = None
+    places = []
+    for member in walk(read, length):
+        stem, extension = split_name(member.name)
+        if not extension:
+            continue
+        if key not in (None, stem):
+            raise DamagedTar(f"{stem} within the sample {key}")
+        key = stem
+        places.append((extension, member.content, member.size))
     if key is None:
         raise DamagedTar("no member")
     return key, places
 
 
-def scan(stream: BinaryIO, shard_bytes: int) -> ShardIndex:
+def scan(read: ReadAt, shard_bytes: int) -> ShardIndex:
     """The index of a shard. What precedes damage stays; the sample at the damage may be half a sample and goes."""
-    starts, ends, problems = [], [], {}
-    key, start, end, seen = None, 0, 0, set()
+    starts: list[int] = []
+    ends: list[int] = []
+    seen: set[str] = set()
+    problems: Counter[str] = Counter()
+    key: str | None = None
+    start = end = position = 0
 
     def finish() -> None:
         if key is None:
             return
         if key in seen:
-            problems["repeated key"] = problems.get("repeated key", 0) + 1
+            problems["repeated key"] += 1
         else:
             seen.add(key)
             starts.append(start)
             ends.append(end)
 
-    position = 0
     try:
-        for member in walk(stream):
+        for member in walk(read):
             if member.content + member.size > shard_bytes:
                 raise DamagedTar(f"the archive ends within {member.name}")
             name, extension = split_name(member.name)
@@ -193,35 +197,12 @@ def scan(stream: BinaryIO, shard_bytes: int) -> ShardIndex:
         finish()
     except DamagedTar:
         problems["damaged shard"] = 1
-    sizes = np.array(ends, dtype=np.int64) - np.array(starts, dtype=np.int64)
-    return ShardIndex(np.array(starts, dtype=np.int64), sizes, shard_bytes, problems)
+    first = np.array(starts, dtype=np.int64)
+    return ShardIndex(first, np.array(ends, dtype=np.int64) - first, shard_bytes, dict(problems))
 
 
-def to_bytes(index: ShardIndex) -> bytes:
-    """A sidecar file: 24 bytes, then for each sample its first block and its number of blocks, 4 bytes each."""
-    if index.shard_bytes >= BLOCK << 32:
-        raise UserError(f"a shard of {index.shard_bytes} bytes is too large for an index; keep shards below 2 TB")
-    blocks = np.stack([index.starts // BLOCK, index.sizes // BLOCK], axis=1).astype("<u4")
-    return _HEAD.pack(_MAGIC, index.shard_bytes, len(index)) + blocks.tobytes()
-
-
-def from_bytes(content: bytes, name: str, shard_bytes: int | None) -> ShardIndex:
-    """Reads a sidecar file. Raises UserError when it is damaged or belongs to another version of the shard."""
-    if len(content) < _HEAD.size:
-        raise UserError(f"the index {name} is damaged; write it again with tools/index_shards.py")
-    magic, recorded, samples = _HEAD.unpack_from(content)
-    if magic != _MAGIC or len(content) != _HEAD.size + 8 * samples:
-        raise UserError(f"the index {name} is damaged; write it again with tools/index_shards.py")
-    if shard_bytes is not None and recorded != shard_bytes:
-        raise UserError(
-            f"the index {name} is of a shard of {recorded:,} bytes, which now has {shard_bytes:,}; write it again with "
-            "tools/index_shards.py"
-        )
-    blocks = np.frombuffer(content, "<u4", offset=_HEAD.size).reshape(-1, 2).astype(np.int64) * BLOCK
-    return ShardIndex(blocks[:, 0], blocks[:, 1], recorded, {})
-
-
-def scan_file(path: str | os.PathLike) -> ShardIndex:
-    """The index of a local shard, without its sidecar."""
+def scan_file(path: str | Path) -> ShardIndex:
+    """The index of a local shard, without its sidecar. Raises OSError."""
     with open(path, "rb", buffering=0) as stream:
-        return scan(stream, os.fstat(stream.fileno()).st_size)
+        descriptor = stream.fileno()
+        return scan(lambda start, length: os.pread(descriptor, length, start), os.fstat(descriptor).st_size)

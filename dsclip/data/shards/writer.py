@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO
 
 from webdataset import TarWriter
 
-from dsclip.data.shards.manifest import write_manifest
-from dsclip.data.shards.tar_index import SUFFIX, scan, to_bytes
+from dsclip.data.shards.index_file import SUFFIX, to_bytes
+from dsclip.data.shards.manifest import Entry, write_manifest
+from dsclip.data.shards.tar_index import reader_of, scan
+from dsclip.files import on_disk, sha256, write_whole
 
 # webdataset's own defaults are the time of writing, a user "bigdata" and files that their owner can't write.
 _REPRODUCIBLE = dict(encoder=False, mtime=0, user="", group="", mode=0o644)
@@ -28,7 +29,7 @@ class ShardWriter:
     ):
         self.folder, self._shard_size = Path(folder), shard_size
         self._classes, self._templates = classes, templates
-        self._entries: list[dict] = []
+        self._entries: list[Entry] = []
         self._file: BinaryIO | None = None
         self._tar: TarWriter | None = None
         self._in_shard = 0
@@ -40,10 +41,8 @@ class ShardWriter:
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """One sample: members by extension, such as {"jpg": ..., "txt": ...}."""
         if self._tar is None:
-            name = f"{len(self._entries):05d}.tar"
-            self._file = (self.folder / (name + ".tmp")).open("wb")
+            self._file = (self.folder / (self._name + ".tmp")).open("wb")
             self._tar = TarWriter(self._file, **_REPRODUCIBLE)
-            self._entries.append({"name": name})
         self._tar.write({"__key__": key, **members})
         self._in_shard += 1
         if self._in_shard == self._shard_size:
@@ -53,14 +52,20 @@ class ShardWriter:
         if self._tar is None:
             return
         self._close()
-        entry = self._entries[-1]
-        temporary, final = self.folder / (entry["name"] + ".tmp"), self.folder / entry["name"]
+        name = self._name
+        temporary = self.folder / (name + ".tmp")
         content = temporary.read_bytes()
-        entry |= {"samples": self._in_shard, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        index = scan(io.BytesIO(content), len(content))
-        final.with_name(final.name + SUFFIX).write_bytes(to_bytes(index))
-        os.replace(temporary, final)
+        write_whole(self.folder / (name + SUFFIX), to_bytes(scan(reader_of(content), len(content))))
+        on_disk(temporary)
+        os.replace(temporary, self.folder / name)
+        entry: Entry = {"name": name, "samples": self._in_shard, "bytes": len(content), "sha256": sha256(content)}
+        self._entries.append(entry)
         self._in_shard = 0
+
+    @property
+    def _name(self) -> str:
+        """The shard that is written."""
+        return f"{len(self._entries):05d}.tar"
 
     def _close(self) -> None:
         if self._tar is not None and self._file is not None:
@@ -68,9 +73,11 @@ class ShardWriter:
             self._file.close()
         self._tar = self._file = None
 
-    def __exit__(self, error_type, error, trace) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error_type is not None:
             self._close()
             return
         self._finish_shard()
-        write_manifest(self.folder, self._entries, classes=self._classes, templates=self._templates)
+        write_manifest(self.folder, self._entries, {"classes": self._classes, "templates": self._templates})

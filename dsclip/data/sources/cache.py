@@ -8,11 +8,11 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 
 from dsclip.data.sources.storage import SourceError, Storage, redact
 from dsclip.errors import UserError
+from dsclip.files import sha256
 
 PIECE = 1 << 24
 DEFAULT_GB = 50.0
@@ -26,14 +26,14 @@ def cache_folder() -> Path:
 
 def most_bytes() -> int:
     """What all copies may take: DSCLIP_SHARD_CACHE_GB. Raises UserError when that is no size."""
-    given = os.environ.get("DSCLIP_SHARD_CACHE_GB")
+    gigabytes = os.environ.get("DSCLIP_SHARD_CACHE_GB")
     try:
-        size = DEFAULT_GB if given is None else float(given)
+        size = DEFAULT_GB if gigabytes is None else float(gigabytes)
     except ValueError:
         size = math.nan
     if not 0 <= size < math.inf:
         raise UserError(
-            f"the environment variable DSCLIP_SHARD_CACHE_GB is {given!r}; give a number of gigabytes, such as 50"
+            f"the environment variable DSCLIP_SHARD_CACHE_GB is {gigabytes!r}; give a number of gigabytes, such as 50"
         )
     return int(size * 1e9)
 
@@ -49,7 +49,7 @@ def local_copy(location: str, storage: Storage, expected_bytes: int) -> str:
         raise SourceError(f"{redact(location)} has {size:,} bytes and its manifest says {expected_bytes:,}")
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    digest = sha256(f"{location} {size}".encode()).hexdigest()
+    digest = sha256(f"{location} {size}".encode())
     final, part = folder / f"{digest}.tar", folder / f"{digest}.part"
     with _alone(folder / f"{digest[:2]}.lock"):
         try:
@@ -81,16 +81,16 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _make_room(folder: Path, needed: int) -> None:
-    found = []
+    files = []
     for path in [*folder.glob("*.tar"), *folder.glob("*.part")]:
         try:
             status = path.stat()
         except FileNotFoundError:  # another process removed it
             continue
         if path.suffix == ".tar" or time.time() - status.st_mtime > _ABANDONED_S:
-            found.append((status.st_mtime, status.st_size, path))
-    total = needed + sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
+            files.append((status.st_mtime, status.st_size, path))
+    total = needed + sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
         if total <= most_bytes():
             break
         total -= size

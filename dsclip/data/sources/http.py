@@ -51,21 +51,20 @@ def request(location: str, method: str, headers: dict[str, str], trusted: tuple[
     raise RefusedAddress(f"more than {MOST_REDIRECTS} redirects")
 
 
-def _send(location: str, method: str, headers: dict, trusted: tuple[str, ...]) -> urllib3.BaseHTTPResponse:
+def _send(location: str, method: str, headers: dict[str, str], trusted: tuple[str, ...]) -> urllib3.BaseHTTPResponse:
     parts = urlsplit(location)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    by_name = parts.hostname in trusted or parts.netloc in trusted
+    name, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    by_name = name in trusted or parts.netloc in trusted
     if parts.scheme != "https" and not (by_name and parts.scheme == "http"):
         raise RefusedAddress(f"only https is read; data.trusted_hosts can allow {parts.netloc}")
-    hosts = [parts.hostname] if by_name else public_addresses(parts.hostname, port)
-    proxy = _proxy(parts.scheme, parts.hostname)
+    hosts = [name] if by_name else public_addresses(name, port)
+    proxy = _proxy(parts.scheme, name)
     target = parts.path + (f"?{parts.query}" if parts.query else "")
     if proxy and parts.scheme == "http":
         target = location  # a proxy of plain http wants the whole address
-    pinned = (
-        {} if by_name else {"server_hostname": parts.hostname}
-    )  # what TLS verifies; the proxy, too, gets the address
-    error = None
+    # What TLS verifies; the proxy, too, gets the address.
+    pinned = {} if by_name else {"server_hostname": name}
+    refused: Exception = RefusedAddress("leads nowhere")
     for host in hosts:
         pool = _manager(os.getpid(), proxy).connection_from_host(host, port, parts.scheme, pinned)
         try:
@@ -74,9 +73,9 @@ def _send(location: str, method: str, headers: dict, trusted: tuple[str, ...]) -
                 assert_same_host=False, preload_content=False, decode_content=False,
             )  # fmt: skip
         except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError) as failed:
-            error = failed
-    _resolved.pop((parts.hostname, port), None)
-    raise error
+            refused = failed
+    _resolved.pop((name, port), None)
+    raise refused
 
 
 _resolved: dict[tuple[str, int], tuple[float, list[str]]] = {}
@@ -87,29 +86,31 @@ def public_addresses(host: str, port: int) -> list[str]:
     known = _resolved.get((host, port))
     if known and time.monotonic() < known[0]:
         return known[1]
-    found = list(dict.fromkeys(a[0] for *_, a in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
-    for address in found:
+    addresses = list(dict.fromkeys(str(a[0]) for *_, a in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+    for address in addresses:
         if not is_public(address):
             raise RefusedAddress(f"leads to {address}, which is no public address; data.trusted_hosts can allow it")
-    hosts = [f"[{address}]" if ":" in address else address for address in found]
+    hosts = [f"[{address}]" if ":" in address else address for address in addresses]
     _resolved[host, port] = time.monotonic() + RESOLVED_S, hosts
     return hosts
 
 
 def is_public(address: str) -> bool:
     """Whether it lies outside of this machine, its network and its cloud's own services, and so does any IPv4 address in it."""
-    found = ipaddress.ip_address(address.split("%")[0])
-    if found.is_multicast or not found.is_global:
+    parsed = ipaddress.ip_address(address.split("%")[0])
+    if parsed.is_multicast or not parsed.is_global:
         return False
-    return found.version == 4 or not found.is_site_local and all(map(is_public, _inside(found)))
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return True
+    return not parsed.is_site_local and all(map(is_public, _inside(parsed)))
 
 
 def _inside(address: ipaddress.IPv6Address) -> list[str]:
     """The IPv4 addresses to which gateways may send on what goes to an IPv6 address."""
-    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
     if address in TRANSLATED or int(address) >> 32 == 0:
-        found.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    return [str(inner) for inner in found if inner is not None]
+        inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    return [str(x) for x in inner if x is not None]
 
 
 @lru_cache(maxsize=256)
@@ -121,9 +122,9 @@ def _proxy(scheme: str, host: str) -> str | None:
 @lru_cache(maxsize=8)
 def _manager(process: int, proxy: str | None) -> urllib3.PoolManager:
     """This process's connections: forked workers must not share sockets."""
-    options = dict(num_pools=64, maxsize=POOLED, ssl_context=ssl.create_default_context())
+    tls = ssl.create_default_context()
     if proxy is None:
-        return urllib3.PoolManager(**options)
+        return urllib3.PoolManager(num_pools=64, maxsize=POOLED, ssl_context=tls)
     userinfo, at, _ = urlsplit(proxy).netloc.rpartition("@")
     login = urllib3.make_headers(proxy_basic_auth=unquote(userinfo)) if at else None
-    return urllib3.ProxyManager(proxy, proxy_headers=login, **options)
+    return urllib3.ProxyManager(proxy, proxy_headers=login, num_pools=64, maxsize=POOLED, ssl_context=tls)

@@ -13,15 +13,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
+
+import urllib3
 
 from dsclip.data.sources.http import RefusedAddress, request
 from dsclip.errors import UserError
+
+T = TypeVar("T")
 
 OBJECT_STORES = ("s3", "gs")
 SCHEMES = ("https", "http", *OBJECT_STORES)
 PERMANENT = (400, 401, 403, 404, 410, 416)  # answers that don't change when one asks again
 LONGEST_PAUSE_S = 30.0
+MOST_OPEN_FILES = 256
 _SECRETS = re.compile(
     r"(?i)(bearer|basic|token)[ :=]+[\w.~+/=-]{6,}|hf_\w{6,}|AKIA\w{12,}|(?<=://)[^/@\s]+(?=@)|"
     r"\b(x-amz-[\w-]+|signature|sig|token|key|access_token|awsaccesskeyid)=[^&\s]+"
@@ -83,11 +89,11 @@ class Storage:
         """Up to `length` bytes from `start`: fewer only where the file ends. Raises SourceError."""
         if not is_remote(location):
             try:
-                return os.pread(_descriptor(location), length, start)
+                return os.pread(_open_file(os.getpid(), location).descriptor, length, start)
             except OSError as error:
                 raise SourceError(f"{location}: {error.strerror}") from error
         if _scheme(location) in OBJECT_STORES:
-            cat = _filesystem(_scheme(location)).cat_file
+            cat: Callable[..., bytes] = _filesystem(_scheme(location)).cat_file
             return self._again(location, lambda: cat(location, start=start, end=start + length))
         return self._again(location, lambda: self._http_range(location, start, length))
 
@@ -105,9 +111,9 @@ class Storage:
             raise SourceError(f"{redact(location)} has more than {most:,} bytes, the most that are read")
         return content
 
-    def _again(self, location: str, attempt: Callable):
-        pause = self.pause_s
-        for left in range(self.retries, -1, -1):
+    def _again(self, location: str, attempt: Callable[[], T]) -> T:
+        pause, left = self.pause_s, self.retries
+        while True:
             try:
                 return attempt()
             except SourceError:
@@ -120,7 +126,7 @@ class Storage:
                 if isinstance(error, PermissionError | ValueError) or not left:
                     raise SourceError(redact(f"{location}: {type(error).__name__}: {error}")) from None
                 time.sleep(min(pause, LONGEST_PAUSE_S))
-                pause *= 2
+                pause, left = 2 * pause, left - 1
 
     def _http_size(self, location: str) -> int:
         response = self._ask(location, "HEAD")
@@ -144,7 +150,7 @@ class Storage:
             raise http.client.IncompleteRead(content, min(promised, length) - len(content))
         return content
 
-    def _ask(self, location: str, method: str, headers: dict | None = None):
+    def _ask(self, location: str, method: str, headers: dict[str, str] | None = None) -> urllib3.BaseHTTPResponse:
         """The answer, when it is none of an error."""
         headers = dict(headers or {})
         if secret := os.environ.get("DSCLIP_AUTHORIZATION"):
@@ -165,7 +171,7 @@ def _scheme(location: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _filesystem(scheme: str):
+def _filesystem(scheme: str) -> Any:
     try:
         import fsspec
 
@@ -182,20 +188,20 @@ def _read_file(path: str) -> bytes:
         raise SourceError(f"{path}: {error.strerror}") from error
 
 
-_open_files: dict[tuple[int, str], int] = {}
-MOST_OPEN_FILES = 256
+class _OpenFile:
+    """A file that is open until nobody reads it any more."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
-def _descriptor(path: str) -> int:
-    """An open file of this process, one of the last 256."""
-    key = (os.getpid(), path)
-    found = _open_files.pop(key, None)
-    if found is None:
-        found = os.open(path, os.O_RDONLY)
-        if len(_open_files) >= MOST_OPEN_FILES:
-            os.close(_open_files.pop(next(iter(_open_files))))
-    _open_files[key] = found  # last used, last closed
-    return found
+@lru_cache(maxsize=MOST_OPEN_FILES)
+def _open_file(process: int, path: str) -> _OpenFile:
+    """One of the files that this process read last: a read costs no opening."""
+    return _OpenFile(os.open(path, os.O_RDONLY))
 
 
 LOCAL = Storage()
