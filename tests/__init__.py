@@ -1,1 +1,1 @@
-"""Tests of dsclip, one file a stage."""
+"""Tests of dsclip, one file a module."""

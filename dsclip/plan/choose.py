@@ -64,7 +64,7 @@ def _candidates(batch: BatchSection, world_size: int, device: str, reduces_early
             if batch.chunk_size:
                 chunks: list[int | None] = [batch.chunk_size]
             elif checkpointing == "none":
-                chunks = [None]  # cutting saves nothing where everything is kept
+                chunks = [None]  # cutting saves nothing where everything is saved for backward
             else:
                 chunks = list(_halves(micro_batch))
             coalesced = [batch.coalesce_reduction]

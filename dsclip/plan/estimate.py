@@ -55,7 +55,7 @@ def estimate(
     local = batch.global_batch_size // world_size
     micro_batches = -(-local // micro_batch)
     texts = 1 if loss.hard_negatives == "none" else 2
-    kept, working = activation_bytes(config, micro_batch, chunk, checkpointing, machine.device, text_tokens, texts)
+    saved, working = activation_bytes(config, micro_batch, chunk, checkpointing, machine.device, text_tokens, texts)
     ds_config = resolve_persistence(ds_config, batch)
     state = state_bytes(parameters, block, ds_config, world_size, machine.device)
     if batch.coalesce_reduction:
@@ -67,7 +67,7 @@ def estimate(
     reduction = state.pop("reduction")
     # The graph's peak is where backward begins, or the loss before it; the reduction's is where it ends.
     at_work = max(working, losses.pop("loss_tiles"))
-    activations = {"activations": kept, "working_set": at_work, "reduction": max(0, reduction - kept - at_work)}
+    activations = {"activations": saved, "working_set": at_work, "reduction": max(0, reduction - saved - at_work)}
     sizes = {"process": machine.base_gb * 1e9, **state, "images": image_bytes(config, local), **losses, **activations}
     parts = {name: size / 1e6 for name, size in sizes.items()}
 

@@ -29,10 +29,10 @@ class Tower:
     width: int
     heads: int
     mlp_width: int
-    first: int  # numbers that the first layer keeps
+    first: int  # numbers that the first layer saves
 
     def block(self, checkpointing: str, device: str) -> int:
-        """Numbers that one block keeps for backward. none: 8·W + 2·M a token, see `Block`; plain attention its scores."""
+        """Numbers that one block saves for backward. none: 8·W + 2·M a token, see `Block`; plain attention its scores."""
         if checkpointing == "none":
             plain = device == "cpu" and self.tokens <= CPU_PLAIN_TOKENS
             scores = self.heads * (self.tokens if plain else 2)
@@ -41,13 +41,13 @@ class Tower:
             return self.tokens * (3 * self.width + self.mlp_width)
         return 0 if checkpointing == "offload" and device == "cuda" else self.tokens * self.width
 
-    def kept(self, checkpointing: str, device: str) -> int:
-        """Numbers that the tower keeps between forward and backward."""
+    def saved(self, checkpointing: str, device: str) -> int:
+        """Numbers that the tower saves for backward."""
         first = self.first if checkpointing == "none" else 0
         return self.layers * self.block(checkpointing, device) + first
 
     def working(self, checkpointing: str, device: str) -> int:
-        """Numbers that backward of one block needs beside what was kept: gradients, and what is computed again."""
+        """Numbers that backward of one block needs beside what was saved: gradients, and what is computed again."""
         again = 0 if checkpointing == "none" else self.block("none", device)
         return again + self.tokens * (4 * self.width + 2 * self.mlp_width)
 
@@ -55,10 +55,10 @@ class Tower:
 def towers(config: ClipConfig, text_tokens: int | None) -> tuple[Tower, Tower]:
     """The image and the text tower. text_tokens: of the longest caption of a chunk; None: the context length."""
     c = config
-    kept = max(1, int(c.patches * (1 - c.patch_dropout)))
+    visible = max(1, int(c.patches * (1 - c.patch_dropout)))
     text = min(text_tokens or c.context_length, c.context_length)
     return (
-        Tower(c.vision_layers, 1 + kept, c.vision_width, c.vision_heads, c.vision_mlp_width, kept * 3 * c.patch_size**2),
+        Tower(c.vision_layers, 1 + visible, c.vision_width, c.vision_heads, c.vision_mlp_width, visible * 3 * c.patch_size**2),
         Tower(c.text_layers, text, c.text_width, c.text_heads, c.text_mlp_width, 0),
     )  # fmt: skip
 
@@ -67,13 +67,13 @@ def activation_bytes(
     config: ClipConfig, micro_batch: int, chunk: int, checkpointing: str, device: str, text_tokens: int | None,
     texts: float,
 ) -> tuple[float, float]:  # fmt: skip
-    """(kept between forward and backward, working set of one block). texts: captions a sample, hard negatives included."""
+    """(saved for backward, working set of one block). texts: captions a sample, hard negatives included."""
     image, text = towers(config, text_tokens)
-    kept = micro_batch * BF16 * (image.kept(checkpointing, device) + texts * text.kept(checkpointing, device))
+    saved = micro_batch * BF16 * (image.saved(checkpointing, device) + texts * text.saved(checkpointing, device))
     normalised = 3 * config.image_size**2 * (2 * FP32 + BF16)
     blocks = BF16 * max(image.working(checkpointing, device), texts * text.working(checkpointing, device))
     heap = HEAP[checkpointing] if device == "cpu" else 1
-    return kept * heap, chunk * max(blocks, normalised) * heap
+    return saved * heap, chunk * max(blocks, normalised) * heap
 
 
 def state_bytes(
