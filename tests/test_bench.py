@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from dsclip.bench import step
 from dsclip.bench.cli import step_main
@@ -36,9 +37,14 @@ def test_the_tiled_loss_takes_less_memory_than_the_dense_one():
 @pytest.mark.parametrize("micro_batch", [None, 4])
 def test_a_peer_takes_steps_of_the_same_model(micro_batch):
     config = resolve_preset("demo")
-    take = PEERS["transformers"](config, micro_batch)
-    for number in range(2):
-        take(step.make_batch(config, 8, number))
+    torch.manual_seed(0)
+    peer, batch = PEERS["transformers"](config, micro_batch), step.make_batch(config, 8, 0)
+    assert sum(p.numel() for p in peer.model.parameters()) == create_model("demo").parameter_count() + 1, "and a scale"
+    torch.manual_seed(0)
+    plain = PEERS["transformers"](config, None)
+    losses = [peer.step(batch).item() for _ in range(3)]
+    assert losses[0] == pytest.approx(plain.step(batch).item(), abs=0.02), "the loss of the whole batch, in bf16"
+    assert losses[2] < losses[0] - 0.05, "the same batch again, after two steps"
 
 
 def test_batches_have_captions_of_real_length():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -52,7 +52,7 @@ def loss_main(argv: list[str] | None = None) -> None:
     sys.exit(run_tool(bench_loss, p.parse_args(argv)))
 
 
-def bench_step(arguments: argparse.Namespace) -> tuple[dict, str]:
+def bench_step(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """{"plain", "accumulated", "auto", "peers": {name: {"plain", "accumulated"}}}, each {"samples_per_second", "peak_mb"}.
 
     dsclip's have "planned_peak_mb" too. On a GPU "mfu" gives the plain step's share of the datasheet's peak, and of a
@@ -65,7 +65,7 @@ def bench_step(arguments: argparse.Namespace) -> tuple[dict, str]:
     chunk_size = a.micro_batch if a.chunk_size is None else a.chunk_size
     if min(a.batch, a.micro_batch, chunk_size, a.steps, a.repeats) < 1:
         raise UserError("--batch, --micro-batch, --chunk-size, --steps and --repeats must be at least 1")
-    best: dict[tuple[str, str], dict] = {}
+    best: dict[tuple[str, str], dict[str, Any]] = {}
     for _ in range(a.repeats):
         for trainer in trainers:
             for kind in KINDS if trainer == "dsclip" else KINDS[:2]:
@@ -76,10 +76,10 @@ def bench_step(arguments: argparse.Namespace) -> tuple[dict, str]:
                         settings |= {"chunk_size": chunk_size, "checkpointing": a.checkpointing}
                 elif kind == "accumulated":
                     settings["micro_batch"] = a.micro_batch
-                found = in_process("dsclip.bench.step", settings)
-                say(f"{trainer} {kind}: {found['samples_per_second']:.1f} samples/s, {found['peak_mb']:.0f} MB")
-                old = best.get((trainer, kind), found)
-                best[trainer, kind] = max(old, found, key=lambda r: r["samples_per_second"])
+                measured = in_process("dsclip.bench.step", settings)
+                say(f"{trainer} {kind}: {measured['samples_per_second']:.1f} samples/s, {measured['peak_mb']:.0f} MB")
+                old = best.get((trainer, kind), measured)
+                best[trainer, kind] = max(old, measured, key=lambda r: r["samples_per_second"])
     flops = 3 * sum(forward_flops(resolve_preset(a.preset)))
     peers = {t: {k: best[t, k] for k in KINDS[:2]} for t in trainers[1:]}
     settings = {
@@ -93,16 +93,16 @@ def bench_step(arguments: argparse.Namespace) -> tuple[dict, str]:
     return result, step_table(result)
 
 
-def bench_loss(arguments: argparse.Namespace) -> tuple[dict, str]:
+def bench_loss(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """{"tiled", "dense"}: {"seconds", "extra_peak_mb"}."""
-    result = {"n": arguments.n, "d": arguments.d}
+    result: dict[str, Any] = {"n": arguments.n, "d": arguments.d}
     for variant in ("tiled",) if arguments.skip_dense else ("tiled", "dense"):
         settings = dict(variant=variant, n=arguments.n, d=arguments.d, repeats=arguments.repeats)
         result[variant] = in_process("dsclip.bench.loss", settings)
     return result | {"environment": environment()}, loss_table(result)
 
 
-def step_table(result: dict) -> str:
+def step_table(result: dict[str, Any]) -> str:
     """Rows of trainers, with the ratio of dsclip to each."""
     lines = [f"{'':14} {'plain':>26} {'accumulated':>26}"]
     for name, row in {"dsclip": result, **result["peers"]}.items():
@@ -125,7 +125,7 @@ def step_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def loss_table(result: dict) -> str:
+def loss_table(result: dict[str, Any]) -> str:
     """Rows of variants."""
     rows = [(k, result[k]) for k in ("tiled", "dense") if k in result]
     return "\n".join(f"{k:6} {r['seconds']:8.3f} s {r['extra_peak_mb']:9.1f} MB extra" for k, r in rows)

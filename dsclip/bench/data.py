@@ -7,24 +7,24 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 
-from dsclip.data import load_tokenizer, resolve_shards
+from dsclip.config.data_section import DataSection
+from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.decoding.sample import IMAGE_EXTENSIONS
+from dsclip.data.decoding.transforms import random_crop
 from dsclip.model.config import CLIP_MEAN, CLIP_STD
 
 BATCH = 64
 CONTEXT = 77
 
 
-def ours(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterator:
+def ours(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterator[object]:
     """dsclip's loader."""
-    from dsclip.config.schema import DataSection
-    from dsclip.data import build_loader
-
     return iter(
         build_loader(
             DataSection(train_shards=shards, workers=workers), tokenizer=load_tokenizer(tokenizer), image_size=image_size,
@@ -33,16 +33,12 @@ def ours(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterator
     )  # fmt: skip
 
 
-def plain(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterator:
+def plain(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterator[object]:
     """What a user would write: webdataset, PIL's crop and bicubic resize, float32, normalised."""
-    from dsclip.data.decoding.transforms import random_crop
-
     tokenize, rng = load_tokenizer(tokenizer), np.random.default_rng(0)
 
-    def picture(image) -> torch.Tensor:
-        from PIL import Image
-
-        box = random_crop(*image.size, [0.9, 1.0], rng)
+    def picture(image: Image.Image) -> torch.Tensor:
+        box = random_crop(image.width, image.height, [0.9, 1.0], rng)
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
@@ -50,7 +46,7 @@ def plain(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterato
     return _webdataset(shards, picture, lambda caption: tokenize([caption], CONTEXT)[0], workers)
 
 
-def open_clip(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterator:
+def open_clip(shards: str, image_size: int, tokenizer: str, workers: int) -> Iterator[object]:
     """OpenCLIP's own training transform and tokenizer, on the same reader: its grouping breaks on webdataset 1.0."""
     import open_clip as package
 
@@ -59,11 +55,12 @@ def open_clip(shards: str, image_size: int, tokenizer: str, workers: int) -> Ite
     return _webdataset(shards, transform, lambda caption: tokenize(caption)[0], workers)
 
 
-def _webdataset(shards: str, picture, tokens, workers: int) -> Iterator:
+def _webdataset(
+    shards: str, picture: Callable[[Image.Image], torch.Tensor], tokens: Callable[[str], torch.Tensor], workers: int
+) -> Iterator[object]:
     import webdataset
-    from PIL import Image
 
-    def prepare(sample: dict) -> tuple:
+    def prepare(sample: dict[str, bytes]) -> tuple[torch.Tensor, torch.Tensor]:
         extension = next(e for e in IMAGE_EXTENSIONS if e in sample)
         image = Image.open(io.BytesIO(sample[extension])).convert("RGB")
         if "json" in sample:
@@ -81,7 +78,7 @@ def _webdataset(shards: str, picture, tokens, workers: int) -> Iterator:
 VARIANTS = {"dsclip": ours, "plain": plain, "open_clip": open_clip}
 
 
-def measure(variant: str, shards: str, image_size: int, tokenizer: str, workers: int, samples: int) -> dict:
+def measure(variant: str, shards: str, image_size: int, tokenizer: str, workers: int, samples: int) -> dict[str, float]:
     """{"samples_per_second", "samples_per_second_per_core"}: the best of three stretches, after one to warm up."""
     torch.set_num_threads(1)
     batches = VARIANTS[variant](shards, image_size, tokenizer, workers)

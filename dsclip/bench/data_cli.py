@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(run_tool(_chosen, p.parse_args(argv)))
 
 
-def _chosen(a: argparse.Namespace) -> tuple[dict, str]:
+def _chosen(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if a.plan:
         return plan_at_scale()
     if a.latency_ms is not None:
@@ -75,7 +76,7 @@ def _chosen(a: argparse.Namespace) -> tuple[dict, str]:
     return bench(a)
 
 
-def bench(arguments: argparse.Namespace) -> tuple[dict, str]:
+def bench(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """{"dsclip", "plain", "open_clip"}: {"samples_per_second_per_core"}; "dsclip_1_worker", "dsclip_2_workers": in processes of their own.
 
     OpenCLIP's tokenizer and transform, on its reader's successor, are measured where it and torchvision are installed.
@@ -91,16 +92,16 @@ def bench(arguments: argparse.Namespace) -> tuple[dict, str]:
     variants = ["dsclip", "plain"]
     if importlib.util.find_spec("open_clip") and importlib.util.find_spec("torchvision"):
         variants.append("open_clip")
-    best: dict[str, dict] = {}
+    best: dict[str, dict[str, Any]] = {}
     for _ in range(a.repeats):
         for name in [*variants, *WORKERS]:
             settings = dict(
                 variant=name if name in variants else "dsclip", shards=a.shards, image_size=a.image_size,
                 tokenizer=a.tokenizer, workers=WORKERS.get(name, 0), samples=a.samples,
             )  # fmt: skip
-            found = in_process("dsclip.bench.data", settings)
-            say(f"{name}: {found['samples_per_second']:.0f} samples/s")
-            best[name] = max(best.get(name, found), found, key=lambda r: r["samples_per_second"])
+            measured = in_process("dsclip.bench.data", settings)
+            say(f"{name}: {measured['samples_per_second']:.0f} samples/s")
+            best[name] = max(best.get(name, measured), measured, key=lambda r: r["samples_per_second"])
     result = {**best, "image_size": a.image_size, "shards": a.shards, "environment": environment()}
     ours = best["dsclip"]["samples_per_second"]
     lines = [
@@ -125,7 +126,7 @@ def write_resized(shards: str, folder: Path, size: str) -> None:
                 writer.write(raw.key, members | {"jpg": content.getvalue()})
 
 
-def plan_at_scale() -> tuple[dict, str]:
+def plan_at_scale() -> tuple[dict[str, Any], str]:
     """{"load_s", "epoch_s", "resume_s", "extra_peak_mb"} for 200,000 shards of 10,000 samples, from a real manifest."""
     from dsclip.data.order.exact import SetOrder
     from dsclip.data.shards.manifest import write_manifest

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,14 +17,17 @@ from dsclip.errors import UserError
 from dsclip.plan.machine import datasheet_tflops
 
 
-def in_process(module: str, settings: dict) -> dict:
+def in_process(module: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `python -m module '<settings as JSON>'` prints as its last line of JSON. Raises UserError with its output."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(_root()), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run([sys.executable, "-m", module, json.dumps(settings)], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-m", module, json.dumps(dict(settings))], capture_output=True, text=True, env=env
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise UserError(f"{settings} failed with exit code {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
-    return json.loads(lines[-1])
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
 
 
 def _root() -> Path:
@@ -65,7 +70,7 @@ def product_tflops(device: str, n: int = 8192, repeats: int = 5) -> float:
     return 2 * n**3 / min(seconds[1:]) / 1e12
 
 
-def utilisation(flops_per_second: float, measured_tflops: float) -> dict:
+def utilisation(flops_per_second: float, measured_tflops: float) -> dict[str, float | None]:
     """Model FLOPs utilisation (PaLM, appendix B: no recomputation counted) against the data sheet and a measured product."""
     sheet = datasheet_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     reached = flops_per_second / 1e12
@@ -77,7 +82,7 @@ def utilisation(flops_per_second: float, measured_tflops: float) -> dict:
     }
 
 
-def environment() -> dict:
+def environment() -> dict[str, str | int]:
     """What was measured on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}

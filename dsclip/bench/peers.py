@@ -6,6 +6,7 @@ Both keep float32 weights under bf16 autocast with torch's AdamW, as their own t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,15 @@ from dsclip.model import ClipConfig
 Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # unit image and text features, scale
 
 
-def hugging_face(config: ClipConfig, micro_batch: int | None):
+@dataclass(frozen=True)
+class Peer:
+    """Another trainer. step: one optimizer step on a batch; returns the loss [] before it, in nats."""
+
+    model: torch.nn.Module
+    step: Callable[[Batch], Tensor]
+
+
+def hugging_face(config: ClipConfig, micro_batch: int | None) -> Peer:
     """transformers' CLIPModel."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -25,14 +34,14 @@ def hugging_face(config: ClipConfig, micro_batch: int | None):
 
     model = CLIPModel(CLIPConfig(**hf_config(config, bos_token_id=None)))
 
-    def features(images: Tensor, tokens: Tensor):
+    def features(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = model(pixel_values=images, input_ids=tokens)
         return out.image_embeds, out.text_embeds, model.logit_scale.exp()
 
     return _trainer(model, features, config, micro_batch)
 
 
-def open_clip(config: ClipConfig, micro_batch: int | None):
+def open_clip(config: ClipConfig, micro_batch: int | None) -> Peer:
     """OpenCLIP's own model, where the package `open_clip_torch` is installed."""
     import open_clip as package
 
@@ -44,8 +53,9 @@ def open_clip(config: ClipConfig, micro_batch: int | None):
             "heads": config.text_heads, "layers": config.text_layers}  # fmt: skip
     model = package.CLIP(**names, vision_cfg=vision, text_cfg=text)
 
-    def features(images: Tensor, tokens: Tensor):
-        return model(images, tokens)[:3]
+    def features(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        image, text, scale, *_ = model(images, tokens)
+        return image, text, scale
 
     return _trainer(model, features, config, micro_batch)
 
@@ -53,36 +63,40 @@ def open_clip(config: ClipConfig, micro_batch: int | None):
 PEERS = {"transformers": hugging_face, "open_clip": open_clip}
 
 
-def _trainer(model: torch.nn.Module, features: Features, config: ClipConfig, micro_batch: int | None):
+def _trainer(model: torch.nn.Module, features: Features, config: ClipConfig, micro_batch: int | None) -> Peer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
     adamw = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (config.image_mean, config.image_std))
 
-    def encode(images: Tensor, tokens: Tensor):
+    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16):
             return features((images.to(device).float() / 255 - mean) / std, tokens.to(device))
 
-    def step(batch: Batch) -> None:
+    def step(batch: Batch) -> Tensor:
         adamw.zero_grad()
         size = micro_batch or len(batch)
         parts = list(zip(batch.images.split(size), batch.tokens.split(size), strict=True))
         if len(parts) == 1:
-            _loss(*encode(*parts[0])).backward()
+            loss = _loss(*encode(*parts[0]))
+            loss.backward()
         else:
-            _accumulate(encode, parts)
+            loss = _accumulate(encode, parts)
         adamw.step()
+        return loss.detach()
 
-    return step
+    return Peer(model, step)
 
 
-def _accumulate(encode: Features, parts: list) -> None:
+def _accumulate(encode: Features, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     with torch.no_grad():
         cached = [encode(*part)[:2] for part in parts]
     for index, part in enumerate(parts):
         image, text, scale = encode(*part)
-        own = [*cached[:index], (image, text), *cached[index + 1 :]]
-        _loss(torch.cat([i for i, _ in own]), torch.cat([t for _, t in own]), scale).backward()
+        whole = [*cached[:index], (image, text), *cached[index + 1 :]]
+        loss = _loss(torch.cat([i for i, _ in whole]), torch.cat([t for _, t in whole]), scale)
+        loss.backward()
+    return loss
 
 
 def _loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

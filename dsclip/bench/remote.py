@@ -18,13 +18,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dsclip.bench.measure import environment, in_process
 from dsclip.command_line import say
-from dsclip.data import ShardWriter, resolve_shards
+from dsclip.config.data_section import DataSection
+from dsclip.data import ShardWriter, build_loader, load_tokenizer, resolve_shards
 from dsclip.errors import UserError
 
 SHARDS, SHARD_SIZE, PICTURES = (
@@ -35,7 +37,7 @@ SHARDS, SHARD_SIZE, PICTURES = (
 LATE = 3.0  # a batch that takes so many times the median is a stall
 
 
-def bench_remote(shards: str | None, **settings) -> tuple[dict, str]:
+def bench_remote(shards: str | None, **settings: Any) -> tuple[dict[str, Any], str]:
     """{"first_batch_seconds", "stalls", ...} of shards behind a loopback server that waits before each answer and connection.
 
     settings: latency_ms, batch, workers, batches, image_size, tokenizer, shuffle_unit, read_ahead_mb. stalls: batches after the first
@@ -67,11 +69,8 @@ def bench_remote(shards: str | None, **settings) -> tuple[dict, str]:
 
 
 def measure(host: str, batch: int, workers: int, batches: int, image_size: int, tokenizer: str, shuffle_unit: int | None,
-            read_ahead_mb: int, latency_ms: float) -> dict:  # fmt: skip
+            read_ahead_mb: int, latency_ms: float) -> dict[str, Any]:  # fmt: skip
     """From building the loader to its last batch, taken as fast as they come."""
-    from dsclip.config.schema import DataSection
-    from dsclip.data import build_loader, load_tokenizer
-
     words = load_tokenizer(tokenizer)
     data = DataSection(
         train_shards=f"http://{host}", workers=workers, trusted_hosts=[host], shuffle_unit=shuffle_unit,
@@ -123,6 +122,8 @@ def late_server(folder: Path, latency_ms: float) -> Iterator[str]:
     ]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     server = subprocess.Popen([*command, str(folder), str(latency_ms)], stdout=subprocess.PIPE, text=True, env=env)
+    if server.stdout is None:
+        raise RuntimeError("the server prints its port into a pipe")
     try:
         yield f"127.0.0.1:{server.stdout.readline().strip()}"
     finally:
@@ -132,21 +133,28 @@ def late_server(folder: Path, latency_ms: float) -> Iterator[str]:
 
 def serve(folder: str, latency_ms: float) -> None:
     """Prints its port and answers range requests until it is ended."""
-    server = _Server(("127.0.0.1", 0), _Late)
-    server.daemon_threads, server.folder, server.latency_s = True, Path(folder), latency_ms / 1000
+    server = _Server(Path(folder), latency_ms / 1000)
     print(server.server_address[1], flush=True)
     server.serve_forever()
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    def handle_error(self, request, client_address):
+    daemon_threads = True
+
+    def __init__(self, folder: Path, latency_s: float):
+        self.folder, self.latency_s = folder, latency_s
+        super().__init__(("127.0.0.1", 0), _Late)
+
+    def handle_error(self, request: object, client_address: object) -> None:
         """Nothing: workers that end break their connections off."""
 
 
 class _Late(socketserver.BaseRequestHandler):
     """Requests of one connection. http.server takes ten times as long for one, of the cores that are measured."""
 
-    def handle(self):
+    server: _Server
+
+    def handle(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         time.sleep(self.server.latency_s)  # a connection takes a round trip of its own
         while asked := self.request.recv(1 << 16):

@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the launcher does; before torch allocates
 
@@ -13,7 +15,7 @@ import torch
 
 from dsclip.bench.measure import peak_mb, settle
 from dsclip.bench.peers import PEERS
-from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
+from dsclip.config.schema import BatchSection, Checkpointing, OptimSection, Recipe, TrainSection
 from dsclip.data import Batch
 from dsclip.distributed import Collectives
 from dsclip.engine.cpu_bf16 import speed_up_bf16
@@ -22,6 +24,9 @@ from dsclip.model.clip import TEXT_LENGTH_MULTIPLE
 from dsclip.plan import Machine, estimate, plan_recipe
 from dsclip.plan.advice import describe_choice
 from dsclip.plan.machine import this_machine
+
+if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds, which peers are spared
+    from dsclip.engine.contrastive import ContrastiveEngine
 
 CAPTION_TOKENS = (8, 22)  # COCO's and web captions, begin and end token included
 
@@ -40,7 +45,7 @@ def make_batch(config: ClipConfig, n: int, seed: int) -> Batch:
     return Batch(images, tokens, torch.arange(n))
 
 
-def ours(config: ClipConfig, batch: BatchSection, ds_config: str):
+def ours(config: ClipConfig, batch: BatchSection, ds_config: str) -> ContrastiveEngine:
     """dsclip's engine."""
     from dsclip.config import load_ds_config
     from dsclip.engine.contrastive import ContrastiveEngine
@@ -51,24 +56,27 @@ def ours(config: ClipConfig, batch: BatchSection, ds_config: str):
     return ContrastiveEngine(recipe, settings, config)
 
 
-def planned(engine, machine: Machine) -> dict:
+def planned(engine: ContrastiveEngine, machine: Machine) -> dict[str, Any]:
     """What a plan made before the engine was there says of its step, for captions as long as these."""
     tokens = -(-(CAPTION_TOKENS[1] + 1) // TEXT_LENGTH_MULTIPLE) * TEXT_LENGTH_MULTIPLE
-    found = estimate(engine.config, engine.recipe.batch, engine.ds_config, 1, machine, text_tokens=tokens)
-    return {"planned_peak_mb": found.peak_mb, "schedule": describe_choice(found)}
+    plan = estimate(engine.config, engine.recipe.batch, engine.ds_config, 1, machine, text_tokens=tokens)
+    return {"planned_peak_mb": plan.peak_mb, "schedule": describe_choice(plan)}
 
 
 def measure(
     trainer: str, preset: str, batch: int, steps: int, kind: str, micro_batch: int | None = None,
-    chunk_size: int | None = None, checkpointing: str = "auto", ds_config: str | None = None,
-) -> dict:  # fmt: skip
+    chunk_size: int | None = None, checkpointing: Checkpointing = "auto",
+    ds_config: str = "zero1_bf16",
+) -> dict[str, Any]:  # fmt: skip
     """{"samples_per_second": of the fastest step after two to warm up, "peak_mb"}, and of dsclip what was planned.
 
     kind: plain | accumulated | auto, the last of dsclip only. accumulated: a peer's step in micro-batches of `micro_batch`
     samples, dsclip's in chunks of `chunk_size`.
     """
     speed_up_bf16()  # for peers too
-    config, extra = resolve_preset(preset), {}
+    config = resolve_preset(preset)
+    extra: dict[str, Any] = {}
+    step: Callable[[Batch], object]
     if trainer == "dsclip":
         sizes = BatchSection(batch)
         if kind != "auto":
@@ -78,7 +86,7 @@ def measure(
         engine = ours(config, sizes, ds_config)
         step, extra = engine.train_step, planned(engine, machine)
     else:
-        step = PEERS[trainer](config, micro_batch)
+        step = PEERS[trainer](config, micro_batch).step
     seconds = []
     for number in range(steps + 2):
         data = make_batch(config, batch, number)
