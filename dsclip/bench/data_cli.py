@@ -129,11 +129,11 @@ def write_resized(shards: str, folder: Path, size: str) -> None:
 def plan_at_scale() -> tuple[dict[str, Any], str]:
     """{"load_s", "epoch_s", "resume_s", "extra_peak_mb"} for 200,000 shards of 10,000 samples, from a real manifest."""
     from dsclip.data.order.exact import SetOrder
-    from dsclip.data.shards.manifest import write_manifest
+    from dsclip.data.shards.manifest import Entry, write_manifest
     from dsclip.data.shards.shard_set import open_shards
 
     with tempfile.TemporaryDirectory() as name:
-        entries = [
+        entries: list[Entry] = [
             {"name": f"{i:06d}.tar", "samples": LAION_SHARD_SIZE, "bytes": 327_000_000, "sha256": f"{i:064x}"}
             for i in range(LAION_SHARDS)
         ]
