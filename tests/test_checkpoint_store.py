@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint, read_manifest
+from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint, read_checkpoint, read_manifest
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints
 from dsclip.config.schema import LossSection
 from dsclip.errors import UserError
@@ -52,6 +52,12 @@ def test_the_manifest_says_what_the_run_was(saved):
     assert manifest["lineage"]["steps"] == [1, 2] and manifest["lineage"]["run"] == "this"
     assert (manifest["data"], manifest["recipe"]) == ([{"position": 2}], {"train": {"seed": 7}})
     assert manifest["counters"] == {"bad": 2}
+
+
+def test_it_is_read_as_one_model(saved):
+    found = read_checkpoint(saved[0])
+    assert (found.step, found.samples, found.path) == (3, 3 * GLOBAL_BATCH, find_checkpoint(saved[0]))
+    assert found.tokenizer_dir == found.path / "tokenizer" and found.tokenizer_dir.is_dir()
 
 
 def test_a_step_that_is_saved_again_replaces_its_checkpoint(saved, group):

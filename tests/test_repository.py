@@ -85,6 +85,14 @@ def test_links_in_the_documents_lead_somewhere():
             assert ":" in target or (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"
 
 
+def test_every_test_file_is_named_after_what_it_tests():
+    rooms = {p.stem for p in (ROOT / "dsclip").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    for path in (ROOT / "tests").glob("test_*.py"):
+        name = path.stem.removeprefix("test_")
+        whole = name in {*rooms, "packaging", "repository", "tools"}
+        assert whole or name.split("_")[0] in rooms, f"{path.name}: name it test_ROOM_MODULE.py after a room of dsclip"
+
+
 def test_the_layers_page_lists_the_rooms_in_the_order_that_is_checked():
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     rooms = [room.strip() for row in contract["layers"] for room in row.split("|")]

@@ -9,7 +9,7 @@ from dsclip.convert.cli import main as convert_command
 from dsclip.datasets.cli import main as make_shards_command
 from dsclip.evaluate.cli import main as evaluate_command
 from tests.distributed.launch import BIN, free_port, metrics, run_command
-from tests.test_data_making import pairs
+from tests.test_datasets_make import pairs
 
 SHORT = ["train.steps=2", "train.log_every=1", "optim.warmup_steps=1"]
 
