@@ -93,7 +93,7 @@ class Collectives:
 
 
 def launched_ranks() -> tuple[int, int, int]:
-    """(rank, world size, local rank) that deepspeed, torchrun or plain python gave this process.
+    """(rank, world size, local rank) that deepspeed, torchrun, accelerate or plain python gave this process.
 
     Raises UserError when they are no numbers.
     """
@@ -102,7 +102,7 @@ def launched_ranks() -> tuple[int, int, int]:
         text = os.environ.get(name, str(default))
         if not re.fullmatch(r"\d{1,9}", text) or (name == "WORLD_SIZE" and int(text) == 0):
             raise UserError(
-                f"the environment variable {name} is {text!r} and must be a number; a launcher sets it (deepspeed, torchrun), "
+                f"the environment variable {name} is {text!r} and must be a number; a launcher sets it (deepspeed, torchrun, accelerate), "
                 "and without one it must not be set"
             )
         values.append(int(text))

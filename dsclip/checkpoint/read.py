@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from dsclip.model import ClipConfig
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model, whole. state_dict: float32, dsclip's names; logit_scale: the factor on similarities."""
+    """A trained model, whole. logit_scale: the factor on similarities.
+
+    state_dict: float32 weights by dsclip's names, each read from the disk when it is asked for.
+    """
 
     path: Path
     config: ClipConfig
-    state_dict: dict[str, Tensor]
+    state_dict: Mapping[str, Tensor]
     logit_scale: float
     tokenizer_dir: Path
     step: int

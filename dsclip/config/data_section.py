@@ -22,6 +22,8 @@ class DataSection:
     """`demo`, a local folder of a HuggingFace tokenizer, or a hub name."""
     workers: Count = 2
     """Loader processes a rank; 0 decodes in the training process."""
+    order: Literal["exact", "stream"] = "exact"
+    """`exact`: what a batch holds depends on nothing but seed, data and batch size; `stream`: shards are read from end to end, without manifest or index, as OpenCLIP does, and a run is resumed to the shard."""
     streams: Positive | None = None
     """Virtual streams; ranks · workers must divide them; null: the largest divisor of the batch up to 1024."""
     shuffle_window: Positive = 512

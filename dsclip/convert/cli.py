@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import get_max_memory
 
 from dsclip.checkpoint import Checkpoint, read_checkpoint
 from dsclip.command_line import parser, run_tool, say
-from dsclip.convert.hf import DTYPES, export_hf
+from dsclip.convert.hf import DTYPES, MAX_SHARD_GB, export_hf
 from dsclip.convert.model_card import results_of_run
+from dsclip.convert.streamed import spread_clip
 from dsclip.errors import UserError
-from dsclip.model import Clip
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 EXAMPLE = "python tools/convert_hf.py runs/demo/checkpoints/step_00000400 OUT --dtype bf16"
 TOLERANCE = 1e-5  # of float32 embeddings, whose entries are at most 1
@@ -30,14 +35,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     p.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the written weights (default: fp32)")
+    p.add_argument(
+        "--max-shard-gb", type=float, default=MAX_SHARD_GB,
+        help="largest weight file, in 10⁹ bytes: one at a time is in memory (default: %(default)s)",
+    )  # fmt: skip
     sys.exit(run_tool(_convert, p.parse_args(argv)))
 
 
 def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    if arguments.max_shard_gb <= 0:
+        raise UserError(f"--max-shard-gb is {arguments.max_shard_gb}; it must be more than 0")
     checkpoint = read_checkpoint(arguments.checkpoint)
     say(f"read {checkpoint.path}: step {checkpoint.step}, verified")
     metrics, data = results_of_run(checkpoint)
-    export_hf(checkpoint, arguments.out, dtype=arguments.dtype, metrics=metrics, data=data)
+    options = dict(metrics=metrics, data=data, max_shard_gb=arguments.max_shard_gb)
+    export_hf(checkpoint, arguments.out, dtype=arguments.dtype, **options)
     difference = largest_difference(checkpoint, arguments.out)
     if arguments.dtype == "fp32" and difference > TOLERANCE:
         raise UserError(
@@ -60,21 +72,31 @@ def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 @torch.no_grad()
 def largest_difference(checkpoint: Checkpoint, folder: Path, samples: int = 4) -> float:
-    """Largest absolute difference between dsclip's float32 embeddings and those of the folder in `transformers`."""
-    from transformers import CLIPModel
-    from transformers.utils import logging
+    """Largest absolute difference between dsclip's float32 embeddings and those of the folder in `transformers`.
 
-    logging.disable_progress_bar()
+    One of the two models is in memory at a time, and only what fits of it.
+    """
     c = checkpoint.config
-    ours = Clip(c)
-    ours.load_state_dict(checkpoint.state_dict)
-    theirs = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(samples, 3, c.image_size, c.image_size, generator=generator)
     tokens = torch.randint(0, c.vocab_size, (samples, c.context_length), generator=generator)
     tokens[tokens == c.eot_token_id] = 0
     tokens[torch.arange(samples), torch.arange(samples) % (c.context_length - 1) + 1] = c.eot_token_id
-    image, text = ours(images, tokens)
-    output = theirs(input_ids=tokens, pixel_values=images)
-    differences = torch.stack([(image - output.image_embeds).abs().max(), (text - output.text_embeds).abs().max()])
-    return differences.max().item()
+    with tempfile.TemporaryDirectory(prefix="dsclip-offload-") as offload:
+        ours, _ = spread_clip(c, checkpoint.state_dict.items(), torch.float32, Path(offload) / "ours", gpus=False)
+        image, text = ours(images, tokens)
+        del ours
+        theirs = _in_transformers(folder, Path(offload) / "theirs")
+        output = theirs(input_ids=tokens, pixel_values=images)
+    return float(max((image - output.image_embeds).abs().max(), (text - output.text_embeds).abs().max()))
+
+
+def _in_transformers(folder: Path, offload: Path) -> CLIPModel:
+    from transformers import CLIPModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    memory = {"cpu": get_max_memory()["cpu"]}
+    return CLIPModel.from_pretrained(
+        folder, dtype=torch.float32, device_map="auto", max_memory=memory, offload_folder=str(offload)
+    ).eval()

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dsclip.checkpoint import Checkpoint
 from dsclip.convert.model_card import model_card
-from dsclip.convert.weights import from_hf, to_hf
+from dsclip.convert.weights import Named, from_hf, to_hf
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
 
 TRAINING_DATA = "training_data.json"  # so that results on training pairs are known for what they are
+MAX_SHARD_GB = 5.0  # of a weight file, as transformers had it for long
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,10 +35,12 @@ def export_hf(
     metrics: dict[str, dict[str, float]] | None = None,
     data: dict[str, str] | None = None,
     overwrite: bool = False,
+    max_shard_gb: float = MAX_SHARD_GB,
 ) -> None:
     """Writes the checkpoint as a HuggingFace folder: safetensors, configuration, preprocessing, tokenizer, model card.
 
-    metrics: {task: {metric: value}} and data: {task: what it was measured on} for the card. Written aside and renamed, so `out` is whole or absent. Raises
+    metrics: {task: {metric: value}} and data: {task: what it was measured on} for the card. max_shard_gb: 10⁹ bytes of a
+    weight file, of which one at a time is in memory. Written aside and renamed, so `out` is whole or absent. Raises
     UserError when `out` exists with content and `overwrite` is not set.
     """
     out = Path(out)
@@ -43,9 +49,10 @@ def export_hf(
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoint.tokenizer_dir, temporary)
-    weights = to_hf(checkpoint.state_dict, checkpoint.logit_scale)
-    weights = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
-    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+    weights = to_hf(checkpoint.state_dict.items(), checkpoint.logit_scale)
+    write_safetensors(
+        ((name, tensor.to(DTYPES[dtype])) for name, tensor in weights), temporary, int(max_shard_gb * 1e9)
+    )
     _write_json(temporary / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
     _write_json(temporary / "preprocessor_config.json", hf_preprocessor(checkpoint.config))
     _write_json(temporary / TRAINING_DATA, {"train_shards": checkpoint.recipe.get("data", {}).get("train_shards")})
@@ -125,10 +132,24 @@ def training_data(path: Path) -> str | list[str] | None:
     return shards if isinstance(shards, str | list) else None
 
 
-def load_hf_folder(path: Path) -> tuple[ClipConfig, dict[str, Tensor], float]:
-    """(configuration, float32 weights by dsclip's names, logit scale) of a CLIPModel folder.
+@dataclass(frozen=True)
+class HfFolder:
+    """A CLIPModel folder whose weights are still on the disk. scale: the logit scale as a factor."""
 
-    Reads safetensors only. Raises UserError for folders that hold another kind of model.
+    path: Path
+    config: ClipConfig
+    scale: float
+    files: list[Path]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each weight by dsclip's name, in the stored dtype, when it is asked for. Raises UserError for damaged files."""
+        return from_hf(_stored(self.files))
+
+
+def open_hf_folder(path: Path) -> HfFolder:
+    """Reads the configuration of a CLIPModel folder and looks for its safetensors.
+
+    Raises UserError for folders that hold another kind of model.
     """
     path = Path(path)
     config = _read_json(path / "config.json")
@@ -139,16 +160,60 @@ def load_hf_folder(path: Path) -> tuple[ClipConfig, dict[str, Tensor], float]:
     files = sorted(path.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{path} has no model.safetensors; pickled weights (.bin) are not read, convert them first")
-    weights: dict[str, Tensor] = {}
-    try:
-        for file in files:
-            weights |= load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error})") from error
-    if "logit_scale" not in weights:
+    scale = next((tensor for name, tensor in _stored(files, only="logit_scale")), None)
+    if scale is None:
         raise UserError(f"{path} has no logit_scale: it is no whole CLIPModel")
-    renamed, scale = from_hf({name: tensor.float() for name, tensor in weights.items()})
-    return _config_from_hf(config, path), renamed, scale
+    return HfFolder(path, _config_from_hf(config, path), math.exp(float(scale)), files)
+
+
+def load_hf_folder(path: Path) -> tuple[ClipConfig, dict[str, Tensor], float]:
+    """(configuration, float32 weights by dsclip's names, logit scale) of a CLIPModel folder. Raises as `open_hf_folder`."""
+    folder = open_hf_folder(path)
+    return folder.config, {name: tensor.float() for name, tensor in folder.weights()}, folder.scale
+
+
+def _stored(files: list[Path], only: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of safetensors files, one after the other, or those of one name."""
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118, it is no dictionary
+                    if only in (None, name):
+                        yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error})") from error
+
+
+def write_safetensors(weights: Named, folder: Path, most_bytes: int) -> None:
+    """The weights as model.safetensors, or as numbered files of at most `most_bytes` each with their index.
+
+    One file's weights are in memory at a time.
+    """
+    written: list[list[str]] = []
+    total = size = 0
+    pending: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        save_file(pending, folder / f"model-{len(written):05d}.tmp", metadata={"format": "pt"})
+        written.append(list(pending))
+        pending.clear()
+
+    for name, tensor in weights:
+        if pending and size + tensor.nbytes > most_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    count = len(written)
+    names = (
+        [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+    )
+    for i, name in enumerate(names):
+        os.rename(folder / f"model-{i:05d}.tmp", folder / name)
+    if count > 1:
+        places = {weight: names[i] for i, held in enumerate(written) for weight in held}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def _config_from_hf(config: dict[str, Any], path: Path) -> ClipConfig:

@@ -66,7 +66,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float, ClipConfig | None]:
         return weights, scale, config
     if path.is_dir():
         checkpoint = read_checkpoint(path)
-        return checkpoint.state_dict, checkpoint.logit_scale, checkpoint.config
+        return dict(checkpoint.state_dict), checkpoint.logit_scale, checkpoint.config
     if not path.is_file():
         raise UserError(f"model.init={path}: no such file or folder")
     return *from_openclip(_read_state_dict(path)), None

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+Named = Iterable[tuple[str, Tensor]]  # weights by name, each made when it is asked for
 
 # Our name -> HuggingFace's, for what is not inside a block. {t} is text_model or vision_model.
 _HF_OUTSIDE = {
@@ -65,12 +68,12 @@ _OPENCLIP_BLOCK = {
 _OPENCLIP_BLOCK_NAME = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 
 
-def to_hf(weights: dict[str, Tensor], logit_scale: float) -> dict[str, Tensor]:
-    """dsclip's weights under HuggingFace's names; logit_scale is the factor, stored as its logarithm."""
-    renamed = {"logit_scale": torch.tensor(math.log(logit_scale))}
-    for name, tensor in weights.items():
+def to_hf(weights: Named, logit_scale: float) -> Iterator[tuple[str, Tensor]]:
+    """dsclip's weights under HuggingFace's names, as they come; logit_scale is the factor, stored as its logarithm."""
+    yield "logit_scale", torch.tensor(math.log(logit_scale))
+    for name, tensor in weights:
         if name in _HF_OUTSIDE:
-            renamed[_HF_OUTSIDE[name]] = tensor
+            yield _HF_OUTSIDE[name], tensor
             continue
         match = _BLOCK.fullmatch(name)
         if match is None:
@@ -79,34 +82,36 @@ def to_hf(weights: dict[str, Tensor], logit_scale: float) -> dict[str, Tensor]:
         prefix = f"{_HF_TOWER[tower]}.encoder.layers.{index}."
         if part == "attn.qkv":
             for letter, piece in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{prefix}self_attn.{letter}_proj.{kind}"] = piece.contiguous()
+                yield f"{prefix}self_attn.{letter}_proj.{kind}", piece.contiguous()
         else:
-            renamed[f"{prefix}{_HF_BLOCK[part]}.{kind}"] = tensor
-    return renamed
+            yield f"{prefix}{_HF_BLOCK[part]}.{kind}", tensor
 
 
-def from_hf(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """(dsclip's weights, logit scale as a factor) from CLIPModel's state dict; unknown names are kept as they are."""
+def from_hf(weights: Named) -> Iterator[tuple[str, Tensor]]:
+    """dsclip's weights from CLIPModel's, as they come, without its logit scale; unknown names are kept as they are."""
     outside = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
     block = {theirs: ours for ours, theirs in _HF_BLOCK.items()}
     tower = {theirs: ours for ours, theirs in _HF_TOWER.items()}
-    renamed: dict[str, Tensor] = {}
     pieces: dict[str, dict[str, Tensor]] = {}  # of query, key and value, by the name of the matrix they make
-    for name, tensor in weights.items():
+    for name, tensor in weights:
         if name == "logit_scale" or name.endswith("embeddings.position_ids"):  # a buffer of old exports
             continue
         match = _HF_BLOCK_NAME.fullmatch(name)
         if not match:
-            renamed[outside.get(name, name)] = tensor
+            yield outside.get(name, name), tensor
             continue
         prefix = f"{tower[match[1]]}.blocks.{match[2]}."
         if letter := re.fullmatch(r"self_attn\.([qkv])_proj", match[3]):
-            pieces.setdefault(f"{prefix}attn.qkv.{match[4]}", {})[letter[1]] = tensor
+            whole = f"{prefix}attn.qkv.{match[4]}"
+            parts = pieces.setdefault(whole, {})
+            parts[letter[1]] = tensor
+            if len(parts) == 3:
+                yield whole, torch.cat([parts[letter] for letter in "qkv"])
+                del pieces[whole]
         else:
-            renamed[f"{prefix}{block.get(match[3], match[3])}.{match[4]}"] = tensor
-    for name, parts in pieces.items():
-        renamed[name] = torch.cat([parts[letter] for letter in "qkv" if letter in parts])
-    return renamed, math.exp(float(weights["logit_scale"]))
+            yield f"{prefix}{block.get(match[3], match[3])}.{match[4]}", tensor
+    for whole, parts in pieces.items():  # of a model that lacks one: its shape will tell
+        yield whole, torch.cat([parts[letter] for letter in "qkv" if letter in parts])
 
 
 def from_openclip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:

@@ -21,13 +21,16 @@ from dsclip.config.data_section import DataSection
 from dsclip.data.batch import Batch, State, summed
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.order.exact import Order, SetOrder, check_split, default_streams
+from dsclip.data.order.shards import ShardOrder, check_readers
 from dsclip.data.reading.open_shards import check_copies_fit
 from dsclip.data.reading.part import Part
 from dsclip.data.reading.samples import SampleReader
-from dsclip.data.reading.worker import PREFETCH, Parts, Settings, image_slots
+from dsclip.data.reading.stream import StreamWorker
+from dsclip.data.reading.worker import PREFETCH, Parts, Settings, Worker, image_slots
 from dsclip.data.shards import identity as same_shards
 from dsclip.data.shards.identity import check_sizes
-from dsclip.data.shards.shard_set import open_shards, told_apart
+from dsclip.data.shards.shard_set import named_shards, open_shards, told_apart
+from dsclip.data.shards.specification import resolve_shards
 from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
 
@@ -50,11 +53,26 @@ def build_loader(
     A `Batch` has images uint8 [n, 3, S, S], keys and a state; with hard_negatives also their tokens and owners, with flips
     or colour jitter augmentation. That state, or those of all ranks of another run put together by `merge_states`,
     continues with exactly the next batch, on any number of ranks and workers. Raises UserError for shards that are missing
-    or all unusable, and for a split that doesn't divide the streams.
+    or all unusable, and for a split that doesn't divide the streams. With `data.order: stream` the state says which shards
+    are finished, and continues with the others on as many ranks and workers.
     """
-    streams = data.streams or default_streams(global_batch_size)
-    check_split(streams, global_batch_size, world_size, data.workers)
     storage = Storage(tuple(data.trusted_hosts), data.retries)
+    check_order(data, global_batch_size, world_size, storage)
+    if data.order == "stream":
+        shards = named_shards(data.train_shards, storage)
+        streams = world_size * max(1, data.workers)
+        share = streams // world_size
+        settings = Settings(
+            data, ShardOrder(len(shards.locations), streams, seed, data.resampled),
+            [SampleReader(shards, storage, data.max_sample_bytes)], tokenizer, image_size, context_length, global_batch_size,
+            seed, rank, (rank * share, (rank + 1) * share), hard_negatives,
+        )  # fmt: skip
+        identity: dict[str, Any] = {
+            "order": "stream", "global_batch_size": global_batch_size, "readers (ranks x workers)": streams, "seed": seed,
+            "shuffle_window": data.shuffle_window, "resampled": data.resampled, **same_shards.identity([shards]),
+        }  # fmt: skip
+        return Loader(settings, identity, state, Counter(), [])
+    streams = data.streams or default_streams(global_batch_size)
     sets = told_apart([open_shards(spec, storage) for spec in data_sets(data)])
     for shards, spec in zip(sets, data_sets(data), strict=True):
         if not shards.samples.sum():
@@ -89,6 +107,18 @@ def build_loader(
                 {"shard": shards.name(i), "what": "damaged", "detail": lost} for i, lost in shards.damage.items()
             ]
     return Loader(settings, identity, state, problems, journal)
+
+
+def check_order(data: DataSection, global_batch_size: int, world_size: int, storage: Storage) -> None:
+    """Raises UserError when the ranks and their workers can't share the data in the order that `data` asks for."""
+    if data.order == "exact":
+        streams = data.streams or default_streams(global_batch_size)
+        check_split(streams, global_batch_size, world_size, data.workers)
+        return
+    for name in ("weights", "streams", "shuffle_unit"):
+        if getattr(data, name) is not None:
+            raise UserError(f"data.{name} needs data.order=exact; with stream, shards are read from end to end")
+    check_readers(len(resolve_shards(data.train_shards, storage)), global_batch_size, world_size, data.workers)
 
 
 def data_sets(data: DataSection) -> Sequence[str | list[str]]:
@@ -126,10 +156,9 @@ class Loader:
     ):  # fmt: skip
         self._settings, self._identity, self._problems, self._journal = settings, identity, problems, journal
         self.damaged = {entry["shard"]: entry["detail"] for entry in journal}
-        self.set_samples = [s.total for s in settings.order.sets]
-        self._total = sum(self.set_samples)
+        self.set_samples = settings.order.set_samples
         first, stop = settings.streams
-        self._batches, self._drawn = 0, [[0] * len(settings.order.sets)] * (stop - first)
+        self._batches, self._drawn = 0, [settings.order.start] * (stop - first)
         if state is not None:
             _check_state(state, identity)
             self._batches = state["batches"]
@@ -140,8 +169,9 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         workers = self._settings.data.workers
         slots = image_slots(self._settings)
+        worker = StreamWorker if isinstance(self._settings.order, ShardOrder) else Worker
         loader = DataLoader(
-            Parts(self._settings, self._drawn, slots),
+            Parts(worker, self._settings, self._drawn, slots),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -162,12 +192,12 @@ class Loader:
         """The parts of all workers as batch `number`, counted from 1, in the order of the streams, in memory that a GPU copies from."""
         first, _ = self._settings.streams
         report = summed([part.report for part in parts])
+        drawn = [counts for part in parts for counts in part.drawn]
         report = replace(
             report, bad=dict(Counter(report.bad) + self._problems), journal=self._journal + report.journal,
-            queue_depth=queue_depth, epoch=number * self._settings.global_batch / self._total,
+            queue_depth=queue_depth, epoch=self._settings.order.epochs(number * self._settings.global_batch, drawn, first),
         )  # fmt: skip
         self._problems, self._journal = Counter(), []
-        drawn = [counts for part in parts for counts in part.drawn]
         return Batch(
             images=_concatenate([torch.as_tensor(p.images) for p in parts]),
             tokens=_joined([p.tokens for p in parts]),
@@ -183,6 +213,12 @@ class Loader:
 
 def _check_state(state: State, identity: dict[str, Any]) -> None:
     written = state.get("order", {})
+    orders = [kind.get("order", "exact") for kind in (written, identity)]
+    if orders[0] != orders[1]:
+        raise UserError(
+            f"data.order was {orders[0]} and is {orders[1]}: positions of one order mean nothing in the other. Use what the "
+            "checkpoint was written with, or start a new run from its weights with model.init"
+        )
     settings = [name for name in identity if name not in same_shards.NAMES and written.get(name) != identity[name]]
     changes = [f"{name} was {written.get(name)} and is {identity[name]}" for name in settings]
     if changes := changes or list(filter(None, [same_shards.difference(written, identity)])):

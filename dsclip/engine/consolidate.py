@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,23 @@ from torch import Tensor
 DEEPSPEED_TAG = "deepspeed"  # folder of DeepSpeed's own files within a checkpoint
 
 
-def full_precision_weights(folder: Path) -> dict[str, Tensor]:
+class ShardedWeights(Mapping[str, Tensor]):
+    """float32 weights by dsclip's names, each put together from mapped files when it is asked for."""
+
+    def __init__(self, pieces: dict[str, Callable[[], Tensor]]):
+        self._pieces = pieces
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._pieces[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+
+def full_precision_weights(folder: Path) -> ShardedWeights:
     """The float32 master weights of a checkpoint by dsclip's names. The folder must have been verified."""
     # Before the first file is opened, which imports DeepSpeed; here, because evaluating a HuggingFace folder needs none.
     import dsclip.engine.quiet_deepspeed  # noqa: F401
@@ -27,25 +45,40 @@ def full_precision_weights(folder: Path) -> dict[str, Tensor]:
 
     # It prints every step it takes, and two progress bars.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=DEEPSPEED_TAG)
-    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=DEEPSPEED_TAG, lazy_mode=True)
+    # Of ZeRO-3, what is found are descriptions of where a tensor's parts lie; a copy holds no file open.
+    return ShardedWeights({name: partial(_copied, w) for name, w in weights.items()})
 
 
-def _from_bf16_optimizer(files: Path, shards: list[Path]) -> dict[str, Tensor]:
+def _copied(weight: Any) -> Tensor:
+    copy: Tensor = weight.contiguous().detach().clone()
+    return copy
+
+
+def _from_bf16_optimizer(files: Path, shards: list[Path]) -> ShardedWeights:
     """Each parameter group is one flat vector, cut into equal parts over the ranks, in the order of `param_shapes`."""
     shards.sort(key=lambda path: int(path.name.partition("pp_rank_")[2].partition("_")[0]))
     states = [_load(path)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for path in shards]
     groups = _load(files / "mp_rank_00_model_states.pt")["param_shapes"]
-    weights = {}
+    pieces: dict[str, Callable[[], Tensor]] = {}
     for index, shapes in enumerate(groups):
-        flat, start = torch.cat([parts[index] for parts in states]), 0
+        parts, start = [state[index] for state in states], 0
         for name, shape in shapes.items():
-            weights[name] = flat[start : start + shape.numel()].view(shape).clone()
+            pieces[name] = partial(_cut, parts, start, shape)
             start += shape.numel()
-    return weights
+    return ShardedWeights(pieces)
+
+
+def _cut(parts: list[Tensor], start: int, shape: torch.Size) -> Tensor:
+    """The tensor that begins at element `start` of the vector which `parts` make one after the other."""
+    found, stop = [], start + shape.numel()
+    for part in parts:
+        found.append(part[max(0, start) : max(0, stop)])
+        start, stop = start - len(part), stop - len(part)
+    return torch.cat(found).view(shape)
 
 
 def _load(path: Path) -> dict[str, Any]:
     # The checkpoint was verified: every class it refers to is on the allow-list.
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     return content

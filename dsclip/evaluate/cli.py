@@ -7,22 +7,25 @@ import json
 import os
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsclip.checkpoint import read_checkpoint
 from dsclip.command_line import parser, report_error, say
-from dsclip.data import build_eval_dataset, load_tokenizer
+from dsclip.convert.streamed import loaded_clip, spread_clip
+from dsclip.data import Tokenizer, build_eval_dataset, load_tokenizer
 from dsclip.data.shards.overlap import data_name, training_pairs
 from dsclip.data.sources.storage import Storage
 from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, Embedder, run_task
-from dsclip.model import Clip, ClipConfig
+from dsclip.evaluate.source import Source, open_model
+from dsclip.model import Clip
 
 EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,6 +67,20 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=64, help="samples a forward and rank (default: 64)")
     p.add_argument("--max-samples", type=int, help="evaluate on the first samples only")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
+    p.add_argument(
+        "--device-map", choices=["auto"],
+        help="auto: for a model larger than a device: over all GPUs, then host memory, then files (default: one device a rank)",
+    )  # fmt: skip
+    p.add_argument(
+        "--host-memory-gb",
+        type=float,
+        help="with --device-map: what weights may take in host memory (default: what is free)",
+    )
+    p.add_argument(
+        "--offload-folder",
+        type=Path,
+        help="with --device-map: for weights that are read again and again (default: temporary)",
+    )
     p.add_argument("--output", type=Path, help="also write the JSON to this file")
     add_remote(p)
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -77,16 +94,32 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.output and (arguments.output.is_dir() or not os.access(arguments.output.resolve().parent, os.W_OK)):
         raise UserError(f"--output {arguments.output}: no file can be written there")
     device, group = _join_ranks(arguments)
-    config, weights, tokenizer_dir, train_shards = load_model(arguments.model)
-    tokenizer = load_tokenizer(arguments.tokenizer or str(tokenizer_dir))
+    source = open_model(arguments.model)
+    config = source.config
+    tokenizer = load_tokenizer(arguments.tokenizer or str(source.tokenizer_dir))
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; use the model's own"
         )
-    model = Clip(config)
-    model.load_state_dict(weights)
     dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    model = model.to(device, dtype).eval().requires_grad_(False)
+    if arguments.device_map is not None and group.world_size > 1:
+        raise UserError("--device-map spreads the model over all devices from one process; start it without torchrun")
+    with TemporaryDirectory(prefix="dsclip-offload-") as temporary:
+        if arguments.device_map is None:
+            model = loaded_clip(config, source.weights(), device, dtype)
+        else:
+            folder = arguments.offload_folder or Path(temporary)
+            model, parts = spread_clip(config, source.weights(), dtype, folder, arguments.host_memory_gb)
+            places = Counter(parts.values())
+            say("parts of the model: " + ", ".join(f"{n} on {place}" for place, n in places.items()))
+        return _measure(arguments, source, model, tokenizer, device, group)
+
+
+def _measure(
+    arguments: argparse.Namespace, source: Source, model: Clip, tokenizer: Tokenizer, device: torch.device,
+    group: Collectives,
+) -> dict[str, Any]:  # fmt: skip
+    config = source.config
     dataset = build_eval_dataset(
         arguments.data,
         image_size=config.image_size,
@@ -110,7 +143,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "task": arguments.task, "metrics": metrics, "model": str(arguments.model), "data": arguments.data,
-        "training_pairs": _training_pairs(arguments.data, train_shards, storage_of(arguments)), "bad_samples": dict(dataset.bad),
+        "training_pairs": _training_pairs(arguments.data, source.train_shards, storage_of(arguments)), "bad_samples": dict(dataset.bad),
     }  # fmt: skip
 
 
@@ -132,21 +165,6 @@ def _training_pairs(shards: str, train_shards: str | list[str] | None, storage: 
         return training_pairs(shards, train_shards, storage) if train_shards else None
     except UserError:
         return None
-
-
-def load_model(path: Path) -> tuple[ClipConfig, dict[str, Tensor], Path, str | list[str] | None]:
-    """(configuration, float32 weights, tokenizer folder, training shards) of a checkpoint, a run or a HuggingFace folder.
-
-    Folders of others don't say what they were trained on: None.
-    """
-    if (path / "config.json").is_file():
-        from dsclip.convert.hf import load_hf_folder, training_data  # convert comes after evaluate in the pipeline
-
-        config, weights, _ = load_hf_folder(path)
-        return config, weights, path, training_data(path)
-    checkpoint = read_checkpoint(path)
-    train_shards = checkpoint.recipe.get("data", {}).get("train_shards")
-    return checkpoint.config, checkpoint.state_dict, checkpoint.tokenizer_dir, train_shards
 
 
 def _report(result: dict[str, Any], arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import traceback
 from dsclip.command_line import Parser
 from dsclip.distributed import launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
+from dsclip.train.accelerate_launch import refuse_without_effect
 
 EXAMPLES = """examples:
   deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json
@@ -58,8 +59,11 @@ def main(argv: list[str] | None = None) -> None:
             arguments.config = "demo"
             if rank == 0:
                 print(f"dsclip: {without_config(arguments.overrides)}", file=sys.stderr, flush=True)
+        import torch
+
         from dsclip.train.run import run
 
+        refuse_without_effect(os.environ, on_gpu=torch.cuda.is_available())
         run(arguments)
         shutdown_distributed()
         return

@@ -7,6 +7,10 @@ from dsclip.config import Recipe
 
 def data_warnings(recipe: Recipe, set_samples: list[int], damaged: dict[str, str] | None = None) -> list[str]:
     """Sentences for the start of a run. set_samples: of each set that is mixed; damaged {shard: what is lost}."""
+    if recipe.data.order == "stream":
+        return [
+            "data.order=stream: shards are read from end to end; a resumed run reads unfinished ones again from their beginning"
+        ]
     batch, weights = recipe.batch.global_batch_size, recipe.data.weights or [1.0]
     warnings = [f"warning: {shard} is damaged, {lost}" for shard, lost in (damaged or {}).items()]
     for samples, weight in zip(set_samples, weights, strict=True):

@@ -10,8 +10,7 @@ from typing import Any
 from dsclip.config import Recipe, load_ds_config, load_recipe
 from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.decoding.tokenizer import Tokenizer
-from dsclip.data.loader import Loader, data_sets
-from dsclip.data.order.exact import check_split, default_streams
+from dsclip.data.loader import Loader, check_order, data_sets
 from dsclip.data.sources.storage import Storage
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import UserError
@@ -46,14 +45,13 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     world_size = launched_ranks()[1]
     ds_config = load_ds_config(arguments.ds_config, recipe, world_size)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    batch = recipe.batch.global_batch_size
-    check_split(recipe.data.streams or default_streams(batch), batch, world_size, recipe.data.workers)
     storage = Storage(tuple(recipe.data.trusted_hosts), recipe.data.retries)
     for key, shards in _named_shards(recipe):
         try:
             resolve_shards(shards, storage)
         except UserError as error:
             raise UserError(f"`{key}`: {error}") from error
+    check_order(recipe.data, recipe.batch.global_batch_size, world_size, storage)
     run_dir = Path(recipe.train.output) / recipe.train.name
     resume = find_resume(arguments.resume, run_dir)
     if resume:

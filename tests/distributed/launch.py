@@ -141,6 +141,16 @@ def torchrun(*arguments, ranks=2, ds_config="zero3_bf16"):
     )
 
 
+def accelerate(*arguments, ranks=2, options=(), ds_config="zero3_bf16"):
+    """`launchers/train.py` under `accelerate launch`. options: of accelerate."""
+    many = ["--multi_gpu", "--num_processes", str(ranks)] if ranks > 1 else []
+    launcher = [str(BIN / "accelerate"), "launch", *many, *options]
+    launcher += ["--main_process_port", str(free_port()), "--num_cpu_threads_per_process", "1"]
+    return run_command(
+        [*launcher, "launchers/train.py", "--ds_config", f"ds_configs/{ds_config}.json", *map(str, arguments)]
+    )
+
+
 def metrics(run: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

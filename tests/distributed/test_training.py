@@ -22,6 +22,7 @@ from tests.distributed.launch import (
     REPOSITORY,
     SMALL,
     WORKERS,
+    accelerate,
     deepspeed,
     deepspeed_with_a_killed_rank,
     losses,
@@ -191,6 +192,27 @@ def test_every_deepspeed_configuration_runs_the_demo(ds_config, finished, tmp_pa
     assert ours[1] == pytest.approx(losses(finished[0])[1], rel=0.05) and ours[6] < ours[1]
     for noise in ("MA 0", "CPU Virtual Memory", "bf16_optimizer", "built successfully", "[INFO]"):
         assert noise not in output
+
+
+def test_accelerate_launch_gives_the_losses_of_deepspeeds_launcher(finished, tmp_path):
+    done = accelerate(*SMALL, "train.export_hf=false", f"train.output={tmp_path}")
+    assert done.returncode == 0, done.stdout
+    assert len(losses(tmp_path / "demo")) == 6 and losses(tmp_path / "demo") == losses(finished[0])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--mixed_precision", "fp16"],
+            "--mixed_precision (ACCELERATE_MIXED_PRECISION=fp16), which has no effect here",
+        ),
+        (["--dynamo_backend", "inductor"], "--dynamo_backend (ACCELERATE_DYNAMO_BACKEND=INDUCTOR)"),
+    ],
+)
+def test_what_accelerate_is_told_in_vain_is_refused(options, message, demo, tmp_path):
+    done = accelerate(*SMALL, f"train.output={tmp_path}", options=options, ranks=1)
+    assert done.returncode != 0 and message in done.stdout and not list(tmp_path.iterdir())
 
 
 def test_accumulation_gives_the_same_curve(finished, tmp_path):

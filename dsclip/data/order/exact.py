@@ -193,6 +193,20 @@ class Order:
         drawn[data_set] += 1
         return draw
 
+    @property
+    def set_samples(self) -> list[int]:
+        """Samples of each data set."""
+        return [s.total for s in self.sets]
+
+    @property
+    def start(self) -> list[int]:
+        """Where a stream begins."""
+        return [0] * len(self.sets)
+
+    def epochs(self, samples: int, drawn: list[list[int]], first: int) -> float:
+        """Passes over the data after so many samples of all streams."""
+        return samples / sum(self.set_samples)
+
     def _pick_block(self, stream: int, block: int) -> np.ndarray:
         """The data sets of the next 4096 draws: each is drawn for itself, so that shares hold in expectation."""
         numbers = np.random.default_rng([self._seed, _MIX, stream, block]).random(_BLOCK)

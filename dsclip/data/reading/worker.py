@@ -7,8 +7,9 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -21,6 +22,7 @@ from dsclip.data.decoding.prepare import Preparer, TrainSample
 from dsclip.data.decoding.sample import BadSample, RawSample
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.order.exact import Draw, Order
+from dsclip.data.order.shards import ShardOrder
 from dsclip.data.reading.ahead import ReadAhead, Threads
 from dsclip.data.reading.part import Part
 from dsclip.data.reading.samples import SampleReader
@@ -42,7 +44,7 @@ class Settings:
     """What all workers of a rank share. streams: [first, stop) of this rank."""
 
     data: DataSection
-    order: Order
+    order: Order | ShardOrder
     sample_readers: list[SampleReader]  # one a data set
     tokenizer: Tokenizer
     image_size: int
@@ -95,8 +97,10 @@ def _shared_memory_bytes() -> int | None:
 class Parts(IterableDataset[Part | UserError]):
     """In a worker: its part of every batch, that of its share of the rank's streams; what ends the run comes as a value."""
 
-    def __init__(self, settings: Settings, drawn: list[list[int]], slots: torch.Tensor | None):
-        self._settings, self._drawn, self._slots = settings, drawn, slots
+    def __init__(
+        self, worker: type[Worker], settings: Settings, drawn: list[list[int]], slots: torch.Tensor | None
+    ):  # fmt: skip
+        self._worker, self._settings, self._drawn, self._slots = worker, settings, drawn, slots
 
     def __iter__(self) -> Iterator[Part | UserError]:
         worker = get_worker_info()
@@ -106,7 +110,7 @@ class Parts(IterableDataset[Part | UserError]):
         streams = range(first + number * share, first + (number + 1) * share)
         drawn = {v: list(self._drawn[v - first]) for v in streams}
         try:
-            yield from Worker(self._settings, drawn, None if self._slots is None else self._slots[number]).parts()
+            yield from self._worker(self._settings, drawn, None if self._slots is None else self._slots[number]).parts()
         except UserError as error:
             yield error
 
@@ -123,7 +127,7 @@ class Worker:
         self._journal: list[dict[str, str]] = []
         self._read = self._negatives = self._bad_in_a_row = 0
         self._prepare = Preparer(settings.data, settings.image_size, settings.seed, settings.hard_negatives)
-        self._total = sum(s.total for s in settings.order.sets)
+        self._total = sum(settings.order.set_samples)
 
     def parts(self) -> Iterator[Part]:
         """Endless parts of quota · streams samples each. Their images are a tensor, or the number of a slot."""
@@ -143,7 +147,7 @@ class Worker:
             drawn = {stream: counts[k] for stream, counts in self._drawn.items()}
             self._ahead[k] = ReadAhead(
                 self._settings.sample_readers[k],
-                self._settings.order.sets[k],
+                self._exact.sets[k],
                 drawn,
                 self._settings.quota,
                 share,
@@ -178,6 +182,12 @@ class Worker:
             yield part
 
     @property
+    def _exact(self) -> Order:
+        if not isinstance(self._settings.order, Order):
+            raise TypeError("shards that are streamed need a StreamWorker")
+        return self._settings.order
+
+    @property
     def _waited(self) -> float:
         """Seconds in which this worker waited for bytes of remote shards."""
         return sum(ahead.waited_s for ahead in self._ahead.values())
@@ -185,12 +195,11 @@ class Worker:
     def _next_good(self, stream: int, image: torch.Tensor, skipped: Counter[str]) -> TrainSample:
         """The stream's next usable sample, its picture written to `image`; the others are counted."""
         while True:
-            draw = self._settings.order.next(stream, self._drawn[stream])
+            shard, round_, fetch = self._next_raw(stream)
             self._read += 1
             try:
-                sample = self._prepare(self._fetch(stream, draw), draw.round, image)
+                sample = self._prepare(fetch(), round_, image)
             except BadSample as reason:
-                shard = self._settings.sample_readers[draw.data_set].shards.name(draw.shard)
                 skipped[str(reason)] += 1
                 self._bad_by_shard[shard] += 1
                 self._bad_in_a_row += 1
@@ -203,6 +212,12 @@ class Worker:
             self._negatives += len(sample.hard_negatives)
             self._judge_negatives()
             return sample
+
+    def _next_raw(self, stream: int) -> tuple[str, int, Callable[[], RawSample]]:
+        """(shard, round, what reads it or raises BadSample) of the stream's next sample; counts it as drawn."""
+        draw = self._exact.next(stream, self._drawn[stream])
+        shard = self._settings.sample_readers[draw.data_set].shards.name(draw.shard)
+        return shard, draw.round, partial(self._fetch, stream, draw)
 
     def _fetch(self, stream: int, draw: Draw) -> RawSample:
         reader = self._settings.sample_readers[draw.data_set]

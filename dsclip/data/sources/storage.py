@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import urllib3
@@ -66,6 +66,16 @@ def is_remote(location: str) -> bool:
     return True
 
 
+class Stream(Protocol):
+    """What is read from its beginning to its end."""
+
+    def read(self, size: int, /) -> bytes:
+        """Up to `size` bytes; none at the end."""
+
+    def close(self) -> None:
+        """Lets go of it."""
+
+
 @dataclass(frozen=True)
 class Storage:
     """How bytes are had: ranges are read again after a pause when a remote read fails. retries: attempts after the first."""
@@ -96,6 +106,19 @@ class Storage:
             cat: Callable[..., bytes] = _filesystem(_scheme(location)).cat_file
             return self._again(location, lambda: cat(location, start=start, end=start + length))
         return self._again(location, lambda: self._http_range(location, start, length))
+
+    def open(self, location: str) -> tuple[Stream, int | None]:
+        """(a file that is read from its beginning on, its length where a server says it). Raises SourceError."""
+        if not is_remote(location):
+            try:
+                return open(location, "rb"), None
+            except OSError as error:
+                raise SourceError(f"{location}: {error.strerror}") from error
+        if _scheme(location) in OBJECT_STORES:
+            return self._again(location, lambda: _filesystem(_scheme(location)).open(location, "rb")), None
+        response = self._again(location, lambda: self._ask(location, "GET"))
+        length = response.headers.get("Content-Length")
+        return response, None if length is None else int(length)
 
     def read_all(self, location: str, most: int) -> bytes:
         """A whole small file. Raises SourceError, also when it has more than `most` bytes."""
