@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dsclip.config.schema import LossSection
 from dsclip.errors import UserError
 from dsclip.losses.group import ALONE, Group
 from dsclip.losses.pairs import PLAIN, LossGrads, Negatives, Pairs
+from dsclip.losses.registry import RegisteredLoss
 from dsclip.losses.samples import widen
-
-if TYPE_CHECKING:
-    from dsclip.config.schema import LossSection
-    from dsclip.losses.registry import RegisteredLoss
 
 DenseFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
