@@ -16,6 +16,7 @@ from dsclip.errors import UserError
 from dsclip.losses import LossGrads
 from dsclip.losses.feature_statistics import feature_statistics
 from dsclip.model import resolve_preset
+from tests.distributed.launch import alone
 
 CPU = torch.device("cpu")
 SINGLE = Collectives.single()
@@ -120,12 +121,13 @@ def test_the_bias_is_learned_and_both_come_back():
 def test_what_a_batch_lacks_for_the_loss_is_said(loss, field):
     recipe = Recipe(batch=BatchSection(4), loss=LossSection(**loss))
     ds_config = load_ds_config("ds_configs/zero1_bf16.json", recipe, 1)
-    engine = ContrastiveEngine(recipe, ds_config, resolve_preset("demo"))
-    try:
-        with pytest.raises(UserError, match=f"needs batch.{field}, which is missing"):
-            engine.train_step(make_batch(engine.config, 4, 0))
-    finally:
-        engine.close()
+    with alone():
+        engine = ContrastiveEngine(recipe, ds_config, resolve_preset("demo"))
+        try:
+            with pytest.raises(UserError, match=f"needs batch.{field}, which is missing"):
+                engine.train_step(make_batch(engine.config, 4, 0))
+        finally:
+            engine.close()
 
 
 def test_alignment_and_uniformity_of_hand_made_features():
