@@ -22,6 +22,7 @@ from dsclip.plan.advice import advice
 from dsclip.plan.estimate import parameter_counts
 from dsclip.plan.machine import datasheet_tflops, gpu
 from dsclip.train.resume import keep_planned_sizes
+from tests.distributed.launch import alone
 from tests.programs import run_program
 
 GPU = gpu(80, datasheet_tflops("NVIDIA H100 80GB HBM3"))
@@ -122,10 +123,11 @@ def test_a_recipe_is_planned_within_the_memory_it_is_given_and_the_step_is_the_s
         config = load_ds_config("ds_configs/zero1_bf16.json", recipe, 1)
         config["bf16"] = {"enabled": False}
         recipe, found = plan_recipe(recipe, config, resolve_preset("demo"), Collectives.single())
-        engine = ContrastiveEngine(recipe, config, resolve_preset("demo"))
-        metrics = engine.train_step(make_batch(engine.config, 16, 0))
-        norms[found.micro_batches, found.checkpointing] = (metrics.grad_norm, metrics.loss)
-        engine.close()
+        with alone():
+            engine = ContrastiveEngine(recipe, config, resolve_preset("demo"))
+            metrics = engine.train_step(make_batch(engine.config, 16, 0))
+            norms[found.micro_batches, found.checkpointing] = (metrics.grad_norm, metrics.loss)
+            engine.close()
     assert len(norms) == 2 and (1, "none") in norms, "the small plan accumulates"
     plain, small = norms.pop((1, "none")), norms.popitem()[1]
     assert small == pytest.approx(plain, rel=1e-5)

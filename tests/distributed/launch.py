@@ -1,6 +1,7 @@
 """Starts a worker script on several real ranks (torchrun, gloo on CPU) and reports what went wrong."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from typing import IO
 from unittest import mock
 
 import psutil
-import torch
+import torch.distributed as dist
 
 from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
@@ -43,20 +44,35 @@ def run_ranks(script: Path, world_size: int, *args, timeout_s: int = 300) -> sub
 
 
 def cases_of(worker: ModuleType, world_size: int, folder: Path, *, timeout_s: int = 300) -> list[dict]:
-    """What the cases of a worker give on so many ranks; a single one needs no process of its own where there is no GPU."""
-    if world_size > 1 or torch.cuda.is_available():
-        run_ranks(Path(worker.__file__), world_size, folder / "results.json", timeout_s=timeout_s)
-        return json.loads((folder / "results.json").read_text())
-    with alone() as group:
-        return json.loads(json.dumps(worker.cases(group)))
+    """What the cases of a worker give on so many ranks."""
+    run_ranks(Path(worker.__file__), world_size, folder / "results.json", timeout_s=timeout_s)
+    return json.loads((folder / "results.json").read_text())
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[Collectives]:
-    """This process as the only rank of a job, for engines without a launcher."""
-    with mock.patch.dict(os.environ, {"LOCAL_RANK": "0"}):  # the address that is set here is for no other test
+    """This process as the only rank of a job, for engines without a launcher; nothing of it is left for other tests."""
+    with mock.patch.dict(os.environ, {"LOCAL_RANK": "0"}):
+        _forget_groups()
         init_distributed()
-        yield Collectives.current()
+        try:
+            yield Collectives.current()
+        finally:
+            shutdown_distributed()
+            _forget_groups()
+
+
+def _forget_groups() -> None:
+    """DeepSpeed keeps process groups in its modules' globals, also those that were destroyed."""
+    if dist.is_initialized():
+        return
+    importlib.import_module("deepspeed.comm.comm").cdb = None  # as an attribute, that name is a function
+    groups = importlib.import_module("deepspeed.utils.groups")
+    for name, value in list(vars(groups).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(groups, name, None)
+        elif isinstance(value, dict) and name.endswith(("_GROUP", "_RANKS")):
+            value.clear()
 
 
 def write_cases(cases: Callable[[Collectives], list[dict]], out: str) -> None:
