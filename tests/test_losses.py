@@ -151,7 +151,8 @@ def test_any_shape_tile_and_temperature(
     name, world_size, local, width, tile_entries, scale, seed, extras, duplicates, hard, margin, beta, smoothing
 ):
     case = Case(name, world_size, local, width=width, scale=scale, seed=seed, extras=extras)
-    case.check(Negatives(duplicates, hard, margin, beta, smoothing), tile_entries, dict(rtol=1e-7, atol=1e-9))
+    # torch's softplus is linear beyond 20, which leaves out up to e^-20 = 2e-9 an entry.
+    case.check(Negatives(duplicates, hard, margin, beta, smoothing), tile_entries, dict(rtol=1e-7, atol=1e-8))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
