@@ -23,3 +23,11 @@ def demo(demo_cache):
     from dsclip.datasets.demo import demo_folder
 
     return demo_folder()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo):
+    """The embedded data set's."""
+    from dsclip.data import load_tokenizer
+
+    return load_tokenizer("demo")

@@ -10,15 +10,10 @@ from collections import Counter
 import pytest
 
 from dsclip.config.schema import DataSection
-from dsclip.data import build_eval_dataset, build_loader, load_tokenizer, merge_states
+from dsclip.data import build_eval_dataset, build_loader, merge_states
 from dsclip.data.reading import worker
 from dsclip.errors import UserError
 from tests.shard_files import jpeg, sample, write_set, write_tar
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo):
-    return load_tokenizer("demo")
 
 
 def loader(shards, tokenizer, *, batch=8, rank=0, world_size=1, state=None, seed=0, hard_negatives=False, **data):

@@ -7,16 +7,11 @@ import pickle
 import pytest
 
 from dsclip.config.schema import DataSection
-from dsclip.data import build_loader, load_tokenizer, merge_states
+from dsclip.data import build_loader, merge_states
 from tests.shard_files import sample, write_set, write_tar
 
 SPLITS = [(1, 0), (1, 2), (2, 0), (2, 2), (4, 1), (4, 2), (8, 0)]
 GLOBAL_BATCH, SAMPLES = 8, 30  # 4 batches an epoch, which end within a batch
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo):
-    return load_tokenizer("demo")
 
 
 @pytest.fixture(scope="module")

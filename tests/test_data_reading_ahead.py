@@ -7,7 +7,7 @@ import time
 import pytest
 
 from dsclip.config.schema import DataSection
-from dsclip.data import ShardWriter, build_loader, load_tokenizer
+from dsclip.data import ShardWriter, build_loader
 from dsclip.data.order.exact import SetOrder
 from dsclip.data.reading.ahead import THREADS, ReadAhead, Threads
 from dsclip.data.reading.samples import SampleReader
@@ -19,11 +19,6 @@ from tests.programs import run_program
 from tests.shard_files import sample, write_set
 
 SHARDS, SHARD_SIZE = 4, 400
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo):
-    return load_tokenizer("demo")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dsclip.config.load import parse_yaml
 from dsclip.config.schema import DataSection
-from dsclip.data import build_loader, load_tokenizer
+from dsclip.data import build_loader
 from dsclip.data.reading.samples import read_shard
 from dsclip.data.shards.index_file import to_bytes
 from dsclip.data.shards.tar_index import scan_file
@@ -27,11 +27,6 @@ from dsclip.errors import UserError
 from tests.shard_files import jpeg, sample, write_tar
 
 GOOD = 12
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo):
-    return load_tokenizer("demo")
 
 
 def epoch(folder, tokenizer, good=GOOD, **options):

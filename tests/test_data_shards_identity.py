@@ -6,17 +6,12 @@ import shutil
 import pytest
 
 from dsclip.config.schema import DataSection
-from dsclip.data import build_loader, load_tokenizer
+from dsclip.data import build_loader
 from dsclip.data.sources.storage import LOCAL
 from dsclip.datasets.index import index_shards
 from dsclip.errors import UserError
 from tests.http_shards import serve
 from tests.shard_files import sample, write_set, write_tar
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo):
-    return load_tokenizer("demo")
 
 
 def loader(shards, tokenizer, state=None, **options):

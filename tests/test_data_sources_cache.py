@@ -5,18 +5,13 @@ import itertools
 import pytest
 
 from dsclip.config.schema import DataSection
-from dsclip.data import ShardWriter, build_loader, load_tokenizer
+from dsclip.data import ShardWriter, build_loader
 from dsclip.data.reading.samples import SampleReader
 from dsclip.data.shards.shard_set import open_shards
 from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
 from tests.http_shards import serve
 from tests.shard_files import sample
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo):
-    return load_tokenizer("demo")
 
 
 @pytest.fixture

@@ -8,18 +8,13 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dsclip.config.schema import DataSection
-from dsclip.data import ShardWriter, build_eval_dataset, build_loader, load_tokenizer
+from dsclip.data import ShardWriter, build_eval_dataset, build_loader
 from dsclip.data.sources import storage as sources_module
 from dsclip.data.sources.storage import SourceError, Storage, is_remote, redact
 from dsclip.datasets.index import index_shards
 from dsclip.errors import UserError
 from tests.http_shards import serve
 from tests.shard_files import sample, write_set
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo):
-    return load_tokenizer("demo")
 
 
 @pytest.fixture

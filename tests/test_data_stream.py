@@ -9,18 +9,13 @@ import pytest
 import torch
 
 from dsclip.config.schema import DataSection
-from dsclip.data import build_loader, load_tokenizer, merge_states
+from dsclip.data import build_loader, merge_states
 from dsclip.data.order.shards import ShardOrder, check_readers
 from dsclip.errors import UserError
 from tests.http_shards import serve
 from tests.shard_files import sample, write_set, write_tar
 
 SHARDS, PER_SHARD = 8, 5
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo):
-    return load_tokenizer(str(demo / "tokenizer"))
 
 
 @pytest.fixture

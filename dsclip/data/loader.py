@@ -29,7 +29,7 @@ from dsclip.data.reading.stream import StreamWorker
 from dsclip.data.reading.worker import PREFETCH, Parts, Settings, Worker, image_slots
 from dsclip.data.shards import identity as same_shards
 from dsclip.data.shards.identity import check_sizes
-from dsclip.data.shards.shard_set import named_shards, open_shards, told_apart
+from dsclip.data.shards.shard_set import ShardSet, named_shards, open_shards, told_apart
 from dsclip.data.shards.specification import resolve_shards
 from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
@@ -58,20 +58,34 @@ def build_loader(
     """
     storage = Storage(tuple(data.trusted_hosts), data.retries)
     check_order(data, global_batch_size, world_size, storage)
-    if data.order == "stream":
-        shards = named_shards(data.train_shards, storage)
-        streams = world_size * max(1, data.workers)
-        share = streams // world_size
-        settings = Settings(
-            data, ShardOrder(len(shards.locations), streams, seed, data.resampled),
-            [SampleReader(shards, storage, data.max_sample_bytes)], tokenizer, image_size, context_length, global_batch_size,
-            seed, rank, (rank * share, (rank + 1) * share), hard_negatives,
-        )  # fmt: skip
-        identity: dict[str, Any] = {
-            "order": "stream", "global_batch_size": global_batch_size, "readers (ranks x workers)": streams, "seed": seed,
-            "shuffle_window": data.shuffle_window, "resampled": data.resampled, **same_shards.identity([shards]),
-        }  # fmt: skip
-        return Loader(settings, identity, state, Counter(), [])
+    exact = data.order == "exact"
+    make_order = _exact_order if exact else _shard_order
+    order, sets = make_order(data, storage, global_batch_size, seed, world_size)
+    identity: dict[str, Any] = {
+        "global_batch_size": global_batch_size, "streams" if exact else "readers (ranks x workers)": order.streams,
+        "seed": seed, "shuffle_window": data.shuffle_window, "resampled": data.resampled, **same_shards.identity(sets),
+    }  # fmt: skip
+    identity |= {"shuffle_unit": data.shuffle_unit, "weights": data.weights} if exact else {"order": "stream"}
+    share = order.streams // world_size
+    settings = Settings(
+        data, order, [SampleReader(s, storage, data.max_sample_bytes) for s in sets], tokenizer, image_size, context_length,
+        global_batch_size, seed, rank, (rank * share, (rank + 1) * share), hard_negatives,
+    )  # fmt: skip
+    problems: Counter[str] = Counter()
+    journal: list[dict[str, str]] = []
+    if rank == 0 and state is None:
+        for shards in sets:
+            problems.update(shards.problems)
+            journal += [
+                {"shard": shards.name(i), "what": "damaged", "detail": lost} for i, lost in shards.damage.items()
+            ]
+    return Loader(settings, identity, state, problems, journal)
+
+
+def _exact_order(
+    data: DataSection, storage: Storage, global_batch_size: int, seed: int, world_size: int
+) -> tuple[Order, list[ShardSet]]:
+    """The order of samples, and the sets that are mixed. Raises UserError for sets that can't be read."""
     streams = data.streams or default_streams(global_batch_size)
     sets = told_apart([open_shards(spec, storage) for spec in data_sets(data)])
     for shards, spec in zip(sets, data_sets(data), strict=True):
@@ -87,26 +101,15 @@ def build_loader(
         )
         for shards in sets
     ]  # fmt: skip
-    order = Order(set_orders, data.weights, streams, seed)
-    share = streams // world_size
-    settings = Settings(
-        data, order, [SampleReader(s, storage, data.max_sample_bytes) for s in sets], tokenizer, image_size, context_length,
-        global_batch_size, seed, rank, (rank * share, (rank + 1) * share), hard_negatives,
-    )  # fmt: skip
-    identity = {
-        "global_batch_size": global_batch_size, "streams": streams, "seed": seed, "shuffle_window": data.shuffle_window,
-        "shuffle_unit": data.shuffle_unit, "resampled": data.resampled, "weights": data.weights,
-        **same_shards.identity(sets),
-    }  # fmt: skip
-    problems: Counter[str] = Counter()
-    journal: list[dict[str, str]] = []
-    if rank == 0 and state is None:
-        for shards in sets:
-            problems.update(shards.problems)
-            journal += [
-                {"shard": shards.name(i), "what": "damaged", "detail": lost} for i, lost in shards.damage.items()
-            ]
-    return Loader(settings, identity, state, problems, journal)
+    return Order(set_orders, data.weights, streams, seed), sets
+
+
+def _shard_order(
+    data: DataSection, storage: Storage, global_batch_size: int, seed: int, world_size: int
+) -> tuple[ShardOrder, list[ShardSet]]:
+    """The order of whole shards, one stream a worker of a rank, and the set that they are."""
+    shards = named_shards(data.train_shards, storage)
+    return ShardOrder(len(shards.locations), world_size * max(1, data.workers), seed, data.resampled), [shards]
 
 
 def check_order(data: DataSection, global_batch_size: int, world_size: int, storage: Storage) -> None:

@@ -14,7 +14,7 @@ _OPTIONS = (
     ("ACCELERATE_USE_PARALLELISM_CONFIG", ("", "false"), "--use_parallelism_config", "--ds_config zero3_bf16 shards the model"),
     ("ACCELERATE_MIXED_PRECISION", ("", "no", "bf16"), "--mixed_precision", "all runs are bf16"),
     ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "--dynamo_backend", "nothing is compiled"),
-    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "--gradient_accumulation_steps", "set batch.samples_per_forward"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "--gradient_accumulation_steps", "set batch.micro_batch_size"),
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from dsclip.data.loader import Loader, check_order, data_sets
 from dsclip.data.sources.storage import Storage
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import UserError
+from dsclip.evaluate.tasks import TASKS
 from dsclip.losses import check_options, find_loss
 from dsclip.model import ClipConfig, resolve_preset
 from dsclip.train.evaluation import Evaluation
@@ -84,5 +85,5 @@ def make_loader(inputs: RunInputs, group: Collectives, state: dict[str, Any] | N
 def _named_shards(recipe: Recipe) -> list[tuple[str, str | list[str]]]:
     """(key of the recipe, shards) of the training data and of every evaluation that is on."""
     training = [("data.train_shards", shards) for shards in data_sets(recipe.data)]
-    tasks = ("zeroshot_shards", "retrieval_shards", "hard_negatives_shards")
-    return training + [(f"eval.{t}", getattr(recipe.eval, t)) for t in tasks if getattr(recipe.eval, t)]
+    evaluated = [(f"{task}_shards", getattr(recipe.eval, f"{task}_shards")) for task in TASKS]
+    return training + [(f"eval.{key}", shards) for key, shards in evaluated if shards]
