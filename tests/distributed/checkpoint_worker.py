@@ -1,4 +1,4 @@
-"""Run by torchrun: saves, resumes and reads back checkpoints of each ZeRO stage; writes one JSON file."""
+"""Run on every rank: saves, resumes and reads back checkpoints of each ZeRO stage; writes one JSON file."""
 
 import json
 import sys

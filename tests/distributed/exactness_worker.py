@@ -1,4 +1,4 @@
-"""Run by torchrun: gradients and steps of the engine against a float64 reference; writes one JSON file.
+"""Run on every rank: gradients and steps of the engine against a float64 reference; writes one JSON file.
 
 The reference is one process with the whole global batch, dense InfoNCE and autograd: a few lines to check by eye.
 """

@@ -1,4 +1,4 @@
-"""Run by torchrun: bytes of ZeRO-3's collectives in one step, by number of chunks; writes one JSON file."""
+"""Run on every rank: bytes of ZeRO-3's collectives in one step, by number of chunks; writes one JSON file."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Run by torchrun: starts engines of each ZeRO stage from weights that rank 0 alone can read; writes one JSON file."""
+"""Run on every rank: starts engines of each ZeRO stage from weights that rank 0 alone can read; writes one JSON file."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Starts a worker script on several real ranks (torchrun, gloo on CPU) and reports what went wrong."""
+"""Starts scripts on several real ranks, by launchers or as warm ranks (gloo on CPU), and reports what went wrong."""
 
 import contextlib
 import importlib
@@ -21,8 +21,10 @@ import torch.distributed as dist
 
 from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
+from tests.distributed.warm_ranks import HUNG, Launch, WarmRanks
 
 WORKERS = Path(__file__).parent
+WARM = WarmRanks()
 REPOSITORY = WORKERS.parent.parent
 BIN = Path(sys.executable).parent
 LAUNCHER_PATH = f"{BIN}:/usr/local/bin:/usr/bin:/bin"
@@ -33,14 +35,29 @@ SMALL = [
 
 
 def run_ranks(script: Path, world_size: int, *args, timeout_s: int = 300) -> subprocess.CompletedProcess:
-    """Runs `script` under torchrun on `world_size` ranks; raises with its output when it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    done = run_command([*command, str(script), *map(str, args)], timeout_s=timeout_s)
+    """Runs `script` on `world_size` warm ranks; raises with its output when it fails."""
+    done = warm(script, *args, ranks=world_size, timeout_s=timeout_s)
     if done.returncode:
         raise AssertionError(
             f"{script.name} on {world_size} ranks exited with {done.returncode}\n{done.stdout[-6000:]}"
         )
     return done
+
+
+def warm(script: Path | str, *args, ranks: int = 2, timeout_s: float = 300) -> subprocess.CompletedProcess:
+    """Runs `script` from the repository's root on warm ranks: as under torchrun, but for its imports."""
+    command = [str(script), *map(str, args)]
+    with tempfile.NamedTemporaryFile("r") as output:
+        code = WARM.run(Launch(command[0], command[1:], ranks, free_port(), _environment(), output.name, timeout_s))
+        printed = output.read()
+    if code == HUNG:
+        raise AssertionError(f"{' '.join(command)} took longer than {timeout_s} s\n{printed[-6000:]}")
+    return subprocess.CompletedProcess(command, code, printed, None)
+
+
+def train(*arguments, ranks=2, ds_config="zero3_bf16"):
+    """`launchers/train.py` on warm ranks."""
+    return warm("launchers/train.py", "--ds_config", f"ds_configs/{ds_config}.json", *arguments, ranks=ranks)
 
 
 def cases_of(worker: ModuleType, world_size: int, folder: Path, *, timeout_s: int = 300) -> list[dict]:
@@ -76,7 +93,7 @@ def _forget_groups() -> None:
 
 
 def write_cases(cases: Callable[[Collectives], list[dict]], out: str) -> None:
-    """A worker's whole run under torchrun: joins the ranks, runs the cases, writes them as JSON."""
+    """A worker's whole run on a rank: joins the ranks, runs the cases, writes them as JSON."""
     init_distributed()
     group = Collectives.current()
     found = cases(group)
@@ -142,11 +159,16 @@ def _under_deepspeed(arguments, ranks: int, ds_config) -> list[str]:
 
 def start(command: list[str], *, stdout: IO[str] | int, **environment: str) -> subprocess.Popen:
     """Starts a command from the repository's root on one thread a rank, in a session of its own."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} | environment
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), env.get("PYTHONPATH")]))
     return subprocess.Popen(
-        command, stdout=stdout, stderr=subprocess.STDOUT, text=True, env=env, cwd=REPOSITORY, start_new_session=True
-    )
+        command, stdout=stdout, stderr=subprocess.STDOUT, text=True, env=_environment() | environment, cwd=REPOSITORY,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), env.get("PYTHONPATH")]))
+    return env
 
 
 def torchrun(*arguments, ranks=2, ds_config="zero3_bf16"):

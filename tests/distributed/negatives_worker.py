@@ -1,4 +1,4 @@
-"""Run by torchrun: engine gradients of every loss with every negatives option against dense float64; one JSON file."""
+"""Run on every rank: engine gradients of every loss with every negatives option against dense float64; one JSON file."""
 
 import itertools
 import sys

@@ -1,4 +1,4 @@
-"""Run by torchrun: steps with numbers that are not finite, in every packaged DeepSpeed configuration; one JSON file."""
+"""Run on every rank: steps with numbers that are not finite, in every packaged DeepSpeed configuration; one JSON file."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Run by torchrun: starts runs that are refused, one after the other in the same ranks; writes what each rank said."""
+"""Run on every rank: starts runs that are refused, one after the other in the same ranks; writes what each rank said."""
 
 import json
 import sys

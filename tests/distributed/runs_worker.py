@@ -1,4 +1,4 @@
-"""Run by torchrun: whole runs one after the other in the same ranks, as a user would start them; writes one JSON file."""
+"""Run on every rank: whole runs one after the other in the same ranks, as a user would start them; writes one JSON file."""
 
 import contextlib
 import io

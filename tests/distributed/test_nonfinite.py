@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dsclip.checkpoint import read_checkpoint
-from tests.distributed.launch import SMALL, WORKERS, deepspeed, metrics, run_ranks
+from tests.distributed.launch import SMALL, WORKERS, metrics, run_ranks, train
 
 REASONS = {
     "features": "features on 1 of 2 ranks",
@@ -65,7 +65,7 @@ def broken(pairs, **options):
 def test_a_run_whose_every_step_is_skipped_is_not_done(demo, tmp_path):
     (tmp_path / "plugin.py").write_text(BROKEN_TEMPERATURE)
     loss = ["loss.name=broken", f"loss.plugin={tmp_path / 'plugin.py'}"]
-    done = deepspeed(*SMALL, *loss, f"train.output={tmp_path}", "train.name=run")
+    done = train(*SMALL, *loss, f"train.output={tmp_path}", "train.name=run")
     assert done.returncode != 0 and "Traceback" not in done.stdout, done.stdout
     assert "all 6 steps were skipped" in done.stdout and "Done" not in done.stdout
     assert "step 1: skipped, not finite: d_log_scale on 2 of 2 ranks" in done.stdout

@@ -2,7 +2,7 @@
 
 import shutil
 
-from tests.distributed.launch import SMALL, deepspeed, losses, metrics
+from tests.distributed.launch import SMALL, losses, metrics, train
 from tests.shard_files import sample, write_set, write_tar
 
 OFF = [
@@ -21,7 +21,7 @@ def test_two_ranks_train_from_plain_tars_and_continue_at_the_shard(demo, tmp_pat
         "data.shuffle_window=8", "train.save_every=2", "train.keep_checkpoints=9", "train.export_hf=false",
         "data.max_bad_fraction=0.5", "--resume", "auto",
     ]  # fmt: skip
-    first = deepspeed(*options)
+    first = train(*options)
     assert first.returncode == 0, first.stdout
     assert "data.order=stream: shards are read from end to end" in first.stdout
     run = tmp_path / "demo"
@@ -30,12 +30,12 @@ def test_two_ranks_train_from_plain_tars_and_continue_at_the_shard(demo, tmp_pat
     assert 1.0 <= whole[-1]["epoch"] <= 6 * 32 / 160 and not list(shards.glob("*.idx"))
     for step in (6, 4):
         shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
-    again = deepspeed(*options)
+    again = train(*options)
     assert again.returncode == 0, again.stdout
     assert "continued from" in again.stdout and "unfinished ones again from their beginning" in again.stdout
     resumed = {m["step"]: m for m in metrics(run)}
     assert sorted(resumed) == [1, 2, 3, 4, 5, 6] and resumed[2]["batch_hash"] == whole[1]["batch_hash"]
-    refused = deepspeed(*options, ranks=1)
+    refused = train(*options, ranks=1)
     assert refused.returncode != 0 and "Traceback" not in refused.stdout
-    few = deepspeed(*options, "data.workers=5", "train.name=few")
+    few = train(*options, "data.workers=5", "train.name=few")
     assert "there are 8; set data.workers to 4 or less" in few.stdout

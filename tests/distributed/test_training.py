@@ -27,9 +27,10 @@ from tests.distributed.launch import (
     deepspeed_with_a_killed_rank,
     losses,
     metrics,
-    run_command,
     run_ranks,
     torchrun,
+    train,
+    warm,
 )
 from tests.programs import run_program
 from tests.shard_files import sample, write_set, write_tar
@@ -107,8 +108,7 @@ def test_tools_print_one_json_object_and_nothing_else(finished, tmp_path):
 def test_evaluation_gives_the_same_on_one_and_three_ranks(task, finished):
     options = ["--model", finished[0], "--task", task, "--data", "demo:val", "--batch-size", "37", "--json"]
     alone = json.loads(run_program("launchers/evaluate.py", *options).stdout)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    done = run_command([*launcher, "launchers/evaluate.py", *map(str, options)])
+    done = warm("launchers/evaluate.py", *options, ranks=3)
     together = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert together == alone
 
@@ -140,7 +140,7 @@ def test_a_run_killed_at_a_random_step_continues_bit_for_bit(demo, tmp_path):
         "train.save_every=1", "train.keep_checkpoints=6", "eval.every_steps=null", "eval.zeroshot_shards=null",
         "eval.retrieval_shards=null", "eval.hard_negatives_shards=null", "data.max_bad_fraction=0.5", "--resume", "auto",
     ]  # fmt: skip
-    first = deepspeed(*options, "train.name=whole")
+    first = train(*options, "train.name=whole")
     assert first.returncode == 0, first.stdout
     logged = metrics(tmp_path / "whole")
     whole = {m["step"]: (m["loss"], m["batch_hash"]) for m in logged}
@@ -151,13 +151,13 @@ def test_a_run_killed_at_a_random_step_continues_bit_for_bit(demo, tmp_path):
     saved = parts / "checkpoints" / f"step_{step:08d}"
     assert deepspeed_with_a_killed_rank(*options, "train.name=parts", rank=rank, once=saved) != 0
     assert saved.is_dir() and not (parts / "summary.json").exists(), f"rank {rank} was killed after step {step}"
-    again = deepspeed(*options, "train.name=parts")
+    again = train(*options, "train.name=parts")
     assert again.returncode == 0, again.stdout
     resumed_at = json.loads((parts / "summary.json").read_text())["resumes"][0]["step"]
     assert step <= resumed_at < 6
     continued = {m["step"]: (m["loss"], m["batch_hash"]) for m in metrics(parts)}
     assert continued == whole, f"rank {rank} was killed after step {step}; the run went on from step {resumed_at}"
-    alone = deepspeed(*options, "train.name=alone", "train.steps=3", ranks=1)
+    alone = train(*options, "train.name=alone", "train.steps=3", ranks=1)
     assert alone.returncode == 0, alone.stdout
     other = {m["step"]: m["batch_hash"] for m in metrics(tmp_path / "alone")}
     assert other == {step: whole[step][1] for step in (1, 2, 3)}, "the same global batches on another number of ranks"
@@ -177,7 +177,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(finish
 
 def test_another_number_of_ranks_is_refused_on_resume_with_what_to_do(finished):
     run, _ = finished
-    done = torchrun(*SMALL, f"train.output={run.parent}", "train.name=whole", "--resume", "auto", ranks=1)
+    done = train(*SMALL, f"train.output={run.parent}", "train.name=whole", "--resume", "auto", ranks=1)
     assert "was written by 2 ranks and this run has 1" in done.stdout and "model.init=" in done.stdout
 
 
@@ -185,7 +185,8 @@ def test_another_number_of_ranks_is_refused_on_resume_with_what_to_do(finished):
 def test_every_deepspeed_configuration_runs_the_demo(ds_config, finished, tmp_path):
     run, output = finished
     if ds_config != "zero3_bf16":  # which `finished` ran
-        done = torchrun(*SMALL, "train.export_hf=false", f"train.output={tmp_path}", ds_config=ds_config)
+        start = torchrun if ds_config == "zero1_bf16" else train
+        done = start(*SMALL, "train.export_hf=false", f"train.output={tmp_path}", ds_config=ds_config)
         assert done.returncode == 0, done.stdout
         run, output = tmp_path / "demo", done.stdout
     ours = losses(run)
@@ -217,7 +218,7 @@ def test_what_accelerate_is_told_in_vain_is_refused(options, message, demo, tmp_
 
 
 def test_accumulation_gives_the_same_curve(finished, tmp_path):
-    done = torchrun(
+    done = train(
         *SMALL, "train.export_hf=false", f"train.output={tmp_path}", "batch.micro_batch_size=6", "batch.chunk_size=4"
     )
     assert done.returncode == 0, done.stdout
@@ -227,7 +228,7 @@ def test_accumulation_gives_the_same_curve(finished, tmp_path):
 
 def test_a_run_can_start_from_a_converted_model(finished, tmp_path):
     run, _ = finished
-    done = torchrun(
+    done = train(
         *SMALL, f"train.output={tmp_path}", f"model.init={run / 'hf'}", "train.export_hf=false", "train.steps=2"
     )
     assert done.returncode == 0, done.stdout
@@ -236,7 +237,7 @@ def test_a_run_can_start_from_a_converted_model(finished, tmp_path):
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(demo, tmp_path):
-    done = deepspeed(*SMALL, f"train.output={tmp_path}", "--dry-run")
+    done = train(*SMALL, f"train.output={tmp_path}", "--dry-run")
     assert done.returncode == 0, done.stdout
     assert "2 ranks x 16 samples" in done.stdout and "The settings fit together" in done.stdout
     assert not list(tmp_path.iterdir())
@@ -299,7 +300,7 @@ def test_a_truncated_shard_is_counted_and_the_run_goes_on(demo, tmp_path):
     shard = tmp_path / "shards" / "000.tar"
     shard.write_bytes(shard.read_bytes()[:30_123])
     write_tar(tmp_path / "shards" / "002.tar", {"x": sample(1) | {"jpg": b"text"}})
-    done = torchrun(
+    done = train(
         *SMALL, f"train.output={tmp_path}", f"data.train_shards={tmp_path}/shards", "eval.zeroshot_shards=null",
         "eval.retrieval_shards=null", "eval.hard_negatives_shards=null", "train.export_hf=false",
     )  # fmt: skip
