@@ -7,11 +7,13 @@
 # TORCH_INDEX=URL        where pip looks for torch first, such as https://download.pytorch.org/whl/cpu for the small CPU
 #                        build on a machine whose package index serves the CUDA build
 # RANKS=4                processes on a CPU-only machine
+# TESTERS=4              processes that `make test` shares the test files out to
 
 PYTHON ?= python3
 TORCH ?= constraints-torch.txt
 TORCH_INDEX ?=
 RANKS ?= 2
+TESTERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -43,7 +45,7 @@ train: $(READY)
 	echo "+ $$run"; $$run
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/python -m pip install -q -e '.[lint]' -c constraints.txt

@@ -8,6 +8,7 @@ are stopped as torchrun stops them. Importing alone starts no thread, so that fo
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -25,13 +26,10 @@ from typing import IO
 REPOSITORY = Path(__file__).parent.parent.parent
 # What the ranks import in the course of a run.
 IMPORTED = (
-    "dsclip.train.run",
-    "dsclip.train.cli",
-    "dsclip.evaluate.cli",
-    "dsclip.convert.cli",
-    "torch.utils.tensorboard",
-    "webdataset",
-)
+    "dsclip.train.cli", "dsclip.train.loop", "dsclip.engine.contrastive", "dsclip.evaluate.cli", "dsclip.convert.cli",
+    "deepspeed.ops.adam", "torch._dynamo", "torch._inductor.compile_fx", "torch.utils.tensorboard",
+    "transformers.models.clip.modeling_clip", "webdataset",
+)  # fmt: skip
 GRACE_S = 5  # for the ranks that are stopped because another one failed
 HUNG = 124
 
@@ -146,6 +144,8 @@ def main() -> None:
     os.dup2(2, 1)  # what an import prints is no answer
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects garbage for every engine; what was imported is none
     if threading.active_count() > 1:
         raise RuntimeError(f"an import has started a thread: {threading.enumerate()}")
     serve(requests, answers)
