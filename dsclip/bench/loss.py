@@ -1,18 +1,19 @@
-"""One evaluation of the loss with its gradients: tiled, or dense with autograd. `python -m dsclip.bench.loss JSON`."""
+"""One evaluation of a loss with its gradients: dsclip's, dense with autograd, or a package's. `python -m dsclip.bench.loss JSON`."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from dsclip.bench.measure import peak_mb, reset_peak, settle
-from dsclip.losses import LossGrads, Pairs, softmax
+from dsclip.bench.measure import peak_mb, reset_peak, seconds_of
+from dsclip.losses import LossGrads, Pairs, sigmoid, softmax
 
 
 def dense(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -29,30 +30,61 @@ def tiled(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> L
     return softmax(Pairs(image, text, log_scale))
 
 
-def measure(variant: str, n: int, d: int, repeats: int) -> dict[str, float]:
-    """{"seconds": best of the repeats, "extra_peak_mb": of the first}. Raises nothing; needs memory for the variant."""
+def tiled_sigmoid(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> LossGrads:
+    """dsclip's SigLIP loss, in tiles."""
+    return sigmoid(Pairs(image, text, log_scale, bias=torch.full_like(log_scale, -10.0)))
+
+
+def memeff(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The package memeff's CLIP loss on bf16 features; its temperature is fixed and gets no gradient."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    loss = MemoryEfficientCLIPLoss(math.exp(-log_scale.item()), normalized_inputs=True, stable=False)
+    leaves = [x.bfloat16().requires_grad_() for x in (image, text)]
+    return torch.autograd.grad(loss(*leaves), leaves)
+
+
+def siglip_kernel(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The package siglip-kernel's SigLIP loss on bf16 features."""
+    from siglip_kernel import fused_siglip_loss
+
+    features = [x.bfloat16().requires_grad_() for x in (image, text)]
+    scalars = [log_scale.detach().requires_grad_(), torch.full_like(log_scale, -10.0).requires_grad_()]
+    return torch.autograd.grad(fused_siglip_loss(*features, *scalars), [*features, *scalars])
+
+
+VARIANTS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]] = {
+    "tiled": tiled, "dense": dense, "tiled_sigmoid": tiled_sigmoid, "memeff": memeff, "siglip_kernel": siglip_kernel,
+}  # fmt: skip
+
+
+def installed(variant: str) -> bool:
+    """Whether a variant can be measured here: a package's needs the package, and a GPU."""
+    packaged = variant in ("memeff", "siglip_kernel")
+    return not packaged or (torch.cuda.is_available() and importlib.util.find_spec(variant) is not None)
+
+
+def random_features(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(image, text) unit rows [n, d] and log_scale [], of this process's device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     image, text = (torch.empty(n, d, device=device).normal_(generator=generator) for _ in range(2))
     for x in (image, text):
         x.div_(x.norm(dim=1, keepdim=True))
-    log_scale = torch.tensor(math.log(1 / 0.07), device=device)
-    variants: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]] = {"tiled": tiled, "dense": dense}
-    run = variants[variant]
+    return image, text, torch.tensor(math.log(1 / 0.07), device=device)
+
+
+def measure(variant: str, n: int, d: int, repeats: int) -> dict[str, float]:
+    """{"seconds": the median of the repeats, "extra_peak_mb": of the first}. Needs memory for the variant."""
+    image, text, log_scale = random_features(n, d)
+    run = VARIANTS[variant]
     run(image[:256], text[:256], log_scale)  # compiles, allocates workspaces
     reset_peak()
-    before, extra = peak_mb(), 0.0
-    seconds: list[float] = []
-    for repeat in range(repeats):
-        settle()
-        start = time.perf_counter()
-        result = run(image, text, log_scale)
-        settle()
-        seconds.append(time.perf_counter() - start)
-        if repeat == 0:
-            extra = peak_mb() - before
-        del result
-    return {"seconds": min(seconds), "extra_peak_mb": extra}
+    before = peak_mb()
+    first = seconds_of(lambda: run(image, text, log_scale), 1, warm_up=0)
+    extra = peak_mb() - before
+    rest = seconds_of(lambda: run(image, text, log_scale), repeats - 1, warm_up=0)
+    return {"seconds": statistics.median(rest or first), "extra_peak_mb": extra}
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,27 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
+def seconds_of(run: Callable[[], object], repeats: int, warm_up: int = 1) -> list[float]:
+    """How long each of the repeats took until the device was done, after some to warm up that don't count."""
+    seconds = []
+    for _ in range(warm_up + repeats):
+        settle()
+        start = time.perf_counter()
+        run()
+        settle()
+        seconds.append(time.perf_counter() - start)
+    return seconds[warm_up:]
+
+
+def median_seconds(run: Callable[[], object], repeats: int, warm_up: int = 1) -> float:
+    """The median of `seconds_of`."""
+    return statistics.median(seconds_of(run, repeats, warm_up))
+
+
 def product_tflops(device: str, n: int = 8192, repeats: int = 5) -> float:
     """10¹² operations a second of a bf16 product of two n × n matrices: what this device reaches, not its data sheet."""
     x, y = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(repeats + 1):
-        settle()
-        start = time.perf_counter()
-        x @ y
-        settle()
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds[1:]) / 1e12
+    return 2 * n**3 / median_seconds(lambda: x @ y, repeats, warm_up=3) / 1e12
 
 
 def utilisation(flops_per_second: float, measured_tflops: float) -> dict[str, float | None]:

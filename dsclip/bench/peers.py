@@ -1,12 +1,14 @@
 """Other trainers of the same model: a plain step, and accumulation with cached features as OpenCLIP's --accum-freq.
 
-Both keep float32 weights under bf16 autocast with torch's AdamW, as their own training scripts do.
+Both keep float32 weights under bf16 autocast with torch's AdamW, as their own training scripts do; on a GPU the fused one.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +28,30 @@ class Peer:
     step: Callable[[Batch], Tensor]
 
 
-def hugging_face(config: ClipConfig, micro_batch: int | None) -> Peer:
-    """transformers' CLIPModel."""
+class MakePeer(Protocol):
+    """Builds a trainer. micro_batch: samples of a forward, None: all at once. compiled: its towers by torch.compile."""
+
+    def __call__(self, config: ClipConfig, micro_batch: int | None, *, compiled: bool = False) -> Peer: ...
+
+
+def hugging_face(config: ClipConfig, micro_batch: int | None, *, compiled: bool = False) -> Peer:
+    """transformers' CLIPModel, with its attention by torch's `scaled_dot_product_attention`."""
     from transformers import CLIPConfig, CLIPModel
 
     from dsclip.convert.hf import hf_config
 
-    model = CLIPModel(CLIPConfig(**hf_config(config, bos_token_id=None)))
+    settings = CLIPConfig(**hf_config(config, bos_token_id=None), attn_implementation="sdpa")
+    model = CLIPModel(settings)
+    run = torch.compile(model) if compiled else model
 
     def features(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = model(pixel_values=images, input_ids=tokens)
+        out = run(pixel_values=images, input_ids=tokens)
         return out.image_embeds, out.text_embeds, model.logit_scale.exp()
 
     return _trainer(model, features, config, micro_batch)
 
 
-def open_clip(config: ClipConfig, micro_batch: int | None) -> Peer:
+def open_clip(config: ClipConfig, micro_batch: int | None, *, compiled: bool = False) -> Peer:
     """OpenCLIP's own model, where the package `open_clip_torch` is installed."""
     import open_clip as package
 
@@ -52,21 +62,28 @@ def open_clip(config: ClipConfig, micro_batch: int | None) -> Peer:
     text = {"context_length": config.context_length, "vocab_size": config.vocab_size, "width": config.text_width,
             "heads": config.text_heads, "layers": config.text_layers}  # fmt: skip
     model = package.CLIP(**names, vision_cfg=vision, text_cfg=text)
+    run = torch.compile(model) if compiled else model
 
     def features(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        image, text, scale, *_ = model(images, tokens)
+        image, text, scale, *_ = run(images, tokens)
         return image, text, scale
 
     return _trainer(model, features, config, micro_batch)
 
 
-PEERS = {"transformers": hugging_face, "open_clip": open_clip}
+PEERS: dict[str, MakePeer] = {"transformers": hugging_face, "open_clip": open_clip}
+
+
+def installed_peers() -> list[str]:
+    """The names of the peers that can be measured here."""
+    return [name for name in PEERS if importlib.util.find_spec(name)]
 
 
 def _trainer(model: torch.nn.Module, features: Features, config: ClipConfig, micro_batch: int | None) -> Peer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
-    adamw = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
+    fused = True if device.type == "cuda" else None
+    adamw = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, fused=fused)
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (config.image_mean, config.image_std))
 
     def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

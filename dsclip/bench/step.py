@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the launcher does; before torch allocates
 
 import torch
 
-from dsclip.bench.measure import peak_mb, settle
+from dsclip.bench.measure import peak_mb, reset_peak, seconds_of
 from dsclip.bench.peers import PEERS
 from dsclip.config.schema import BatchSection, Checkpointing, OptimSection, Recipe, TrainSection
 from dsclip.data import Batch
 from dsclip.distributed import Collectives
 from dsclip.engine.cpu_bf16 import speed_up_bf16
-from dsclip.model import ClipConfig, resolve_preset
+from dsclip.model import Clip, ClipConfig, resolve_preset
 from dsclip.model.clip import TEXT_LENGTH_MULTIPLE
+from dsclip.model.flops import forward_flops
 from dsclip.plan import Machine, estimate, plan_recipe
 from dsclip.plan.advice import describe_choice
 from dsclip.plan.machine import this_machine
@@ -31,10 +33,10 @@ if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds, which peers are spa
 CAPTION_TOKENS = (8, 22)  # COCO's and web captions, begin and end token included
 
 
-def make_batch(config: ClipConfig, n: int, seed: int) -> Batch:
-    """n samples that the seed draws: images uint8, captions of real length."""
+def make_batch(config: ClipConfig, n: int, seed: int, caption_tokens: tuple[int, int] = CAPTION_TOKENS) -> Batch:
+    """n samples that the seed draws: images uint8, captions whose end token stands at a ≤ place < b of caption_tokens."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(*CAPTION_TOKENS, (n,), generator=generator)
+    lengths = torch.randint(*caption_tokens, (n,), generator=generator)
     tokens = torch.randint(1, config.eot_token_id - 1, (n, config.context_length), generator=generator)
     positions = torch.arange(config.context_length)[None]
     tokens.masked_fill_(positions > lengths[:, None], 0).masked_fill_(
@@ -56,27 +58,58 @@ def ours(config: ClipConfig, batch: BatchSection, ds_config: str) -> Contrastive
     return ContrastiveEngine(recipe, settings, config)
 
 
-def planned(engine: ContrastiveEngine, machine: Machine) -> dict[str, Any]:
+def planned(
+    engine: ContrastiveEngine, machine: Machine, caption_tokens: tuple[int, int] = CAPTION_TOKENS
+) -> dict[str, Any]:
     """What a plan made before the engine was there says of its step, for captions as long as these."""
-    tokens = -(-(CAPTION_TOKENS[1] + 1) // TEXT_LENGTH_MULTIPLE) * TEXT_LENGTH_MULTIPLE
+    tokens = -(-caption_tokens[1] // TEXT_LENGTH_MULTIPLE) * TEXT_LENGTH_MULTIPLE
     plan = estimate(engine.config, engine.recipe.batch, engine.ds_config, 1, machine, text_tokens=tokens)
-    return {"planned_peak_mb": plan.peak_mb, "schedule": describe_choice(plan)}
+    return {
+        "planned_peak_mb": plan.peak_mb, "schedule": describe_choice(plan), "checkpointing": plan.checkpointing,
+        "recomputed_gflops_per_sample": plan.recomputed_gflops_per_sample,
+    }  # fmt: skip
+
+
+def text_lengths(module: Clip, step: Callable[[], object]) -> dict[int, float]:
+    """{tokens: share of the captions that the text tower computed at that length} in one step."""
+    counted: Counter[int] = Counter()
+
+    def count(_: torch.nn.Module, inputs: tuple[object, ...]) -> None:
+        for chunk in inputs:
+            if isinstance(chunk, torch.Tensor) and chunk.ndim == 3:
+                counted[chunk.shape[1]] += len(chunk)
+
+    hook = module.text.blocks[0].register_forward_pre_hook(count)
+    step()
+    hook.remove()
+    return {tokens: captions / counted.total() for tokens, captions in sorted(counted.items())}
+
+
+def step_flops(config: ClipConfig, lengths: Mapping[int, float]) -> float:
+    """Operations of a sample's forward and backward, recomputation not counted, with texts of these lengths."""
+    image, _ = forward_flops(config)
+    return 3 * (image + sum(share * forward_flops(config, tokens)[1] for tokens, share in lengths.items()))
 
 
 def measure(
     trainer: str, preset: str, batch: int, steps: int, kind: str, micro_batch: int | None = None,
     chunk_size: int | None = None, checkpointing: Checkpointing = "auto",
-    ds_config: str = "zero1_bf16",
+    ds_config: str = "zero1_bf16", caption_tokens: tuple[int, int] = CAPTION_TOKENS,
 ) -> dict[str, Any]:  # fmt: skip
-    """{"samples_per_second": of the fastest step after two to warm up, "peak_mb"}, and of dsclip what was planned.
+    """{"samples_per_second": of the median step after two to warm up, "seconds": of each, "peak_mb"}.
 
-    kind: plain | accumulated | auto, the last of dsclip only. accumulated: a peer's step in micro-batches of `micro_batch`
-    samples, dsclip's in chunks of `chunk_size`.
+    Of dsclip also what was planned, and "gflops_per_sample" with the text tokens that the step really computed.
+    kind: plain | compiled | accumulated | auto, compiled of peers only and auto of dsclip only. accumulated: a peer's
+    step in micro-batches of `micro_batch` samples, dsclip's in chunks of `chunk_size`. Batches lie on the device before
+    the clock starts.
     """
     speed_up_bf16()  # for peers too
     config = resolve_preset(preset)
     extra: dict[str, Any] = {}
     step: Callable[[Batch], object]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = [make_batch(config, batch, number, caption_tokens).to(device) for number in range(2)]
+    reset_peak()
     if trainer == "dsclip":
         sizes = BatchSection(batch)
         if kind != "auto":
@@ -84,18 +117,19 @@ def measure(
             sizes = BatchSection(batch, None, chunk_size, checkpointing, accumulation="manual")
         machine = this_machine()
         engine = ours(config, sizes, ds_config)
-        step, extra = engine.train_step, planned(engine, machine)
+        step, extra = engine.train_step, planned(engine, machine, caption_tokens)
+        lengths = text_lengths(engine.module, lambda: step(batches[0]))
+        extra |= {"gflops_per_sample": step_flops(config, lengths) / 1e9, "text_lengths": lengths}
     else:
-        step = PEERS[trainer](config, micro_batch).step
-    seconds = []
-    for number in range(steps + 2):
-        data = make_batch(config, batch, number)
-        settle()
-        start = time.perf_counter()
-        step(data)
-        settle()
-        seconds.append(time.perf_counter() - start)
-    return {"samples_per_second": batch / min(seconds[2:]), "peak_mb": peak_mb(), **extra}
+        step = PEERS[trainer](config, micro_batch, compiled=kind == "compiled").step
+        step(batches[0])
+    turn = iter(range(steps + 1))
+    seconds = seconds_of(lambda: step(batches[next(turn) % 2]), steps)
+    rate = batch / statistics.median(seconds)
+    found = {"samples_per_second": rate, "seconds": seconds, "peak_mb": peak_mb(), **extra}
+    if trainer == "dsclip":
+        engine.close()
+    return found
 
 
 if __name__ == "__main__":
