@@ -215,6 +215,13 @@ def test_correct_pairs_and_masked_entries_are_counted():
     assert ours.masked == 2 * 6  # three equal keys: six ordered pairs, in both directions
 
 
+def test_an_entry_as_similar_as_the_pair_itself_stays_at_a_margin_of_0():
+    ones = torch.ones(4, 1, dtype=torch.float64)
+    pairs = Pairs(ones, ones, torch.tensor(1.0, dtype=torch.float64))
+    assert losses.softmax(pairs, negatives=Negatives(filter_margin=0.0)).masked == 0
+    assert losses.softmax(pairs, negatives=Negatives(filter_margin=1e-9)).masked == 2 * 12
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("name", LOSSES)
 def test_accuracy_is_that_of_the_dense_matrix(name, world_size):

@@ -25,6 +25,12 @@ def test_a_recipe_that_asks_for_it_is_refused(key):
         losses.check_options(losses.find_loss("dense"), LossSection(name="dense", **{key: ASKED[key]}))
 
 
+def test_a_token_wise_one_is_refused():
+    losses.register("dense tokens", DENSE, token_wise=True)
+    with pytest.raises(UserError, match="`dense tokens` was made by from_dense and can't be token-wise"):
+        losses.check_options(losses.find_loss("dense tokens"), LossSection(name="dense tokens"))
+
+
 @pytest.mark.parametrize("key", ["duplicates", "label_smoothing", "beta", "filter_margin"])
 def test_a_call_with_an_option_is_refused(key):
     with pytest.raises(UserError, match=key):

@@ -41,6 +41,10 @@ def test_compiled_tiles_equal_the_plain_ones():
     assert fused._state["usable"], "torch.compile worked here"
 
 
+def test_tiles_on_a_cpu_are_not_fused():
+    assert fused._state["usable"] and not fused.use_fused(torch.zeros(1))
+
+
 def test_a_machine_without_a_compiler_goes_on_unfused(monkeypatch):
     def broken(function):
         raise RuntimeError("no g++")
