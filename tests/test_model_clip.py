@@ -86,6 +86,22 @@ def test_a_block_in_pieces_is_the_block_bit_for_bit(causal):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(others, results[0], strict=True))
 
 
+@pytest.mark.parametrize("frozen", ["", "mlp.fc2.weight", "mlp.fc2.bias"])
+def test_a_block_run_again_for_its_graph_has_the_gradients_of_forward_bit_for_bit(frozen):
+    """The last product is left out; the gradients don't depend on its result."""
+    torch.manual_seed(0)
+    block = Block(32, 4, 64, "gelu", 1e-5, causal=False, text_layers=None)
+    if frozen:
+        block.get_parameter(frozen).requires_grad_(False)
+    x, weights = torch.randn(3, 7, 32), torch.randn(3, 7, 32)
+    results = []
+    for forward in (block.forward, block.forward_again):
+        chunk = x.clone().requires_grad_()
+        inputs = [chunk, *(p for p in block.parameters() if p.requires_grad)]
+        results.append(torch.autograd.grad(forward(chunk), inputs, weights))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
 def test_frozen_parameters_get_no_gradient():
     model = create_model("demo", **SMALL).double()
     model.visual.requires_grad_(False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,32 @@ class Mlp(nn.Module):
         """The activation and the second linear layer, [B, T, hidden] -> [B, T, W]."""
         return self.fc2(self.activation(hidden))
 
+    def forward_again(self, x: Tensor) -> Tensor:
+        """`forward` for the sake of its graph: its last product is left out, and its output is zero."""
+        hidden = self.activation(self.fc1(x))
+        without_product: Callable[..., Tensor] = _ProductLeftOut.apply
+        return without_product(hidden, self.fc2.weight, self.fc2.bias)
+
+
+class _ProductLeftOut(torch.autograd.Function):
+    """x·Wᵀ + b of x [B, T, M] and W [W, M] in backward, and zero in forward: gradients don't depend on what it gave."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            (flat @ weight).view(x.shape) if for_x else None,
+            flat.T @ x.reshape(len(flat), -1) if for_weight else None,
+            flat.sum(dim=0) if for_bias else None,
+        )
+
 
 class Block(Layer):
     """A pre-norm residual block [B, T, W] -> [B, T, W]; `text_layers` is the text tower's depth, None in the image tower."""
@@ -146,6 +172,11 @@ class Block(Layer):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
+
+    def forward_again(self, x: Tensor, *context: Tensor) -> Tensor:
+        """`forward` for the sake of its graph, without the last product: two thirds of the products."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp.forward_again(self.ln_2(x))
 
     # The same block cut into three pieces, for selective checkpointing and for torch.compile.
 

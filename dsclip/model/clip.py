@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dsclip.errors import UserError
 from dsclip.model.blocks import Block
 from dsclip.model.config import ClipConfig
+from dsclip.model.host_memory import HostLine
 from dsclip.model.layer_major import ChunkedPass, Chunks, dummy_input
 from dsclip.model.towers import TextEmbed, TextHead, VisionEmbed, VisionHead
 
@@ -51,11 +52,12 @@ class Tower(nn.Module):
         embed_contexts: tuple[Chunks, ...] = (),
         head_contexts: tuple[Chunks, ...] = (),
     ) -> Chunks:
-        dummy = dummy_input(chunks[0].device)
-        chunks = self.embed(dummy, *chunks, chunked=ChunkedPass(checkpointing, embed_contexts))
+        dummy, host = dummy_input(chunks[0].device), HostLine()
+        chunks = self.embed(dummy, *chunks, chunked=ChunkedPass(checkpointing, embed_contexts, host))
         for block in self.blocks:
-            chunks = block(None, *chunks, chunked=ChunkedPass(checkpointing))
-        embeddings: Chunks = self.head(None, *chunks, chunked=ChunkedPass(checkpointing, head_contexts))
+            chunks = block(None, *chunks, chunked=ChunkedPass(checkpointing, (), host))
+        embeddings: Chunks = self.head(None, *chunks, chunked=ChunkedPass(checkpointing, head_contexts, host))
+        host.leave()
         return embeddings
 
 

@@ -8,8 +8,7 @@ finely the batch is cut. docs/how_it_works.md has a figure and the measurements.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -17,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dsclip.model.host_memory import HostLine
+
 Chunks = tuple[Tensor, ...]  # DeepSpeed hooks modules that return tensors or tuples of them, nothing else
+Graph = tuple[Tensor, Tensor]  # a chunk as the leaf of a graph of its own, and the layer's output at the graph's end
 T = TypeVar("T")
 
 
@@ -27,11 +29,12 @@ class ChunkedPass:
 
     checkpointing: what is saved of each chunk for backward. none: everything; selective: see `Layer.forward_selective`;
     full: the chunk alone; offload: the chunk, in host memory. contexts: what `forward` takes beside a chunk, each a
-    tuple with one tensor a chunk, without gradient (the visible patches, the end tokens).
+    tuple with one tensor a chunk, without gradient (the visible patches, the end tokens). host: of the tower's pass.
     """
 
     checkpointing: str = "none"
     contexts: tuple[Chunks, ...] = ()
+    host: HostLine = field(default_factory=HostLine)
 
 
 class Layer(nn.Module):
@@ -43,6 +46,11 @@ class Layer(nn.Module):
 
     def forward_selective(self, chunk: Tensor, *context: Tensor) -> Tensor:
         """`forward` that saves for backward what is dear to compute and cheap to hold."""
+        output: Tensor = self.forward(chunk, *context)
+        return output
+
+    def forward_again(self, chunk: Tensor, *context: Tensor) -> Tensor:
+        """`forward` for the sake of its graph: the numbers of its output may be anything."""
         output: Tensor = self.forward(chunk, *context)
         return output
 
@@ -65,7 +73,7 @@ def over_chunks(forward: Callable[..., Tensor]) -> Callable[..., Tensor | Chunks
         if no_graph or (len(chunks) == 1 and chunked.checkpointing == "none" and dummy is None):
             return tuple(forward(self, chunk, *context) for chunk, context in zip(chunks, contexts, strict=True))
         run_all: Callable[..., Chunks] = _LayerMajor.apply
-        return run_all(self, chunked.checkpointing, contexts, len(chunks), *chunks, dummy, *params)
+        return run_all(self, chunked, contexts, len(chunks), *chunks, dummy, *params)
 
     return run
 
@@ -84,29 +92,36 @@ class _LayerMajor(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: Layer, checkpointing: str, contexts: list[Chunks], n_chunks: int, *tensors: Tensor
+        ctx: Any, layer: Layer, chunked: ChunkedPass, contexts: list[Chunks], n_chunks: int, *tensors: Tensor
     ) -> Chunks:
         ctx.layer, ctx.dummy = layer, tensors[n_chunks]
-        with torch.enable_grad(), _host_memory(checkpointing, tensors[0].device):
-            ctx.graphs = [
-                _graph(layer, checkpointing, chunk, context)
-                for chunk, context in zip(tensors[:n_chunks], contexts, strict=True)
-            ]
-        return tuple(output.detach() for _, output in ctx.graphs)
+        inputs = [(chunk, *context) for chunk, context in zip(tensors[:n_chunks], contexts, strict=True)]
+        if chunked.checkpointing in ("none", "selective"):
+            run = layer.forward if chunked.checkpointing == "none" else layer.forward_selective
+            ctx.graphs = [_graph(run, each, ctx.needs_input_grad[4 + i]) for i, each in enumerate(inputs)]
+            return tuple(output.detach() for _, output in ctx.graphs)
+        ctx.graphs = None
+        if chunked.checkpointing == "offload":
+            ctx.on_host = chunked.host.send(inputs)
+        else:
+            ctx.save_for_backward(
+                *tensors[:n_chunks], *(tensor for each in zip(*contexts, strict=True) for tensor in each)
+            )
+        return tuple(layer.forward(*each) for each in inputs)
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         # Under ZeRO-3 the parameters' storage was released and gathered again since forward; the tensors are the same.
         params = [p for p in ctx.layer.parameters() if p.requires_grad]
+        saved = ctx.saved_tensors
         sums: list[Tensor] = []
         chunk_grads: list[Tensor | None] = []
         for index, output_grad in enumerate(output_grads):
-            leaf, output = ctx.graphs[index]
-            ctx.graphs[index] = None  # frees this chunk's activations before the next one is differentiated
+            leaf, output = _LayerMajor._graph_of(ctx, index, saved[index :: len(output_grads)])
             inputs = [leaf, *params] if leaf.requires_grad else params
             grads = list(torch.autograd.grad(output, inputs, output_grad))
             chunk_grads.append(grads.pop(0) if leaf.requires_grad else None)
-            del leaf, output
+            del leaf, output, inputs
             if len(output_grads) == 1:
                 sums = [_dense(grad) if grad.is_sparse else grad for grad in grads]
             elif index == 0:
@@ -118,15 +133,22 @@ class _LayerMajor(torch.autograd.Function):
         dummy_grad = None if ctx.dummy is None else torch.zeros_like(ctx.dummy)
         return None, None, None, None, *chunk_grads, dummy_grad, *param_grads
 
+    @staticmethod
+    def _graph_of(ctx: Any, index: int, saved: Chunks) -> Graph:
+        """The graph of one chunk, once: nothing else holds it, so that it is freed before the next is differentiated."""
+        if ctx.graphs is not None:
+            graph: Graph = ctx.graphs[index]
+            ctx.graphs[index] = None
+            return graph
+        inputs = saved or ctx.on_host[index].back()
+        return _graph(ctx.layer.forward_again, inputs, ctx.needs_input_grad[4 + index])
 
-def _graph(layer: Layer, checkpointing: str, chunk: Tensor, context: Chunks) -> tuple[Tensor, Tensor]:
-    """A chunk as a leaf of a graph of its own, and the layer's output at the end of that graph."""
-    leaf = chunk.detach().requires_grad_(chunk.requires_grad)
-    if checkpointing == "none":
-        return leaf, layer.forward(leaf, *context)
-    if checkpointing == "selective":
-        return leaf, layer.forward_selective(leaf, *context)
-    return leaf, recomputed(layer.forward, leaf, *context)
+
+def _graph(run: Callable[..., Tensor], inputs: Chunks, needs_grad: bool) -> Graph:
+    """run(chunk, *context) with a graph; inputs: the chunk and its context."""
+    leaf = inputs[0].detach().requires_grad_(needs_grad)
+    with torch.enable_grad():
+        return leaf, run(leaf, *inputs[1:])
 
 
 def recomputed(function: Callable[..., T], *inputs: Tensor) -> T:
@@ -136,13 +158,6 @@ def recomputed(function: Callable[..., T], *inputs: Tensor) -> T:
     """
     output: T = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return output
-
-
-def _host_memory(checkpointing: str, device: torch.device) -> AbstractContextManager[object]:
-    """Where `offload` saves the chunks: pinned memory beside a GPU; on a CPU they are there already."""
-    if checkpointing == "offload" and device.type != "cpu":
-        return torch.autograd.graph.save_on_cpu(pin_memory=True)
-    return nullcontext()
 
 
 def _first_of_a_sum(grad: Tensor) -> Tensor:

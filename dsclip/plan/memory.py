@@ -49,7 +49,8 @@ class Tower:
     def working(self, checkpointing: str, device: str) -> int:
         """Numbers that backward of one block needs beside what was saved: gradients, and what is computed again."""
         again = 0 if checkpointing == "none" else self.block("none", device)
-        return again + self.tokens * (4 * self.width + 2 * self.mlp_width)
+        ahead = self.tokens * self.width if checkpointing == "offload" and device == "cuda" else 0  # the next chunk, fetched
+        return again + ahead + self.tokens * (4 * self.width + 2 * self.mlp_width)
 
 
 def towers(config: ClipConfig, text_tokens: int | None) -> tuple[Tower, Tower]:
@@ -70,10 +71,12 @@ def activation_bytes(
     """(saved for backward, working set of one block). texts: captions a sample, hard negatives included."""
     image, text = towers(config, text_tokens)
     saved = micro_batch * BF16 * (image.saved(checkpointing, device) + texts * text.saved(checkpointing, device))
+    # Chunks that wait while one is at work: the layer's inputs and outputs, or the gradients of both.
+    waiting = 2 * (micro_batch - chunk) * BF16 * max(image.tokens * image.width, texts * text.tokens * text.width)
     normalised = 3 * config.image_size**2 * (2 * FP32 + BF16)
     blocks = BF16 * max(image.working(checkpointing, device), texts * text.working(checkpointing, device))
     heap = HEAP[checkpointing] if device == "cpu" else 1
-    return saved * heap, chunk * max(blocks, normalised) * heap
+    return saved * heap, waiting + chunk * max(blocks, normalised) * heap
 
 
 def state_bytes(
