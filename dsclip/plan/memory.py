@@ -49,7 +49,8 @@ class Tower:
     def working(self, checkpointing: str, device: str) -> int:
         """Numbers that backward of one block needs beside what was saved: gradients, and what is computed again."""
         again = 0 if checkpointing == "none" else self.block("none", device)
-        ahead = self.tokens * self.width if checkpointing == "offload" and device == "cuda" else 0  # the next chunk, fetched
+        offloaded = checkpointing == "offload" and device == "cuda"
+        ahead = self.tokens * self.width if offloaded else 0  # the next chunk is fetched meanwhile
         return again + ahead + self.tokens * (4 * self.width + 2 * self.mlp_width)
 
 
