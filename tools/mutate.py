@@ -192,17 +192,22 @@ def checkout_copy(folder: Path) -> Path:
     return folder
 
 
-def check_module(module: str, checkout: Path, arguments: argparse.Namespace) -> list[Mutation]:
-    """Every mutation of a module with its outcome; raises RunFailed when its tests fail unbroken."""
+def check_module(
+    module: str, checkout: Path, arguments: argparse.Namespace, unbroken: dict[str, float]
+) -> list[Mutation]:
+    """Every mutation of a module with its outcome; raises RunFailed when its tests fail unbroken.
+
+    unbroken: how many seconds tests took that passed before anything was broken; those are not run again.
+    """
     tests = tests_of(module)
     if arguments.quick:
         tests = ["-k", "not ranks", *(t for t in tests if "distributed" not in t or t in SINGLE)]
-    started = time.monotonic()
-    if run_tests(checkout, tests, arguments.timeout) != "survived":
-        raise RunFailed(
-            f"{' '.join(tests)} fail before anything is broken:\n{(checkout / 'log.txt').read_text()[-2000:]}"
-        )
-    timeout_s = 60 + 5 * (time.monotonic() - started)
+    named, started = " ".join(tests), time.monotonic()
+    if named not in unbroken:
+        if run_tests(checkout, tests, arguments.timeout) != "survived":
+            raise RunFailed(f"{named} fail before anything is broken:\n{(checkout / 'log.txt').read_text()[-2000:]}")
+        unbroken[named] = time.monotonic() - started
+    timeout_s = 60 + 5 * unbroken[named]
     results = []
     for mutation, broken in mutants(module, arguments.lines, arguments.seed):
         (checkout / module).write_text(broken, encoding="utf-8")
@@ -234,11 +239,11 @@ def tool(arguments: argparse.Namespace) -> tuple[dict, str]:
     modules = modules_below(arguments.modules)
     for slow in ("torch", "deepspeed", "transformers", "pytest", "hypothesis"):
         __import__(slow)
-    everything = []
+    everything, unbroken = [], {}
     with tempfile.TemporaryDirectory() as folder:
         checkout = checkout_copy(Path(folder))
         for module in modules:
-            everything += check_module(module, checkout, arguments)
+            everything += check_module(module, checkout, arguments, unbroken)
     table = [f"| {'module':40} | broken | caught |", "|---|---|---|"]
     for module in modules:
         of_module = [m for m in everything if m.module == module]
