@@ -43,9 +43,9 @@ class Collectives:
         """x [n, ...] of every rank, concatenated in rank order to [world_size·n, ...]. Shapes must be equal."""
         if self.world_size == 1:
             return x
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        whole = torch.empty((self.world_size * len(x), *x.shape[1:]), dtype=x.dtype, device=x.device)
+        dist.all_gather_into_tensor(whole, x.contiguous())
+        return whole
 
     def all_gather_object(self, x: T) -> list[T]:
         """The object of every rank, in rank order."""

@@ -16,8 +16,6 @@ from dsclip.errors import UserError, did_you_mean
 
 DsConfig = dict[str, Any]  # a DeepSpeed JSON, or a section of it
 
-SMALL_PARAMETER = 100_000  # elements
-
 SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 KINDS: dict[Kind, str] = {
     int: "a whole number",
@@ -55,12 +53,12 @@ def load_ds_config(name_or_path: str | Path, recipe: Recipe, world_size: int) ->
 
 def resolve_persistence(config: DsConfig, batch: BatchSection) -> DsConfig:
     """The configuration with an "auto" stage3_param_persistence_threshold resolved: gradients that are reduced once a step go
-    with parameters that are gathered once a step; otherwise only small ones (norms, biases) stay on every rank.
+    with parameters that are gathered once a step; otherwise none stays on every rank, since a layer's travel in one gather.
     """
     zero = config["zero_optimization"]
     if zero.get("stage3_param_persistence_threshold") != "auto":
         return config
-    keep = {"stage3_param_persistence_threshold": SMALL_PARAMETER}
+    keep = {"stage3_param_persistence_threshold": 0}
     if batch.coalesce_reduction:
         keep = {"stage3_param_persistence_threshold": 10**12, "stage3_model_persistence_threshold": 10**13}
     return config | {"zero_optimization": zero | keep}

@@ -1,4 +1,4 @@
-"""DeepSpeed, imported with three corrections: what it prints, how its checkpoints name an enum, what it releases."""
+"""DeepSpeed, imported with four corrections: what it prints, how its checkpoints name an enum, what it releases and gathers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402  (after the choice of accelerator)
 from deepspeed.runtime import bf16_optimizer  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
+
+from dsclip.engine.flat_gather import gather_flat  # noqa: E402
 
 # Its INFO lines and torch's repeated deprecation warnings bury what a user wants to read.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -69,5 +72,6 @@ def _forget_releases_with_the_trace() -> None:
 
 
 _forget_releases_with_the_trace()
+Init._allgather_params_coalesced = gather_flat(Init._allgather_params_coalesced, deepspeed.comm.all_gather_into_tensor)
 
 __all__ = ["deepspeed"]

@@ -144,6 +144,26 @@ def coalesced_case(stage: int, group: Collectives) -> dict:
     return {"difference": relative(gradients["coalesced"], {n: g.double() for n, g in gradients[None].items()})}
 
 
+def wire_case(stage: int, group: Collectives) -> dict:
+    """bf16 gradients that are reduced in bf16 against those reduced in fp32, and what a step in bf16 is away from float64."""
+    grads, batch = {}, global_batch(0)
+    sizes = BatchSection(GLOBAL_BATCH)
+    recipe = Recipe(batch=sizes, optim=OPTIM, train=TrainSection(seed=SEED, steps=10, compile="off"))
+    for wire in ("fp32", "bf16"):
+        settings = ds_config(stage, True, group.world_size) | {"communication_data_type": wire}
+        engine = ContrastiveEngine(recipe, settings, CONFIG)
+        weights, log_scale = full_weights(engine), engine.scalars.log_scale.item()
+        engine.accumulate(local_part(batch, group))
+        grads[wire] = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
+        engine.deepspeed.step()
+        engine.close()
+    reference, _, _ = reference_gradient(weights, log_scale, batch, 0, 0.0)
+    return {
+        "difference": relative(grads["bf16"], {n: g.double() for n, g in grads["fp32"].items()}),
+        "errors": {wire: relative(grads[wire], reference) for wire in grads},
+    }
+
+
 def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
     """Several whole steps: parameters and temperature against float64 AdamW on the same batches."""
     engine = build(stage, micro_batches=2, chunks=2, patch_dropout=0.5, bf16=False, group=group)
@@ -186,6 +206,8 @@ def cases(group: Collectives) -> list[dict]:
         results.append({"kind": "gradient", "ranks": group.world_size, **case, **gradient_case(case, group)})
     for stage in (2, 3):
         results.append({"kind": "coalesced", "stage": stage, **coalesced_case(stage, group)})
+        if group.world_size > 1:
+            results.append({"kind": "wire", "stage": stage, **wire_case(stage, group)})
     for stage in (1, 2, 3):
         results.append({"kind": "adamw", "stage": stage, **adamw_case(stage, group)})
     return results

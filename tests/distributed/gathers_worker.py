@@ -2,10 +2,13 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import deepspeed.comm as dist
+from torch.profiler import ProfilerActivity, profile
 
+from dsclip.config import load_ds_config
 from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
 from dsclip.data import Batch
 from dsclip.distributed import Collectives, shutdown_distributed
@@ -23,6 +26,11 @@ KEEP = {
     "until backward": {"stage3_max_reuse_distance": 10**9, "stage3_max_live_parameters": 10**9},
     "always": {"stage3_param_persistence_threshold": 10**12, "stage3_model_persistence_threshold": 10**13},
 }
+SCHEDULES = (
+    *((name, 1, False) for name in ("zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_persist_bf16")),
+    *((name, 3, True) for name in ("zero2_bf16", "zero3_bf16", "zero3_persist_bf16")),
+    ("zero3_bf16", 2, False),
+)
 
 
 def evaluate(engine, batch: Batch, towers: str) -> None:
@@ -72,6 +80,32 @@ def bytes_per_step(
     }
 
 
+def collectives_per_step(name: str, micro_batches: int, coalesce: bool, group: Collectives) -> dict:
+    """How many collectives a step of a packaged configuration takes, dsclip's own included, as torch dispatches them."""
+    micro_batch = GLOBAL_BATCH // group.world_size // micro_batches
+    recipe = Recipe(
+        batch=BatchSection(GLOBAL_BATCH, micro_batch, coalesce_reduction=coalesce),
+        optim=OptimSection(warmup_steps=0),
+        train=TrainSection(),
+    )
+    engine = ContrastiveEngine(recipe, load_ds_config(name, recipe, group.world_size), WIDE)
+    for step in range(3):
+        if step == 2:  # the first steps record ZeRO's trace
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                engine.train_step(local_part(global_batch(step), group))
+        else:
+            engine.train_step(local_part(global_batch(step), group))
+    counted = Counter(event.name for event in profiler.events() if event.name.startswith("c10d::"))
+    engine.close()
+    return {
+        "ds_config": name,
+        "micro_batches": micro_batches,
+        "coalesce": coalesce,
+        "collectives": dict(counted),
+        "blocks": WIDE.vision_layers + WIDE.text_layers,
+    }
+
+
 def share_held_while_building(group: Collectives) -> float:
     """Largest share of a parameter that this rank holds right after construction under zero.Init."""
     model = build_model(WIDE, ds_config(3, True, group.world_size), seed=0)
@@ -87,11 +121,12 @@ def main(out: str) -> None:
     results.append(bytes_per_step(None, 1, "until backward", group))
     for evaluated in EVALUATED:
         results += [bytes_per_step(None, micro_batches, "until backward", group, evaluated) for micro_batches in (1, 2)]
+    counts = [collectives_per_step(*schedule, group) for schedule in SCHEDULES]
     share = share_held_while_building(group)
     results = [result | {"share_held_while_building": share} for result in results]
     if group.rank == 0:
         with open(out, "w") as f:
-            json.dump(results, f)
+            json.dump({"bytes": results, "counts": counts}, f)
     shutdown_distributed()
 
 

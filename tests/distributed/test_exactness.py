@@ -49,6 +49,12 @@ def test_coalesced_bf16_gradients_are_added_in_float32_and_rounded_once(results)
     assert len(coalesced) == 2 and not failures(coalesced, lambda r: r["difference"] > 2**-9)
 
 
+def test_a_reduction_in_bf16_adds_little_to_the_error_of_a_bf16_step(results):
+    wires = [r for r in results if r["kind"] == "wire"]
+    assert len(wires) == (2 if results[0]["ranks"] > 1 else 0)
+    assert all(0 < r["difference"] < 2**-8 and r["errors"]["bf16"] < 1.05 * r["errors"]["fp32"] for r in wires), wires
+
+
 def test_every_parameter_moves_with_the_steps(results):
     assert not failures([r for r in results if r["kind"] == "adamw"], lambda r: r["still"])
 

@@ -10,10 +10,23 @@ RANKS = 2
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("gathers") / "results.json"
     run_ranks(WORKERS / "gathers_worker.py", RANKS, out, timeout_s=600)
     return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def results(found):
+    return found["bytes"]
+
+
+def test_a_step_takes_no_more_than_two_collectives_a_block_and_ten(found):
+    """Persisted parameters are gathered together, and a layer's travel together; with k micro-batches of their own k times."""
+    counts = found["counts"]
+    assert {r["ds_config"] for r in counts} == {"zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_persist_bf16"}
+    for result in counts:
+        assert 0 < sum(result["collectives"].values()) <= 2 * result["blocks"] + 10, result
 
 
 def test_bytes_do_not_grow_with_the_number_of_chunks(results):
