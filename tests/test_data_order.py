@@ -68,14 +68,6 @@ def test_neighbours_meet_in_a_batch_as_often_as_strangers():
     assert together / 200 == pytest.approx(63 * 15 / 63, rel=0.1)  # each of 63 neighbours with chance 15/63
 
 
-def test_resampling_draws_with_replacement_from_everything():
-    order = make([50, 30, 20], 10, streams=5, window=8, resampled=True)
-    found = Counter(order.draw(v, d)[:2] for v in range(5) for d in range(4000))
-    assert len(found) == 100
-    counts = np.array(list(found.values()))
-    assert counts.mean() == 200 and 7 < counts.std() < 28, "as drawn with replacement: about √200; an epoch has none"
-
-
 def test_data_sets_are_mixed_by_weight_and_each_keeps_its_epochs():
     streams = 4
     sets = [make([40], 8, streams=streams), make([10, 10], 8, streams=streams)]

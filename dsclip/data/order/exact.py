@@ -10,26 +10,23 @@ Symbols: M samples, S shards, V streams, N global batch, e epoch, v stream, d ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Generic, TypeVar
 
 import numpy as np
 
+from dsclip.data.order.laps import Laps
+from dsclip.data.order.recent import Recent
 from dsclip.errors import UserError
-
-T = TypeVar("T")
 
 MOST_STREAMS = 1024
 # Up to so many samples every one is permuted on its own; beyond, shards stay together and are read in sequence.
 LARGEST_FULL_SHUFFLE = 2_000_000
-_MIX, _WINDOW, _RESAMPLE, _UNITS = 1, 2, 3, 4  # what a random number is for
+_MIX, _WINDOW, _UNITS = 1, 2, 4  # what a random number is for
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample to read. round: the epoch, or with resampling the window; randomness of the sample depends on it."""
+    """One sample to read. round: the epoch, or with resampling the lap; randomness of the sample depends on it."""
 
     data_set: int
     shard: int
@@ -66,20 +63,6 @@ def _some(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:12])) + (", …" if len(numbers) > 12 else "")
 
 
-class Recent(Generic[T]):
-    """A method's last results, by its arguments: an lru_cache that can be pickled, since loader workers may be spawned."""
-
-    def __init__(self, method: Callable[..., T], most: int):
-        self._method, self._most = method, most
-        self._cached = lru_cache(most)(method)
-
-    def __reduce__(self) -> tuple[type[Recent[T]], tuple[Callable[..., T], int]]:
-        return Recent, (self._method, self._most)
-
-    def __call__(self, *key: int) -> T:
-        return self._cached(*key)
-
-
 class SetOrder:
     """The order of one data set with S shards of `sizes` samples."""
 
@@ -89,19 +72,23 @@ class SetOrder:
     ):  # fmt: skip
         self.total = int(sizes.sum())
         self._batch, self._streams, self._quota = global_batch, streams, global_batch // streams
-        self._seed, self.window, self.resampled = seed, window, resampled
+        self._seed, self.window = seed, window
         self._shard_ends = np.cumsum(sizes)
+        self._laps = None
+        if resampled:
+            self._laps = Laps(self.total, global_batch=global_batch, streams=streams, seed=seed, window=window)
+            return
         if unit is None:
             unit = 1 if self.total <= LARGEST_FULL_SHUFFLE else int(sizes.max(initial=1))
         self._unit_starts, self._unit_sizes = _units(sizes, unit)
         self._epoch = Recent(self._permuted, 2)
         self._shuffled = Recent(self._shuffled_window, 2 * streams)
-        self._resampled = Recent(self._resampled_window, 2 * streams)
 
     def draw(self, stream: int, drawn: int) -> tuple[int, int, int]:
         """(shard, position in it, round) of the sample that `stream` draws after `drawn` others."""
-        if self.resampled:
-            return self._resample(stream, drawn)
+        if self._laps is not None:
+            sample, lap = self._laps.draw(stream, drawn)
+            return (*self._locate(sample), lap)
         epoch = self.epoch_of(stream, drawn)
         first = self._drawn_before(stream, epoch)
         length = self._drawn_before(stream, epoch + 1) - first
@@ -144,16 +131,6 @@ class SetOrder:
 
     def _shuffled_window(self, epoch: int, stream: int, number: int, size: int) -> np.ndarray:
         return np.random.default_rng([self._seed, _WINDOW, epoch, stream, number]).permutation(size)
-
-    def _resample(self, stream: int, drawn: int) -> tuple[int, int, int]:
-        """OpenCLIP's --dataset-resampled: windows from places drawn with replacement; nothing is an epoch."""
-        number, inside = divmod(drawn, self.window)
-        start, order = self._resampled(stream, number)
-        return (*self._locate((start + int(order[inside])) % self.total), number)
-
-    def _resampled_window(self, stream: int, number: int) -> tuple[int, np.ndarray]:
-        rng = np.random.default_rng([self._seed, _RESAMPLE, stream, number])
-        return int(rng.integers(self.total)), rng.permutation(self.window)
 
     def _locate(self, sample: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._shard_ends, sample, side="right"))
