@@ -95,6 +95,7 @@ def test_towers_of_a_hundred_thousand_layers_are_refused_at_once():
     arguments = argparse.Namespace(
         preset="ViT-B-32", config=None, ds_config="zero3_bf16", gpus=1, batch=None, micro_batch=None, chunk_size=None,
         checkpointing=None, gpu="H100", memory_gb=None, peak_tflops=None, efficiency=None, bandwidth=None, text_tokens=None,
+        nodes=None, gpus_per_node=None, interconnect=None, figure=None,
         overrides=["model.vision_layers=100000"],
     )  # fmt: skip
     with pytest.raises(UserError, match="`model.vision_layers` is 100000"):

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, get_args
 
 from dsclip.command_line import parser, run_tool
@@ -13,11 +14,16 @@ from dsclip.config import Recipe, load_ds_config, load_recipe
 from dsclip.config.schema import Checkpointing
 from dsclip.data import load_tokenizer
 from dsclip.errors import UserError
+from dsclip.files import write_whole
 from dsclip.model import resolve_preset
 from dsclip.plan.advice import advice, describe_choice
 from dsclip.plan.choose import plan_batch
 from dsclip.plan.estimate import Estimate, parameter_counts
+from dsclip.plan.interconnect import LINKS, Interconnect
 from dsclip.plan.machine import USABLE, Machine, named_gpu, this_machine
+from dsclip.plan.measured import measured
+from dsclip.plan.scaling import figure, point, scaling
+from dsclip.plan.scaling import table as scaling_table
 
 EXAMPLE = (
     "python tools/plan.py --preset ViT-H-14 --ds_config ds_configs/zero3_bf16.json --gpus 64 --batch 32768 --gpu H100"
@@ -47,6 +53,15 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--peak-tflops", type=float, help="bf16 peak of a rank (default: by the device's name)")
     p.add_argument("--efficiency", type=float, help="share of the peak that training reaches (default: 0.4 on GPUs)")
     p.add_argument("--bandwidth", type=float, help="GB/s of a rank's collectives (default: 50 on GPUs)")
+    net = p.add_argument_group(
+        "many nodes: what is computed while weights and gradients travel, and the same for 8 to 1,024 GPUs"
+    )
+    net.add_argument("--nodes", type=int, help="how many; with --gpus-per-node in place of --gpus")
+    net.add_argument("--gpus-per-node", type=int, help="(default: 8, or --gpus where there are fewer)")
+    net.add_argument(
+        "--interconnect", choices=tuple(LINKS), help="a rank's link between nodes; --bandwidth says otherwise"
+    )
+    net.add_argument("--figure", type=Path, metavar="SVG", help="draw MFU against the number of GPUs")
     p.add_argument("--text-tokens", type=int, help="of the longest caption in a chunk (default: the context length)")
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="as of launchers/train.py")
     sys.exit(run_tool(plan, p.parse_args(argv)))
@@ -55,12 +70,13 @@ def main(argv: list[str] | None = None) -> None:
 def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """{"fits", "peak_mb", "parts", "gathers_per_step", "gflops_per_sample", …}: see `Estimate`."""
     a = arguments
-    for name in ("gpus", "peak_tflops", "efficiency", "bandwidth", "text_tokens"):
+    for name in ("gpus", "peak_tflops", "efficiency", "bandwidth", "text_tokens", "nodes", "gpus_per_node"):
         value = getattr(a, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be greater than 0")
     if a.efficiency is not None and a.efficiency > 1:
         raise UserError(f"--efficiency is {a.efficiency}; it is a share of the peak, at most 1")
+    net = _interconnect(a)
     preset = [f"model.preset={a.preset}"] if a.config is None else []
     given = {key: flag for key, flag in FLAGS.items() if _value(a, flag) is not None}
     overrides = [f"{key}={_value(a, flag)}" for key, flag in given.items()]
@@ -71,7 +87,7 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise UserError(_by_flags(str(error), given)) from error
     own = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
     config = resolve_preset(recipe.model.preset, **own, **({} if a.config is None else _vocabulary(recipe)))
-    machine = _machine(a)
+    machine, source = _machine(a, recipe.model.preset)
     batch, found = plan_batch(
         config, recipe.batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens
     )
@@ -88,9 +104,39 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "reductions_per_step": found.reductions_per_step, "gathered_mb_per_step": found.gathered_mb_per_step,
         "reduced_mb_per_step": found.reduced_mb_per_step, "gflops_per_sample": found.gflops_per_sample,
         "recomputed_gflops_per_sample": found.recomputed_gflops_per_sample,
-        "samples_per_second": found.samples_per_second, "changes": changes,
+        "samples_per_second": found.samples_per_second, "changes": changes, "efficiency_from": source,
     }  # fmt: skip
-    return result, table(result, found, machine, a.gpus, a.text_tokens or config.context_length)
+    text = table(result, found, machine, a.gpus, a.text_tokens or config.context_length) + f"; {source}"
+    if net is not None:
+        here = point(config, batch, ds_config, net, machine, a.text_tokens)
+        points = scaling(config, batch, ds_config, net, machine, a.text_tokens)
+        result |= {"overlap": asdict(here), "scaling": [asdict(p) for p in points]}
+        between = f"{net.link} between nodes of {net.gpus_per_node}, {net.gigabytes_per_second:g} GB/s a rank"
+        text += f"\n\nsimulated layer by layer, {between}:\n{scaling_table([here])}"
+        text += f"\n\n{batch.global_batch_size // a.gpus:,} samples a rank:\n{scaling_table(points)}"
+        if a.figure is not None:
+            write_whole(a.figure, figure(points, f"{recipe.model.preset}, {machine.name}, {net.link}"))
+    return result, text
+
+
+def _interconnect(a: argparse.Namespace) -> Interconnect | None:
+    """The ranks of --nodes and --gpus-per-node, also put into a.gpus; None where nobody asks about nodes."""
+    if a.nodes is None and a.gpus_per_node is None and a.interconnect is None:
+        if a.figure is not None:
+            raise UserError("--figure needs --interconnect: it shows MFU against the number of GPUs")
+        return None
+    per_node = a.gpus_per_node or min(8, a.gpus if a.nodes is None else 8)
+    if a.nodes is None and a.gpus % per_node:
+        raise UserError(f"--gpus is {a.gpus}, which is no multiple of --gpus-per-node {per_node}")
+    nodes = a.nodes or a.gpus // per_node
+    if a.nodes is not None and a.gpus not in (1, nodes * per_node):
+        raise UserError(f"--gpus is {a.gpus}, but {nodes} nodes of {per_node} are {nodes * per_node}: leave --gpus out")
+    if a.gpu is None:
+        raise UserError("--nodes, --gpus-per-node and --interconnect need --gpu, such as H100")
+    a.gpus = nodes * per_node
+    net = Interconnect(a.interconnect or "400g", nodes, per_node, a.bandwidth)
+    a.bandwidth = net.gigabytes_per_second
+    return net
 
 
 def _value(a: argparse.Namespace, flag: str) -> Any:
@@ -112,7 +158,8 @@ def _vocabulary(recipe: Recipe) -> dict[str, int]:
         return {}
 
 
-def _machine(a: argparse.Namespace) -> Machine:
+def _machine(a: argparse.Namespace, preset: str) -> tuple[Machine, str]:
+    """The machine, and where its efficiency comes from."""
     if a.gpu is not None:
         machine = named_gpu(a.gpu, a.memory_gb, a.peak_tflops)
     else:
@@ -123,7 +170,13 @@ def _machine(a: argparse.Namespace) -> Machine:
         "efficiency": a.efficiency,
         "gigabytes_per_second": a.bandwidth,
     }
-    return replace(machine, **{k: v for k, v in given.items() if v is not None})
+    machine = replace(machine, **{k: v for k, v in given.items() if v is not None})
+    if a.efficiency is not None:
+        return machine, "efficiency as given"
+    found = measured(machine, preset) if machine.device == "cuda" else None
+    if found is None:
+        return machine, "efficiency assumed, not measured"
+    return replace(machine, efficiency=found.efficiency), f"efficiency measured, {found.source}"
 
 
 def table(result: dict[str, Any], found: Estimate, machine: Machine, ranks: int, tokens: int) -> str:

@@ -72,7 +72,8 @@ def estimate(
     parts = {name: size / 1e6 for name, size in sizes.items()}
 
     gathers, reductions = passes(parameters, batch, ds_config, world_size, micro_batches)
-    gathered, reduced = gathers * BF16 * parameters, reductions * FP32 * parameters
+    wire = FP32 if ds_config.get("communication_data_type", "fp32") == "fp32" else BF16
+    gathered, reduced = gathers * BF16 * parameters, reductions * wire * parameters
     one = sum(forward_flops(config, text_tokens))
     again = one * (RECOMPUTED[checkpointing] + (micro_batches - 1) / micro_batches)
     seconds = local * (3 * one + again) / (machine.tflops * 1e12 * machine.efficiency)
