@@ -1,8 +1,12 @@
-"""The tools that check dsclip itself: the mutation check, and the figure of the layers."""
+"""The tools that check dsclip itself: the mutation check, the figure of the layers, and the comparison of orders."""
 
 import ast
+import json
 import textwrap
 
+import pytest
+
+from tests.programs import run_program
 from tools import draw_layers, mutate
 
 
@@ -48,3 +52,19 @@ def test_an_import_that_runs_back_up_is_drawn_in_red():
     assert back_up == ["right imports top (1)"]
     assert figure.count('class="arrow up"') == 1 and figure.count('class="arrow"') == 1
     assert "beside left" in figure
+
+
+def test_finished_runs_are_not_trained_again(tmp_path):
+    for order, top1 in (("epoch", [0.5, 0.7]), ("resampled", [0.6, 0.6])):
+        for seed in (0, 1):
+            run = tmp_path / f"{order}-{seed}-500x256"
+            run.mkdir()
+            recalls = {"image_to_text_recall@1": 0.25, "text_to_image_recall@1": 0.5}
+            found = {"eval": {"zeroshot": {"top1": top1[seed]}, "retrieval": recalls}}
+            (run / "summary.json").write_text(json.dumps(found))
+    done = run_program("tools/compare_orders.py", str(tmp_path), "--seeds", "0", "1", "--json")
+    found = json.loads(done.stdout)["orders"]
+    assert found["epoch"]["scores"] == pytest.approx([1.25, 1.45])
+    assert found["epoch"]["mean"] == pytest.approx(1.35) and found["epoch"]["standard_error"] == pytest.approx(0.1)
+    assert found["resampled"]["standard_error"] == pytest.approx(0) and "run 4 of 4" in done.stderr
+    assert not (tmp_path / "one_caption").exists()
