@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dsclip.bench import step
+from dsclip.bench import captions, step
 from dsclip.bench.cli import step_main
 from dsclip.bench.measure import in_process
 from dsclip.bench.peers import PEERS
@@ -67,3 +67,10 @@ def test_bench_loss_prints_one_json_object():
     done = run_program("tools/bench_loss.py", "--n", "512", "--d", "32", "--repeats", "1", "--json")
     result = json.loads(done.stdout)
     assert {"seconds", "extra_peak_mb"} <= result["tiled"].keys() & result["dense"].keys()
+
+
+def test_bench_captions_counts_the_tokens_of_both_ways():
+    found = captions.measure("demo", batch=64, chunk_size=16, repeats=1)
+    assert found["needed_tokens"] <= found["sorted"]["tokens_per_caption"] < found["unsorted"]["tokens_per_caption"]
+    ends = captions.web_captions(100_000, 300, torch.Generator().manual_seed(0)) - 1.0
+    assert ends.mean().item() == pytest.approx(20.2, rel=0.02) and ends.std().item() == pytest.approx(16.3, rel=0.05)

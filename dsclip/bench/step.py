@@ -8,6 +8,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the launcher does; before torch allocates
@@ -21,7 +22,7 @@ from dsclip.data import Batch
 from dsclip.distributed import Collectives
 from dsclip.engine.cpu_bf16 import speed_up_bf16
 from dsclip.model import Clip, ClipConfig, resolve_preset
-from dsclip.model.clip import TEXT_LENGTH_MULTIPLE
+from dsclip.model.captions import TEXT_LENGTH_MULTIPLE
 from dsclip.model.flops import forward_flops
 from dsclip.plan import Machine, estimate, plan_recipe
 from dsclip.plan.advice import describe_choice
@@ -122,6 +123,7 @@ def measure(
         extra |= {"gflops_per_sample": step_flops(config, lengths) / 1e9, "text_lengths": lengths}
     else:
         step = PEERS[trainer](config, micro_batch, compiled=kind == "compiled").step
+        batches = [replace(b, tokens=b.tokens.to(device)) for b in batches]
         step(batches[0])
     turn = iter(range(steps + 1))
     seconds = seconds_of(lambda: step(batches[next(turn) % 2]), steps)

@@ -81,8 +81,18 @@ class Batch:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; copies from pinned memory don't wait."""
-        return self._map(lambda x: x.to(device, non_blocking=True))
+        """The same batch with its pixels on a device; copies from pinned memory don't wait.
+
+        Tokens, ids and keys stay in host memory: the engine sorts and cuts captions by lengths that it can't read from a
+        GPU without waiting for it.
+        """
+        moved = {name: x.to(device, non_blocking=True) for name, x in self.pixels().items()}
+        changed: dict[str, Any] = moved
+        return replace(self, **changed)
+
+    def pixels(self) -> dict[str, Tensor]:
+        """The tensors that `to` moves."""
+        return {name: x for name, x in self.tensors().items() if name in ("images", "augmentation")}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {name: change(x) for name, x in self.tensors().items()}

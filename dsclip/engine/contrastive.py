@@ -32,6 +32,7 @@ from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, f
 from dsclip.losses.feature_statistics import FeatureStatistics, feature_statistics
 from dsclip.model import Clip, ClipConfig, Encoder
 from dsclip.model.blocks import compile_blocks
+from dsclip.model.captions import cut_captions
 from dsclip.optim.schedule import learning_rate
 
 
@@ -184,7 +185,7 @@ class ContrastiveEngine:
         _, _, checkpointing = self.recipe.batch.sizes(self.group.world_size)
         encode: Encoder = encoder or self.deepspeed
         return encode(
-            micro_batch.images, micro_batch.tokens, chunk_size=self.recipe.batch.chunk_size, checkpointing=checkpointing,
+            micro_batch.images, micro_batch.captions, chunk_size=self.recipe.batch.chunk_size, checkpointing=checkpointing,
             visible_patches=micro_batch.visible_patches, token_wise=self._loss.token_wise,
         )  # fmt: skip
 
@@ -196,7 +197,7 @@ class ContrastiveEngine:
         if self._negatives.duplicates != "negative":
             extra["keys"] = self._micro_batcher.to_device(needed(batch.keys, "keys", self.step))
         if self._loss.token_wise:
-            valid = [self.module.valid_tokens(m.tokens) for m in micro_batches]
+            valid = [m.captions.valid(self.config.context_length) for m in micro_batches]
             extra["text_valid"] = torch.cat([v[: len(m.images)] for v, m in zip(valid, micro_batches, strict=True)])
         if self.recipe.loss.hard_negatives != "none":
             extra["hard_text"] = torch.cat([t[len(i) :] for i, t in features])
@@ -270,7 +271,7 @@ class ContrastiveEngine:
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Unit features [b, D] of tokens [b, L]. Collective under ZeRO-3: every rank calls it equally often."""
-        features: Tensor = self.deepspeed(None, self._micro_batcher.to_device(tokens))[1]
+        features: Tensor = self.deepspeed(None, cut_captions(tokens, self.config, None, self.device))[1]
         return features
 
     def save(self, folder: Path) -> EngineState:

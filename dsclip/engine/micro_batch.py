@@ -11,7 +11,8 @@ from dsclip.config.schema import Recipe
 from dsclip.data.batch import Batch
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads
-from dsclip.model import ClipConfig
+from dsclip.model import Captions, ClipConfig
+from dsclip.model.captions import cut_captions
 from dsclip.model.patch_dropout import visible_patches
 
 
@@ -19,12 +20,12 @@ from dsclip.model.patch_dropout import visible_patches
 class MicroBatch:
     """What one forward needs. The same object goes through the towers twice, with the same visible patches.
 
-    images [b, 3, S, S]; tokens [b + m, L]: the captions of the images, then their hard negatives; hard_owner [m]: the row of
+    images [b, 3, S, S]; captions [b + m]: those of the images, then their hard negatives; hard_owner [m]: the row of
     the local batch that each hard negative belongs to; visible_patches: of each image, None without patch dropout.
     """
 
     images: Tensor
-    tokens: Tensor
+    captions: Captions
     hard_owner: Tensor
     visible_patches: Tensor | None
 
@@ -52,15 +53,18 @@ class MicroBatcher:
         return [self._micro_batch(batch.rows(start, min(n, start + size)), step, start) for start in range(0, n, size)]
 
     def _micro_batch(self, rows: Batch, step: int, start: int) -> MicroBatch:
-        images, tokens = self.to_device(rows.images), self.to_device(rows.tokens)
-        hard_owner = torch.zeros(0, dtype=torch.int64, device=self.device)
+        tokens, hard_owner = rows.tokens, torch.zeros(0, dtype=torch.int64)
         if self.recipe.loss.hard_negatives != "none":
-            hard_owner = self.to_device(needed(rows.hard_owner, "hard_owner", step) + start)
-            tokens = torch.cat([tokens, self.to_device(needed(rows.hard_tokens, "hard_tokens", step))])
-        return MicroBatch(images, tokens, hard_owner, self._visible_patches(rows.sample_ids, step))
+            hard_owner = needed(rows.hard_owner, "hard_owner", step) + start
+            tokens = torch.cat([tokens, needed(rows.hard_tokens, "hard_tokens", step)])
+        captions = cut_captions(tokens, self.config, self.recipe.batch.chunk_size, self.device)
+        images, hard_owner = self.to_device(rows.images), self.to_device(hard_owner)
+        return MicroBatch(images, captions, hard_owner, self._visible_patches(rows.sample_ids, step))
 
     def to_device(self, x: Tensor) -> Tensor:
-        """x on the device."""
+        """x on the device, without waiting for the copy."""
+        if self.device.type == "cuda" and x.device.type == "cpu":
+            x = x.pin_memory()
         return x.to(self.device, non_blocking=True)
 
     def _visible_patches(self, sample_ids: Tensor, step: int) -> Tensor | None:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from dsclip.errors import UserError
 from dsclip.model.blocks import Block
+from dsclip.model.captions import Captions, cut_captions, end_positions
 from dsclip.model.config import ClipConfig
 from dsclip.model.host_memory import HostLine
 from dsclip.model.layer_major import ChunkedPass, Chunks, dummy_input
 from dsclip.model.towers import TextEmbed, TextHead, VisionEmbed, VisionHead
-
-TEXT_LENGTH_MULTIPLE = 8  # few distinct shapes, which compilers like
 
 
 class Encoder(Protocol):
@@ -26,7 +25,7 @@ class Encoder(Protocol):
     def __call__(
         self,
         images: Tensor,
-        tokens: Tensor,
+        tokens: Tensor | Captions,
         *,
         chunk_size: int | None = None,
         checkpointing: str = "none",
@@ -64,7 +63,8 @@ class Tower(nn.Module):
 class Clip(nn.Module):
     """CLIP's image and text encoders (Radford et al. 2021), built for layer-major accumulation.
 
-    `forward(images, tokens)`: images [n, 3, S, S] (uint8, or float already normalised), tokens [n, L] int64;
+    `forward(images, tokens)`: images [n, 3, S, S] (uint8, or float already normalised), tokens [n, L] int64 in host
+    memory, or `Captions` cut from them beforehand (tokens on a GPU are read back for that);
     returns unit features ([n, D], [n, D]) in float32. Either input may be None, and so are its features then.
     chunk_size: samples that go through a layer together (None: all of them). checkpointing: what layers save for
     backward, see `ChunkedPass`. visible_patches [n, K]: those that patch dropout leaves. token_wise: features of all
@@ -90,7 +90,7 @@ class Clip(nn.Module):
     def forward(
         self,
         images: Tensor | None = None,
-        tokens: Tensor | None = None,
+        tokens: Tensor | Captions | None = None,
         *,
         chunk_size: int | None = None,
         checkpointing: str = "none",
@@ -104,33 +104,22 @@ class Clip(nn.Module):
             contexts = () if visible_patches is None else (_split(visible_patches, chunk_size),)
             image_features = torch.cat(self.visual(_split(images, chunk_size), checkpointing, contexts))
         if tokens is not None:
-            chunks, ends = self._cut_text(tokens, chunk_size)
-            text_features = torch.cat(self.text(chunks, checkpointing, (), (ends,)))
+            captions = tokens
+            if isinstance(captions, Tensor):
+                device = next(self.text.parameters()).device
+                captions = cut_captions(captions, self.config, chunk_size, device)
+            text_features = captions.in_order(self.text(captions.chunks, checkpointing, (), (captions.ends,)))
         return image_features, text_features
 
     def valid_tokens(self, tokens: Tensor) -> Tensor:
         """[n, context] bool: the tokens of each caption up to its end token. tokens [n, L]."""
         positions = torch.arange(self.config.context_length, device=tokens.device)
-        return positions <= self._ends(tokens)[:, None]
-
-    def _ends(self, tokens: Tensor) -> Tensor:
-        return (tokens == self.config.eot_token_id).int().argmax(dim=1)
+        return positions <= end_positions(tokens, self.config)[:, None]
 
     def _check_images(self, images: Tensor) -> None:
         size = self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise UserError(f"images have shape {tuple(images.shape)}; this model takes [n, 3, {size}, {size}]")
-
-    def _cut_text(self, tokens: Tensor, chunk_size: int | None) -> tuple[Chunks, Chunks]:
-        """Each chunk cut behind its longest caption: the tower is causal, so nothing after the end token counts."""
-        if tokens.shape[1] > self.config.context_length:
-            raise UserError(f"captions have {tokens.shape[1]} tokens; this model takes {self.config.context_length}")
-        end_chunks = _split(self._ends(tokens), chunk_size)
-        longest = torch.stack([chunk.max() for chunk in end_chunks]).tolist()
-        multiple = TEXT_LENGTH_MULTIPLE
-        lengths = [min(tokens.shape[1], -(-(end + 1) // multiple) * multiple) for end in longest]
-        chunks = tuple(chunk[:, :length] for chunk, length in zip(_split(tokens, chunk_size), lengths, strict=True))
-        return chunks, end_chunks
 
     def parameter_count(self) -> int:
         """Parameters of both towers, also under ZeRO-3, where each rank holds a part only."""

@@ -31,7 +31,7 @@ class Lane(Protocol[Given, Queued, Taken]):
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches with their tensors on `device` and their images augmented.
+    """The same batches with their pixels on `device` and their images augmented.
 
     On a GPU a thread puts the next batch together in pinned memory, and it is copied on a stream of its own, while the
     current one trains. Positions stay with their batches.
@@ -77,7 +77,7 @@ class CudaLane:
         batch, done, _ = queued
         main = torch.cuda.current_stream(self._device)
         main.wait_event(done)
-        for tensor in batch.tensors().values():
+        for tensor in batch.pixels().values():
             tensor.record_stream(main)
         return batch
 
