@@ -199,6 +199,12 @@ def test_a_false_negative_far_above_the_rest_hides_nothing():
     assert torch.equal(ours.loss, torch.tensor(0.0)) and ours.masked == 4
 
 
+def test_a_process_on_its_own_is_the_only_rank():
+    features, alone = torch.ones(3, 2), losses.SingleRank()
+    assert (alone.rank, alone.world_size) == (0, 1)
+    assert alone.all_gather(features) is features and alone.all_reduce_sum(features) is features
+
+
 def test_identical_rows_share_the_probability():
     image = unit(1, 8, seed=0).expand(6, 8)
     ours = losses.softmax(Pairs(image, image, torch.tensor(3.0, dtype=torch.float64)))
