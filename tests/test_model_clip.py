@@ -72,12 +72,12 @@ def test_chunks_and_recomputation_leave_gradients_unchanged(options):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_block_in_pieces_is_the_block_bit_for_bit(causal):
-    """The pieces that selective checkpointing saves between, and that are compiled, are the two lines of `forward`."""
+    """The pieces that selective checkpointing saves between are the two lines of `forward`."""
     torch.manual_seed(0)
     block = Block(32, 4, 64, "gelu", 1e-5, causal=causal, text_layers=2 if causal else None)
     x = torch.randn(3, 7, 32)
     results = []
-    for forward in (block, block.in_pieces, block.forward_selective):
+    for forward in (block, block.forward_selective):
         chunk = x.clone().requires_grad_()
         output = forward(chunk)
         grads = torch.autograd.grad(output.sin().sum(), [chunk, *block.parameters()])

@@ -90,7 +90,7 @@ class BatchSection:
     """Pairs of a micro-batch that go through a block at a time; null: planned, or all of them."""
     checkpointing: Checkpointing = "auto"
     """What blocks keep for backward: `none` everything; `selective` the inputs, the attention's output and the MLP's hidden \
-layer (a third of the products run again); `full` the inputs; `offload` the inputs, in pinned host memory; `auto`: planned, \
+layer (a third of the products run again; compiled blocks keep every product's result and run none again); `full` the inputs; `offload` the inputs, in pinned host memory; `auto`: planned, \
 or full once `chunk_size` is set."""
     coalesce_reduction: bool | None = None
     """ZeRO-2 and 3: reduce gradients once a step, not once a micro-batch; null: planned."""

@@ -31,8 +31,8 @@ from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss
 from dsclip.losses.feature_statistics import FeatureStatistics, feature_statistics
 from dsclip.model import Clip, ClipConfig, Encoder
-from dsclip.model.blocks import compile_blocks
 from dsclip.model.captions import cut_captions
+from dsclip.model.compiled import compile_blocks
 from dsclip.optim.schedule import learning_rate
 
 

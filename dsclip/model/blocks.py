@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -178,7 +177,7 @@ class Block(Layer):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp.forward_again(self.ln_2(x))
 
-    # The same block cut into three pieces, for selective checkpointing and for torch.compile.
+    # The same block cut into three pieces, for selective checkpointing.
 
     def _mix(self, x: Tensor) -> Tensor:
         return self.attn.mixed(self.ln_1(x))
@@ -190,26 +189,11 @@ class Block(Layer):
     def _contract(self, middle: Tensor, hidden: Tensor) -> Tensor:
         return middle + self.mlp.contract(hidden)
 
-    def in_pieces(self, x: Tensor) -> Tensor:
-        """`forward`, piece by piece."""
-        return self._contract(*self._expand(x, self._mix(x)))
-
     def forward_selective(self, x: Tensor, *context: Tensor) -> Tensor:
         """Saves x, the attention's output, the middle of the block and the MLP's hidden layer: 7·W numbers a token.
 
-        Backward runs query, key, value, attention and its output projection again: a third of the products.
+        Backward runs query, key, value, attention and its output projection again: a third of the products. Compiled
+        blocks keep what torch's partitioner chooses, see `model/compiled.py`.
         """
         mixed = recomputed(self._mix, x)
         return recomputed(self._contract, *recomputed(self._expand, x, mixed))
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of the code inside the blocks. Across ZeRO-3's hooks it would not work; within a leaf it does.
-
-    The pieces are compiled, so that every kind of checkpointing runs the same compiled code.
-    """
-    for module in model.modules():
-        if isinstance(module, Block):
-            for piece in ("_mix", "_expand", "_contract"):
-                setattr(module, piece, torch.compile(getattr(module, piece)))
-            module.forward = MethodType(over_chunks(Block.in_pieces), module)  # type: ignore[method-assign]

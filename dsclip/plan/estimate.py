@@ -14,10 +14,14 @@ from dsclip.model.flops import forward_flops
 from dsclip.plan.machine import USABLE, Machine
 from dsclip.plan.memory import BF16, FP32, activation_bytes, image_bytes, loss_bytes, state_bytes
 
-# Forward passes a step computes: one forward, two for the gradients, and what is computed again for them.
-# selective: the attention's half of a block's products but for its output (`Block.forward_selective`).
 HOST_BYTES_PER_SECOND = 25e9  # between GPU and pinned memory over PCIe 4, to and fro at a time
-RECOMPUTED = {"none": 0.0, "selective": 1 / 3, "full": 0.67, "offload": 0.67}
+# Of a forward's products, those that are computed again for the gradients; full: all but each block's last.
+RECOMPUTED = {"none": 0.0, "selective": 1 / 3, "full": 2 / 3, "offload": 2 / 3}
+
+
+def recomputed(checkpointing: str, device: str) -> float:
+    """The share of a forward computed again. On a GPU blocks are compiled: `selective` keeps every product's result there."""
+    return 0.0 if checkpointing == "selective" and device == "cuda" else RECOMPUTED[checkpointing]
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def estimate(
     wire = FP32 if ds_config.get("communication_data_type", "fp32") == "fp32" else BF16
     gathered, reduced = gathers * BF16 * parameters, reductions * wire * parameters
     one = sum(forward_flops(config, text_tokens))
-    again = one * (RECOMPUTED[checkpointing] + (micro_batches - 1) / micro_batches)
+    again = one * (recomputed(checkpointing, machine.device) + (micro_batches - 1) / micro_batches)
     seconds = local * (3 * one + again) / (machine.tflops * 1e12 * machine.efficiency)
     seconds += (gathered + reduced) / (machine.gigabytes_per_second * 1e9) if world_size > 1 else 0
     if checkpointing == "offload" and machine.device == "cuda":

@@ -37,8 +37,9 @@ class Tower:
             plain = device == "cpu" and self.tokens <= CPU_PLAIN_TOKENS
             scores = self.heads * (self.tokens if plain else 2)
             return self.tokens * (8 * self.width + 2 * self.mlp_width + scores)
-        if checkpointing == "selective":
-            return self.tokens * (3 * self.width + self.mlp_width)
+        if checkpointing == "selective":  # on a GPU blocks are compiled, and keep what `SELECTIVE_BUDGET` allows
+            widths, extra = (5, 2 * self.heads) if device == "cuda" else (3, 0)
+            return self.tokens * (widths * self.width + self.mlp_width + extra)
         return 0 if checkpointing == "offload" and device == "cuda" else self.tokens * self.width
 
     def saved(self, checkpointing: str, device: str) -> int:

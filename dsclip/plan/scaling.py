@@ -8,7 +8,7 @@ from dsclip.config.deepspeed import DsConfig, resolve_persistence
 from dsclip.config.schema import BatchSection
 from dsclip.model import ClipConfig
 from dsclip.model.flops import forward_flops
-from dsclip.plan.estimate import RECOMPUTED, parameter_counts
+from dsclip.plan.estimate import parameter_counts, recomputed
 from dsclip.plan.interconnect import Interconnect
 from dsclip.plan.machine import Machine
 from dsclip.plan.schedule import FP32, Timeline, parts_of, simulate, way
@@ -38,7 +38,7 @@ def point(
     local = batch.global_batch_size // net.ranks
     parameters, _ = parameter_counts(config)
     order = way(
-        resolve_persistence(ds_config, batch), parameters, local, -(-local // micro_batch), RECOMPUTED[checkpointing],
+        resolve_persistence(ds_config, batch), parameters, local, -(-local // micro_batch), recomputed(checkpointing, machine.device),
         bool(batch.coalesce_reduction),
     )  # fmt: skip
     features = 2 * FP32 * config.embed_dim * batch.global_batch_size

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsclip.bench.gpu.row import Facts, Row, Settings
 from dsclip.bench.measure import median_seconds, peak_mb, reset_peak
 from dsclip.model import ClipConfig, resolve_preset
-from dsclip.model.blocks import Block, compile_blocks
+from dsclip.model.blocks import Block
+from dsclip.model.compiled import compile_tower
 from dsclip.model.layer_major import ChunkedPass
 
 SAMPLES = {"ViT-L-14": 256, "ViT-g-14": 96}
@@ -51,7 +52,7 @@ def _variants(config: ClipConfig, tiny: bool) -> Iterator[tuple[str, Callable[[T
         for way in ways:
             block = _block(config)
             if compiled:
-                compile_blocks(nn.ModuleList([block]))
+                compile_tower([block], "image")
             yield f"dsclip {'compiled' if compiled else 'eager'}, {way}", partial(_layer_major, block, way)
     import torch._functorch.config as functorch
 
