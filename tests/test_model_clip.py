@@ -8,6 +8,7 @@ from dsclip.errors import UserError
 from dsclip.model import resolve_preset
 from dsclip.model.blocks import Block
 from dsclip.model.patch_dropout import visible_patches
+from dsclip.model.towers import per_channel
 
 PARAMETERS_IN_MILLIONS = {
     "ViT-S/32": 63.09, "ViT-B/32": 151.28, "ViT-B/16": 149.62, "ViT-L/14": 427.62,
@@ -131,6 +132,14 @@ def test_uint8_images_are_normalised_and_floats_are_not():
     mean, std = (torch.tensor(v)[:, None, None] for v in (model.config.image_mean, model.config.image_std))
     normalised = ((images / 255) - mean) / std
     torch.testing.assert_close(model(images)[0], model(normalised.double())[0], rtol=1e-6, atol=1e-6)
+
+
+def test_mean_and_deviation_are_copied_once_and_are_no_part_of_the_weights():
+    model = create_model("demo", **SMALL)
+    assert per_channel(model.visual.embed.mean, torch.device("cpu")) is per_channel(
+        model.config.image_mean, torch.device("cpu")
+    )
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
 def test_wrong_image_size_is_named():
