@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class ContrastiveEngine:
         self.recipe, self.config = recipe, config
         self.ds_config = ds_config = resolve_persistence(ds_config, recipe.batch)
         self.step = 0
+        self._measured: StepMetrics | None = None
         self._micro_batcher = MicroBatcher(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss
         self._loss = find_loss(settings.name, settings.plugin)
@@ -124,9 +125,11 @@ class ContrastiveEngine:
         module: Clip = self.deepspeed.module
         return module
 
-    def train_step(self, batch: Batch) -> StepMetrics:
+    def train_step(self, batch: Batch, *, measure: bool = True) -> StepMetrics:
         """One optimizer step on the global batch of which `batch` is this rank's share. Collective.
 
+        measure: read this step's numbers from the device, the same on all ranks. Otherwise step, lr and skipped are its
+        own, and the rest that of the last step measured; the first one, and one that is skipped, always is.
         A step with a number that isn't finite, on whichever rank, is skipped on all: see `engine/finite.py`.
         """
         self.scalars.before_step(self.step)
@@ -144,7 +147,10 @@ class ContrastiveEngine:
                 self._momentum.update()
         self.step += 1
         reason = None if applied else skip_reason(pairs, grads, self.group)
-        return self._metrics(grads, lr, reason, batch)
+        if measure or not applied or self._measured is None:
+            self._measured = self._metrics(grads, lr, reason, batch, pairs)
+            return self._measured
+        return replace(self._measured, step=self.step, lr=lr, skipped=False, skip_reason=None)
 
     def accumulate(self, batch: Batch) -> LossGrads:
         """Features, loss and backward of the towers; the gradients then wait in DeepSpeed for its step.
@@ -161,10 +167,6 @@ class ContrastiveEngine:
         image, text = last = self._features(micro_batches[-1])
         pairs = self._pairs(micro_batches, [*cached, (image.detach(), text.detach())], batch)
         grads = checked(self._loss, pairs, negatives=self._negatives, group=self.group)
-        self._statistics: FeatureStatistics | None = None
-        if not self._loss.token_wise:
-            self._statistics = feature_statistics(pairs.image, pairs.text)
-
         gradients = split_gradients(micro_batches, grads)
         # ZeRO averages over ranks, and each rank holds the gradient of the global loss: hence the world size.
         factor = self.group.world_size * one_if_finite(grads)
@@ -239,7 +241,7 @@ class ContrastiveEngine:
                 return
         queue.push(image, text, pairs.keys, self.group, pairs.text_valid)
 
-    def _metrics(self, grads: LossGrads, lr: float, reason: str | None, batch: Batch) -> StepMetrics:
+    def _metrics(self, grads: LossGrads, lr: float, reason: str | None, batch: Batch, pairs: Pairs) -> StepMetrics:
         hard = torch.tensor(0 if batch.hard_owner is None else len(batch.hard_owner), device=self.device)
         counts = torch.stack([grads.correct_image, grads.correct_text, grads.masked.to(self.device), hard])
         correct_image, correct_text, masked, hard = self.group.all_reduce_sum(counts).tolist()
@@ -259,7 +261,7 @@ class ContrastiveEngine:
             masked_negatives=masked,
             hard_negatives=hard,
             queue_length=0 if self.queue is None else self.queue.filled,
-            features=self._statistics,
+            features=None if self._loss.token_wise else feature_statistics(pairs.image, pairs.text),
         )
 
     @torch.no_grad()

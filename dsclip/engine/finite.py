@@ -19,7 +19,8 @@ from dsclip.losses import LossGrads, Pairs
 
 def one_if_finite(grads: LossGrads) -> Tensor:
     """1.0, or NaN when the loss or a scalar's gradient isn't finite; float32 [] that was not read by the host."""
-    return torch.where(_usable(grads).all(), 1.0, torch.nan)
+    usable = _usable(grads)
+    return usable.new_full((), torch.nan, dtype=torch.float32).masked_fill(usable.all(), 1.0)
 
 
 def skip_reason(pairs: Pairs, grads: LossGrads, group: Collectives) -> str:

@@ -38,7 +38,7 @@ def visible_patches(sample_ids: Tensor, patches: int, share: float, *, seed: int
     sample_ids [n] int64; `share` of the patches is dropped, at least one stays. Returns [n, K] int64.
     """
     visible = max(1, int(patches * (1 - share)))
-    key = splitmix64(splitmix64(torch.tensor([seed], device=sample_ids.device)) + step)
+    key = splitmix64(splitmix64(torch.full((1,), seed, dtype=torch.int64, device=sample_ids.device)) + step)
     per_sample = splitmix64(sample_ids + key)
     scores = splitmix64(per_sample[:, None] + torch.arange(patches, device=sample_ids.device))
     return scores.topk(visible, dim=1).indices.sort(dim=1).values

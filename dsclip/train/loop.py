@@ -71,7 +71,7 @@ def train(
         started = time.monotonic()
         batch = next(batches)
         waited = time.monotonic() - started
-        metrics = engine.train_step(batch)
+        metrics = engine.train_step(batch, measure=watch.logs(engine.step + 1))
         loss, data_state = metrics.loss, batch.state
         watch.step(metrics, batch, waited, time.monotonic() - started)
 

@@ -67,6 +67,10 @@ class Watch:
             self._log.text("recipe", f"```yaml\n{dump_recipe(inputs.recipe)}\n```")
             self._log.text("deepspeed", f"```json\n{json.dumps(inputs.ds_config, indent=2)}\n```")
 
+    def logs(self, step: int) -> bool:
+        """Whether this step is one of those that are logged."""
+        return step % self._settings.log_every == 0 or step == self._settings.steps
+
     def step(self, metrics: StepMetrics, batch: Batch, waited_s: float, seconds: float) -> None:
         """One optimizer step: shown every time, logged every `train.log_every` steps."""
         window, report = self._window, batch.report
@@ -85,7 +89,7 @@ class Watch:
         self._journal += report.journal
         step = metrics.step
         logged: list[RankLog] | None = None
-        if step % self._settings.log_every == 0 or step == self._settings.steps:
+        if self.logs(step):
             logged = self._counters.gather((self._journal, batch.sample_ids.cpu().numpy().tobytes()))
         shown: dict[str, float | None] = {
             "loss": metrics.loss,
