@@ -84,6 +84,11 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         loss.queue_momentum is None or loss.queue_size > 0,
         f"`loss.queue_momentum` is {loss.queue_momentum}; it needs `loss.queue_size` and must be in [0, 1)",
     )
+    yield (
+        loss.matryoshka_weights is None or len(loss.matryoshka_weights) == len(loss.matryoshka_dims),
+        f"`loss.matryoshka_weights` has {len(loss.matryoshka_weights or [])} numbers; give one for each of the "
+        f"{len(loss.matryoshka_dims)} in `loss.matryoshka_dims`",
+    )
     whole = batch.global_batch_size
     micro_batch = batch.micro_batch_size or whole
     yield micro_batch <= whole, f"`batch.micro_batch_size` {micro_batch} exceeds `batch.global_batch_size` {whole}"

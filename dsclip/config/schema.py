@@ -24,6 +24,7 @@ from dsclip.config.kinds import (
     PositiveFloat,
     Rule,
     ShareBelowOne,
+    Weights,
 )
 
 MAX_BATCH = 1 << 24  # a hundred times the largest published; beyond it even the features of a step fill machines
@@ -143,6 +144,10 @@ class LossSection:
     """Steps before the queue is used; null: until it is full."""
     queue_momentum: ShareBelowOne | None = None
     """Embed queued pairs by an average of the weights (MoCo), such as 0.999; needs `queue_size`."""
+    matryoshka_dims: list[Positive] = field(default_factory=list)
+    """First dimensions that are trained as features of their own, such as [64, 128]; none: the whole feature alone."""
+    matryoshka_weights: Weights | None = None
+    """One for each of `matryoshka_dims`; null: 1, which is that of the whole feature."""
     wire_dtype: Literal["fp32", "bf16"] = "fp32"
     """How features travel between ranks."""
 

@@ -28,7 +28,7 @@ from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, needed, split_gr
 from dsclip.engine.momentum import MomentumEncoder
 from dsclip.engine.state import EngineState
 from dsclip.errors import UserError
-from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss
+from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss, with_prefixes
 from dsclip.losses.feature_statistics import FeatureStatistics, feature_statistics
 from dsclip.model import Clip, ClipConfig, Encoder
 from dsclip.model.captions import cut_captions
@@ -89,8 +89,9 @@ class ContrastiveEngine:
         self._measured: StepMetrics | None = None
         self._micro_batcher = MicroBatcher(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss
-        self._loss = find_loss(settings.name, settings.plugin)
-        check_options(self._loss, settings)
+        loss = find_loss(settings.name, settings.plugin)
+        check_options(loss, settings)
+        self._loss = with_prefixes(loss, settings, config.embed_dim)
         self._negatives = Negatives(
             settings.duplicates, "own" if settings.hard_negatives == "own" else "global", settings.filter_margin,
             settings.beta, settings.label_smoothing,

@@ -57,7 +57,8 @@ class MicroBatcher:
         if self.recipe.loss.hard_negatives != "none":
             hard_owner = needed(rows.hard_owner, "hard_owner", step) + start
             tokens = torch.cat([tokens, needed(rows.hard_tokens, "hard_tokens", step)])
-        captions = cut_captions(tokens, self.config, self.recipe.batch.chunk_size, self.device)
+        chunk_size, samples = self.recipe.batch.chunk_size, len(rows.images)
+        captions = cut_captions(tokens, self.config, chunk_size, self.device, samples=samples)
         images, hard_owner = self.to_device(rows.images), self.to_device(hard_owner)
         return MicroBatch(images, captions, hard_owner, self._visible_patches(rows.sample_ids, step))
 

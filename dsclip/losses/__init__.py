@@ -2,7 +2,8 @@
 
 Read `info_nce.py` first, the loss of CLIP on half a page, dense; then `tiled.py`, the same in tiles and over ranks; then
 `cross_entropy.py`, what InfoNCE does within a tile. The other files are what those take: `similarity.py` and
-`late_interaction.py`, `siglip.py`, `masks.py` (positives and what is left out), `samples.py` (what is gathered).
+`late_interaction.py`, `siglip.py`, `masks.py` (positives and what is left out), `samples.py` (what is gathered). Around
+whole losses: `matryoshka.py`.
 
 Shapes, as suffixes of names (`image_ND`, `logits_rc`) and in docstrings:
 
@@ -18,11 +19,12 @@ from dsclip.losses.dense import check_options, from_dense
 from dsclip.losses.group import Group, SingleRank
 from dsclip.losses.info_nce import dense_info_nce, softmax
 from dsclip.losses.late_interaction import filip
+from dsclip.losses.matryoshka import with_prefixes
 from dsclip.losses.pairs import Loss, LossGrads, Negatives, Pairs
 from dsclip.losses.registry import RegisteredLoss, checked, find_loss, register
 from dsclip.losses.siglip import sigmoid
 
 __all__ = [
     "Group", "Loss", "LossGrads", "Negatives", "Pairs", "RegisteredLoss", "SingleRank", "check_options", "checked",
-    "dense_info_nce", "filip", "find_loss", "from_dense", "register", "sigmoid", "softmax",
+    "dense_info_nce", "filip", "find_loss", "from_dense", "register", "sigmoid", "softmax", "with_prefixes",
 ]  # fmt: skip

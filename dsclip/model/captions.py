@@ -7,7 +7,7 @@ GPU would wait until the GPU has nothing left to do. Shapes: n captions, L token
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, combinations, pairwise
 
 import torch
 from torch import Tensor
@@ -16,11 +16,9 @@ from dsclip.errors import UserError
 from dsclip.model.config import ClipConfig
 
 TEXT_LENGTH_MULTIPLE = 8  # few distinct shapes, which compilers like
-SHARES = 8  # a micro-batch is cut at eighths of its captions: few distinct shapes again
-
-# Tokens that a cut must save, for what one more pass of a layer costs: its launches, and one more addition of the weights'
-# gradients. Our guesses; a GPU waits longer for launches than a CPU.
-CUT_COSTS = {"cpu": 128, "cuda": 4096}
+FEW = 4  # chunks of captions that nothing else cuts, from this many captions in each on
+LEAST = 8
+SHARES = 8  # they are cut at eighths: few distinct shapes again
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,24 @@ def end_positions(tokens: Tensor, config: ClipConfig) -> Tensor:
     return (tokens == config.eot_token_id).int().argmax(dim=1)
 
 
-def cut_captions(tokens: Tensor, config: ClipConfig, chunk_size: int | None, device: torch.device) -> Captions:
-    """Sorts captions by length and copies them to the device in chunks of at most chunk_size (None: as few as pay).
+def chunk_count(samples: int, chunk_size: int | None) -> int:
+    """How many chunks the captions of so many samples are cut into, whatever their lengths and their hard negatives.
 
-    tokens [n, L]: in host memory; others are read back first. Raises UserError for captions that are too long.
+    All ranks must have the same number: DeepSpeed notes every output of a layer in its trace, and ranks whose traces differ
+    wait for each other forever.
+    """
+    if chunk_size is not None:
+        return -(-samples // chunk_size)
+    return FEW if samples >= FEW * LEAST else 1
+
+
+def cut_captions(
+    tokens: Tensor, config: ClipConfig, chunk_size: int | None, device: torch.device, *, samples: int | None = None
+) -> Captions:
+    """Sorts captions by length and copies them to the device in `chunk_count` chunks.
+
+    tokens [n, L]: in host memory; others are read back first. samples: how many these are the captions of, hard negatives
+    among them; None: n. Raises UserError for captions that are too long.
     """
     if tokens.shape[1] > config.context_length:
         raise UserError(f"captions have {tokens.shape[1]} tokens; this model takes {config.context_length}")
@@ -62,7 +74,8 @@ def cut_captions(tokens: Tensor, config: ClipConfig, chunk_size: int | None, dev
     needed, order = ends.sort(stable=True)
     multiple = TEXT_LENGTH_MULTIPLE
     lengths = [min(tokens.shape[1], -(-(end + 1) // multiple) * multiple) for end in needed.tolist()]
-    sizes = _chunk_sizes(lengths, chunk_size, CUT_COSTS.get(device.type, CUT_COSTS["cuda"]))
+    count = chunk_count(samples or len(tokens), chunk_size)
+    sizes = _equal_sizes(len(tokens), count) if chunk_size is not None else _best_sizes(lengths, count)
     stops = list(accumulate(sizes))
     if len(sizes) == 1:
         order = torch.arange(len(tokens))
@@ -73,34 +86,21 @@ def cut_captions(tokens: Tensor, config: ClipConfig, chunk_size: int | None, dev
     return Captions(tuple(chunks), ends.split(sizes), None if len(sizes) == 1 else place)
 
 
-def _chunk_sizes(lengths: list[int], chunk_size: int | None, cut_cost: int) -> list[int]:
-    """Sizes of the chunks of sorted captions, each as long as its last one.
+def _equal_sizes(n: int, count: int) -> list[int]:
+    """n in so many parts that differ by one at most."""
+    return [n * (i + 1) // count - n * i // count for i in range(count)]
 
-    Of all ways to cut at eighths of the captions, and at every chunk_size, the one that costs least: Σ size · length, and
-    cut_cost for each chunk.
-    """
+
+def _best_sizes(lengths: list[int], count: int) -> list[int]:
+    """Sizes of so many chunks of sorted captions: of all ways to cut at eighths, the one with the fewest tokens."""
     n = len(lengths)
-    size = n if chunk_size is None else min(chunk_size, n)
-    share = max(1, -(-size // SHARES))
-    borders = sorted({*range(0, n, share), *range(0, n, max(1, size)), n})
-    costs, starts = (
-        [0],
-        [0],
-    )  # the least cost of the captions before each border, and the border where its last chunk starts
-    for index in range(1, len(borders)):
-        stop, options = borders[index], []
-        for start in range(index - 1, -1, -1):
-            if stop - borders[start] > size:
-                break
-            options.append((costs[start] + (stop - borders[start]) * lengths[stop - 1] + cut_cost, start))
-        cost, start = min(options)
-        costs.append(cost)
-        starts.append(start)
-    sizes, index = [], len(borders) - 1
-    while index:
-        sizes.append(borders[index] - borders[starts[index]])
-        index = starts[index]
-    return sizes[::-1] or [n]
+    eighths = [n * i // SHARES for i in range(1, SHARES)]
+
+    def tokens(cuts: tuple[int, ...]) -> int:
+        return sum((stop - start) * lengths[stop - 1] for start, stop in pairwise((0, *cuts, n)))
+
+    cuts = min(combinations(eighths, count - 1), key=tokens)
+    return [stop - start for start, stop in pairwise((0, *cuts, n))]
 
 
 def _copied(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -15,7 +15,7 @@ from dsclip.data.sources.storage import Storage
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import UserError
 from dsclip.evaluate.tasks import TASKS
-from dsclip.losses import check_options, find_loss
+from dsclip.losses import check_options, find_loss, with_prefixes
 from dsclip.model import ClipConfig, resolve_preset
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.resume import check_length
@@ -42,7 +42,8 @@ class RunInputs:
 def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     """Raises UserError, on every rank alike, for what can't work."""
     recipe = load_recipe(arguments.config, arguments.overrides)
-    check_options(find_loss(recipe.loss.name, recipe.loss.plugin), recipe.loss)
+    loss = find_loss(recipe.loss.name, recipe.loss.plugin)
+    check_options(loss, recipe.loss)
     world_size = launched_ranks()[1]
     ds_config = load_ds_config(arguments.ds_config, recipe, world_size)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
@@ -60,6 +61,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     overrides = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
     vocabulary = dict(vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
     model = resolve_preset(recipe.model.preset, **overrides, **vocabulary)
+    with_prefixes(loss, recipe.loss, model.embed_dim)
     init = None if resume else recipe.model.init
     evaluation = Evaluation(recipe, model, tokenizer)
     return RunInputs(recipe, ds_config, model, tokenizer, run_dir, resume, init, evaluation)
