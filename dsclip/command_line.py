@@ -65,7 +65,9 @@ def report_error(error: BaseException, *, as_json: bool) -> int:
     """Says what went wrong, on standard error and, if asked, as JSON on standard output; returns the exit code."""
     if isinstance(error, UserError):
         message, code = str(error), error.exit_code
-    elif isinstance(error, FileExistsError | FileNotFoundError | NotADirectoryError | PermissionError):
+    elif isinstance(
+        error, FileExistsError | FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError
+    ):
         message, code = f"{error.filename or ''}: {error.strerror or error}", 2
     elif isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130

@@ -1,6 +1,8 @@
 """A step that isn't logged reads nothing from the device: a read waits until the device has nothing left to do."""
 
+import math
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,18 @@ def test_only_a_measured_step_reads_the_device(stage):
         with Reads() as reads:
             metrics = engine.train_step(global_batch(2))
         assert reads.lines and metrics.loss != first.loss
+        engine.close()
+
+
+def test_numbers_of_a_skipped_step_are_no_later_steps():
+    with alone() as group:
+        engine = build(1, 1, 1, 0.0, True, group)
+        first = engine.train_step(global_batch(0))
+        broken = global_batch(1)
+        skipped = engine.train_step(replace(broken, images=broken.images.float() * torch.nan), measure=False)
+        assert skipped.skipped and not math.isfinite(skipped.loss)
+        later = engine.train_step(global_batch(2), measure=False)
+        assert (later.step, later.skipped, later.loss, later.grad_norm) == (3, False, first.loss, first.grad_norm)
         engine.close()
 
 

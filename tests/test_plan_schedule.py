@@ -117,6 +117,15 @@ def test_the_plan_prints_where_a_step_waits_and_draws_mfu(tmp_path):
     assert figure.startswith("<svg") and figure.count("<circle") == 8
 
 
+def test_nodes_of_three_gpus_are_planned_for_one_to_eight_nodes():
+    command = (
+        "tools/plan.py --preset ViT-B-32 --gpu H100 --nodes 2 --gpus-per-node 3 --interconnect 100g --batch 768 --json"
+    )
+    assert [p["gpus"] for p in json.loads(run_program(*command.split()).stdout)["scaling"]] == [
+        3 * n for n in range(1, 9)
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

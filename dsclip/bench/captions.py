@@ -106,7 +106,7 @@ def bench_captions(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What `measure` gives, with the environment, and a line for each way."""
     a = arguments
     resolve_preset(a.preset)
-    if min(a.batch, a.chunk_size or 1, a.repeats) < 1:
+    if min(a.batch, 1 if a.chunk_size is None else a.chunk_size, a.repeats) < 1:
         raise UserError("--batch, --chunk-size and --repeats must be at least 1")
     settings = {"preset": a.preset, "batch": a.batch, "chunk_size": a.chunk_size, "repeats": a.repeats}
     found = in_process("dsclip.bench.captions", settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,19 @@ def init_distributed(timeout_minutes: float = 30) -> torch.device:
     if not dist.is_initialized():
         _address_of_a_single_process()
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes))
+        if not torch.cuda.is_available():
+            _unlink_shared_memory()
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _unlink_shared_memory() -> None:
+    """Takes the names off the 69 MB of shared memory that DeepSpeed makes for each rank on a CPU and never removes.
+
+    Every rank has mapped it by now, and memory without a name is freed with the last process, also a killed one.
+    """
+    dist.barrier()
+    address = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{dist.get_rank()}").unlink(missing_ok=True)
 
 
 def _address_of_a_single_process() -> None:

@@ -130,7 +130,9 @@ class ContrastiveEngine:
         """One optimizer step on the global batch of which `batch` is this rank's share. Collective.
 
         measure: read this step's numbers from the device, the same on all ranks. Otherwise step, lr and skipped are its
-        own, and the rest that of the last step measured; the first one, and one that is skipped, always is.
+        own, and the rest that of the last step that was measured and applied; there is one after the first, and a step that is
+        skipped is always measured. With a momentum queue, or hard negatives on several ranks, a flag or counts are read
+        in every step.
         A step with a number that isn't finite, on whichever rank, is skipped on all: see `engine/finite.py`.
         """
         self.scalars.before_step(self.step)
@@ -149,8 +151,10 @@ class ContrastiveEngine:
         self.step += 1
         reason = None if applied else skip_reason(pairs, grads, self.group)
         if measure or not applied or self._measured is None:
-            self._measured = self._metrics(grads, lr, reason, batch, pairs)
-            return self._measured
+            metrics = self._metrics(grads, lr, reason, batch, pairs)
+            if applied:  # the numbers of a skipped step are no step's but its own
+                self._measured = metrics
+            return metrics
         return replace(self._measured, step=self.step, lr=lr, skipped=False, skip_reason=None)
 
     def accumulate(self, batch: Batch) -> LossGrads:

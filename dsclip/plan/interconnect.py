@@ -27,9 +27,9 @@ class Interconnect:
     @property
     def gigabytes_per_second(self) -> float:
         """Of a rank's collectives."""
-        if self.bandwidth is not None:
-            return self.bandwidth
-        return LINKS["nvlink" if self.nodes == 1 else self.link]
+        if self.nodes == 1:
+            return LINKS["nvlink"]
+        return LINKS[self.link] if self.bandwidth is None else self.bandwidth
 
     def seconds(self, size: float) -> float:
         """Of an all-gather to, or a reduce-scatter of, `size` bytes: a ring, on which all but a rank's own part travels."""

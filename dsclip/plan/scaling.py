@@ -59,12 +59,10 @@ def scaling(
 ) -> list[Point]:  # fmt: skip
     """Points for 8 to 1,024 GPUs in nodes of the same size, each with the same local batch."""
     local, found = batch.global_batch_size // net.ranks, []
-    for count in COUNTS:
-        if count % net.gpus_per_node == 0:
-            there = replace(net, nodes=count // net.gpus_per_node)
-            found.append(
-                point(config, replace(batch, global_batch_size=local * count), ds_config, there, machine, text_tokens)
-            )
+    nodes = [count // net.gpus_per_node for count in COUNTS if count % net.gpus_per_node == 0]
+    for there in (replace(net, nodes=n) for n in nodes or range(1, 9)):
+        sizes = replace(batch, global_batch_size=local * there.ranks)
+        found.append(point(config, sizes, ds_config, there, machine, text_tokens))
     return found
 
 

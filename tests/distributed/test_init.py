@@ -23,3 +23,23 @@ def test_what_rank_0_finds_wrong_ends_every_rank_with_one_sentence(results):
     for key, words in (("missing", "no such file"), ("damaged", "could not be read")):
         sentences = {r[key] for r in results}
         assert len(sentences) == 1 and words in sentences.pop()
+
+
+SCRIPT = """
+import os
+from pathlib import Path
+from dsclip.distributed import Collectives, shutdown_distributed
+from dsclip.engine.build import init_distributed
+
+init_distributed()
+group = Collectives.current()
+group.barrier()
+print([p.name for p in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*")])
+shutdown_distributed()
+"""
+
+
+def test_no_shared_memory_of_deepspeeds_keeps_its_name(tmp_path):
+    """It would outlive the run: 69 MB a rank."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    assert run_ranks(tmp_path / "script.py", 2).stdout.splitlines()[-2:] == ["[]", "[]"]

@@ -7,6 +7,7 @@ import datetime
 import json
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,15 @@ def bench(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     phases = [p for p in (TINY if a.tiny else PHASES) if a.only is None or p.name in a.only]
     for name in a.only or ():
         if name not in {p.name for p in phases}:
-            raise UserError(f"--only {name}: no such phase here.{did_you_mean(name, [p.name for p in PHASES])}")
+            known = [p.name for p in (TINY if a.tiny else PHASES)]
+            raise UserError(
+                f"--only {name}: no such phase{' with --tiny' if a.tiny else ''}.{did_you_mean(name, known)}"
+            )
+    if a.out is not None and (a.out.suffix != ".md" or a.out.is_dir()):
+        raise UserError(f"--out is {a.out}; it is the Markdown file: give a name that ends in .md")
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # a phase is a session of its own: it is ended on the way out
     card = environment()["device"] if a.device == "cuda" else "CPU, tiny"
     date = datetime.date.today().isoformat()
     name = f"{date}-{re.sub(r'[^A-Za-z0-9]+', '-', str(card)).strip('-').lower()}.md"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 
@@ -38,6 +39,9 @@ def _versions(device: str) -> Facts:
             found[package] = "not installed"
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        asked = (
+            subprocess.run(query, capture_output=True, text=True).stdout if shutil.which("nvidia-smi") else "unknown"
+        )
+        found["driver"] = asked.split("\n")[0]
         found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return found

@@ -29,20 +29,22 @@ def measure(settings: Settings) -> Iterator[Row | Facts]:
         reset_peak()
         machine = this_machine()
         name = f"{preset}, n = {n}, {way}" + (f", {k} micro-batches" if k > 1 else "")
+        engine, batches = None, []
         try:
             engine = ours(config, sizes, "zero1_bf16")
             expected = planned(engine, machine, CAPTIONS)["planned_peak_mb"]
             batches = [make_batch(config, n, i, CAPTIONS).to(device) for i in range(2)]
-            for batch in batches * 2:
-                engine.train_step(batch)
+            for i in range(4):
+                engine.train_step(batches[i % 2])
             settle()
             peaks[way, k] = peak = peak_mb()
-            engine.close()
-            del engine, batches
         except torch.OutOfMemoryError:
             yield Row(f"{name}: planned against measured", None, note="out of memory")
             continue
         finally:
+            if engine is not None:  # also after an out-of-memory: the next way has the device to itself
+                engine.close()
+            engine, batches = None, []
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
