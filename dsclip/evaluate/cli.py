@@ -134,7 +134,7 @@ def _measure(
         return features
 
     def encode_text(tokens: Tensor) -> Tensor:
-        features: Tensor = model(None, tokens)[1]
+        features: Tensor = model(None, tokens.to(device))[1]
         return features
 
     embedder = Embedder(encode_image, encode_text, tokenizer, group, config.context_length, arguments.batch_size)

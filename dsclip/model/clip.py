@@ -107,6 +107,8 @@ class Clip(nn.Module):
             captions = tokens
             if isinstance(captions, Tensor):
                 device = next(self.text.parameters()).device
+                if device.type == "meta":  # weights that are fetched for each layer, which moves its inputs to them
+                    device = captions.device
                 captions = cut_captions(captions, self.config, chunk_size, device)
             text_features = captions.in_order(self.text(captions.chunks, checkpointing, (), (captions.ends,)))
         return image_features, text_features
