@@ -45,7 +45,7 @@ train: $(READY)
 	echo "+ $$run"; $$run
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --max-worker-restart 0
 
 lint: $(READY)
 	$(BIN)/python -m pip install -q -e '.[lint]' -c constraints.txt
