@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsclip.data.order.exact import Order, SetOrder, check_split, default_streams
+from dsclip.data.order.exact import Draw, Order, SetOrder, check_split, default_streams
 from dsclip.errors import UserError
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(sum)
@@ -68,19 +68,20 @@ def test_neighbours_meet_in_a_batch_as_often_as_strangers():
     assert together / 200 == pytest.approx(63 * 15 / 63, rel=0.1)  # each of 63 neighbours with chance 15/63
 
 
-def test_data_sets_are_mixed_by_weight_and_each_keeps_its_epochs():
-    streams = 4
-    sets = [make([40], 8, streams=streams), make([10, 10], 8, streams=streams)]
-    order = Order(sets, [3.0, 1.0], streams, seed=5)
-    picked, seen = Counter(), Counter()
+def mixed_three_to_one(sets: list[SetOrder], streams: int) -> list[Draw]:
+    """2000 draws of each stream from two sets, of which the first is drawn three times as often."""
+    order, draws = Order(sets, [3.0, 1.0], streams, seed=5), []
     for stream in range(streams):
         drawn = [0, 0]
-        for _ in range(2000):
-            draw = order.next(stream, drawn)
-            picked[draw.data_set] += 1
-            if draw.data_set == 0 and draw.round == 2:
-                seen[draw.shard, draw.position] += 1
+        draws += [order.next(stream, drawn) for _ in range(2000)]
+    picked = Counter(d.data_set for d in draws)
     assert picked[0] / picked[1] == pytest.approx(3, rel=0.08)
+    return draws
+
+
+def test_data_sets_are_mixed_by_weight_and_each_keeps_its_epochs():
+    draws = mixed_three_to_one([make([40], 8, streams=4), make([10, 10], 8, streams=4)], 4)
+    seen = Counter((d.shard, d.position) for d in draws if d.data_set == 0 and d.round == 2)
     assert len(seen) == 40 and set(seen.values()) == {1}
 
 

@@ -4,12 +4,12 @@ import pickle
 from collections import Counter
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsclip.data.order.exact import Order, SetOrder
+from dsclip.data.order.exact import SetOrder
 from dsclip.data.order.laps import Laps
+from tests.test_data_order import mixed_three_to_one
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(sum)
 SHAPES = dict(sizes=SIZES, quota=st.integers(1, 4), streams=st.sampled_from([1, 2, 3, 8]),
@@ -103,16 +103,7 @@ def test_the_order_changes_with_the_seed_and_is_a_function_of_the_position():
 
 def test_sets_that_are_mixed_repeat_no_sample_in_a_lap():
     """A stream's draws of one set then differ in number from another's: evenness holds a lap, not a batch."""
-    streams = 4
-    order = Order([make([40], 2, streams, 5, 7), make([10, 10], 2, streams, 5, 7)], [3.0, 1.0], streams, seed=5)
-    picked, seen = Counter(), Counter()
-    for stream in range(streams):
-        drawn = [0, 0]
-        for _ in range(2000):
-            draw = order.next(stream, drawn)
-            picked[draw.data_set] += 1
-            seen[draw] += 1
-    assert picked[0] / picked[1] == pytest.approx(3, rel=0.08)
+    seen = Counter(mixed_three_to_one([make([40], 2, 4, 5, 7), make([10, 10], 2, 4, 5, 7)], 4))
     assert set(seen.values()) == {1} and sum(d.data_set == 0 and d.round == 9 for d in seen) == 40
 
 

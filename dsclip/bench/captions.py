@@ -21,13 +21,13 @@ from dsclip.bench.step import make_batch
 from dsclip.command_line import parser, run_tool
 from dsclip.engine.cpu_bf16 import speed_up_bf16
 from dsclip.errors import UserError
-from dsclip.model import Captions, Clip, resolve_preset
-from dsclip.model.captions import TEXT_LENGTH_MULTIPLE, cut_captions, end_positions
+from dsclip.model import Captions, Clip, ClipConfig, resolve_preset
+from dsclip.model.captions import cut_captions, end_positions, padded_length
 
 EXAMPLE = "python tools/bench_captions.py --preset ViT-B-32 --batch 64"
 
-# Words of a caption of CC12M: mean, standard deviation and bounds (Changpinyo et al. 2021, table 1 and §2). No table of the
-# distribution is published: lengths are drawn from the log-normal with that mean and deviation, a token a word.
+# Words of a caption of CC12M: mean, standard deviation and bounds (Changpinyo et al. 2021), mean and deviation quoted from
+# memory. Without a published distribution, lengths are drawn from the log-normal with these two, a token a word.
 CC12M_WORDS = (20.2, 16.3, 3, 256)
 
 
@@ -40,12 +40,11 @@ def web_captions(n: int, context: int, generator: torch.Generator) -> Tensor:
     return (words.long() + 1).clamp_max(context - 1)
 
 
-def unsorted(tokens: Tensor, eot: int, chunk_size: int | None, device: torch.device) -> Captions:
+def unsorted(tokens: Tensor, config: ClipConfig, chunk_size: int | None, device: torch.device) -> Captions:
     """Captions in the order of their samples, each chunk as long as its longest: what sorting is compared with."""
-    ends = (tokens == eot).int().argmax(1).split(chunk_size or len(tokens))
+    ends = end_positions(tokens, config).split(chunk_size or len(tokens))
     chunks = tokens.split(chunk_size or len(tokens))
-    multiple = TEXT_LENGTH_MULTIPLE
-    lengths = [min(tokens.shape[1], -(-(int(e.max()) + 1) // multiple) * multiple) for e in ends]
+    lengths = [padded_length(int(e.max()) + 1, tokens.shape[1]) for e in ends]
     cut = tuple(c[:, :length].to(device) for c, length in zip(chunks, lengths, strict=True))
     return Captions(cut, tuple(e.to(device) for e in ends), None)
 
@@ -66,7 +65,7 @@ def measure(preset: str, batch: int, chunk_size: int | None, repeats: int) -> di
     tokens = tokens.masked_fill(places > ends[:, None], 0).masked_fill(places == ends[:, None], config.eot_token_id)
     images = data.images.to(device)
     ways: dict[str, Callable[[], Captions]] = {
-        "unsorted": lambda: unsorted(tokens, config.eot_token_id, chunk_size, device),
+        "unsorted": lambda: unsorted(tokens, config, chunk_size, device),
         "sorted": lambda: cut_captions(tokens, config, chunk_size, device),
     }
 

@@ -20,11 +20,8 @@ from dsclip.model.flops import forward_flops
 STEP_EXAMPLE = "python tools/bench_step.py --preset ViT-B-32 --batch 64 --micro-batch 16"
 LOSS_EXAMPLE = "python tools/bench_loss.py --n 8192 --d 512"
 KINDS = ("plain", "accumulated", "auto")  # auto: `batch.accumulation: auto`, which only dsclip has
-PEER_KINDS = (
-    "plain",
-    "accumulated",
-    "compiled",
-)  # compiled: plain by torch.compile, on a GPU; dsclip's always is there
+# compiled: plain by torch.compile, on a GPU, where dsclip's always is.
+PEER_KINDS = ("plain", "accumulated", "compiled")
 
 
 def step_main(argv: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from dsclip.data import Batch
 from dsclip.distributed import Collectives
 from dsclip.engine.cpu_bf16 import speed_up_bf16
 from dsclip.model import Clip, ClipConfig, resolve_preset
-from dsclip.model.captions import TEXT_LENGTH_MULTIPLE
+from dsclip.model.captions import padded_length
 from dsclip.model.flops import forward_flops
 from dsclip.plan import Machine, estimate, plan_recipe
 from dsclip.plan.advice import describe_choice
@@ -63,7 +63,7 @@ def planned(
     engine: ContrastiveEngine, machine: Machine, caption_tokens: tuple[int, int] = CAPTION_TOKENS
 ) -> dict[str, Any]:
     """What a plan made before the engine was there says of its step, for captions as long as these."""
-    tokens = -(-caption_tokens[1] // TEXT_LENGTH_MULTIPLE) * TEXT_LENGTH_MULTIPLE
+    tokens = padded_length(caption_tokens[1], engine.config.context_length)
     plan = estimate(engine.config, engine.recipe.batch, engine.ds_config, 1, machine, text_tokens=tokens)
     return {
         "planned_peak_mb": plan.peak_mb, "schedule": describe_choice(plan), "checkpointing": plan.checkpointing,

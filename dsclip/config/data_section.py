@@ -31,7 +31,7 @@ class DataSection:
     shuffle_unit: Positive | None = None
     """Neighbours that stay together in an epoch; null: 1, or shards beyond 2 M samples."""
     resampled: bool = False
-    """Walk the samples in long runs of neighbours, lap after lap without epochs, no sample twice in a batch; with `order: stream`, draw shards with replacement."""
+    """Walk the samples in long runs of neighbours, lap after lap without epochs, no sample of one set without bad ones twice in a batch; with `order: stream`, draw shards with replacement."""
     decoder: Literal["fast", "exact"] = "fast"
     """`fast`: JPEG scaled while decoding, resized in uint8; `exact`: PIL, as CLIP's preprocessing."""
     crop_scale: Interval = field(default_factory=lambda: [0.9, 1.0])

@@ -86,8 +86,7 @@ class Batch:
         Tokens, ids and keys stay in host memory: the engine sorts and cuts captions by lengths that it can't read from a
         GPU without waiting for it.
         """
-        moved = {name: x.to(device, non_blocking=True) for name, x in self.pixels().items()}
-        changed: dict[str, Any] = moved
+        changed: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in self.pixels().items()}
         return replace(self, **changed)
 
     def pixels(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,38 +27,14 @@ from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, needed, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
 from dsclip.engine.state import EngineState
+from dsclip.engine.step_metrics import StepMetrics
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss, with_prefixes
-from dsclip.losses.feature_statistics import FeatureStatistics, feature_statistics
+from dsclip.losses.feature_statistics import feature_statistics
 from dsclip.model import Clip, ClipConfig, Encoder
 from dsclip.model.captions import cut_captions
 from dsclip.model.compiled import compile_blocks
 from dsclip.optim.schedule import learning_rate
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One optimizer step, counted from 1. loss in nats; accuracies over the global batch; norm before clipping.
-
-    masked_negatives: entries left out of the loss, both directions; hard_negatives: hard-negative captions in the
-    global batch; queue_length: pairs in the queue. features: alignment, uniformity and similarities of this rank.
-    skipped: something was not finite, on whichever rank, and nothing of the step was applied on any; skip_reason: what.
-    """
-
-    step: int
-    loss: float
-    accuracy_image_to_text: float
-    accuracy_text_to_image: float
-    logit_scale: float
-    lr: float
-    grad_norm: float
-    skipped: bool
-    skip_reason: str | None
-    logit_bias: float | None
-    masked_negatives: int
-    hard_negatives: int
-    queue_length: int
-    features: FeatureStatistics | None
 
 
 class ContrastiveEngine:
@@ -155,7 +131,7 @@ class ContrastiveEngine:
             if applied:  # the numbers of a skipped step are no step's but its own
                 self._measured = metrics
             return metrics
-        return replace(self._measured, step=self.step, lr=lr, skipped=False, skip_reason=None)
+        return replace(self._measured, step=self.step, lr=lr)
 
     def accumulate(self, batch: Batch) -> LossGrads:
         """Features, loss and backward of the towers; the gradients then wait in DeepSpeed for its step.

@@ -26,6 +26,7 @@ from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, Embedder, run_task
 from dsclip.evaluate.source import Source, open_model
 from dsclip.model import Clip
+from dsclip.model.captions import cut_captions
 
 EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -134,7 +135,7 @@ def _measure(
         return features
 
     def encode_text(tokens: Tensor) -> Tensor:
-        features: Tensor = model(None, tokens.to(device))[1]
+        features: Tensor = model(None, cut_captions(tokens, config, None, device))[1]
         return features
 
     embedder = Embedder(encode_image, encode_text, tokenizer, group, config.context_length, arguments.batch_size)

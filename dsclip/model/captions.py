@@ -48,6 +48,11 @@ def end_positions(tokens: Tensor, config: ClipConfig) -> Tensor:
     return (tokens == config.eot_token_id).int().argmax(dim=1)
 
 
+def padded_length(tokens: int, most: int) -> int:
+    """What so many tokens are padded to, at most `most`."""
+    return min(most, -(-tokens // TEXT_LENGTH_MULTIPLE) * TEXT_LENGTH_MULTIPLE)
+
+
 def chunk_count(samples: int, chunk_size: int | None) -> int:
     """How many chunks the captions of so many samples are cut into, whatever their lengths and their hard negatives.
 
@@ -72,8 +77,7 @@ def cut_captions(
     tokens = tokens.cpu()
     ends = end_positions(tokens, config)
     needed, order = ends.sort(stable=True)
-    multiple = TEXT_LENGTH_MULTIPLE
-    lengths = [min(tokens.shape[1], -(-(end + 1) // multiple) * multiple) for end in needed.tolist()]
+    lengths = [padded_length(end + 1, tokens.shape[1]) for end in needed.tolist()]
     count = chunk_count(samples or len(tokens), chunk_size)
     sizes = _equal_sizes(len(tokens), count) if chunk_size is not None else _best_sizes(lengths, count)
     stops = list(accumulate(sizes))

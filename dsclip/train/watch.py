@@ -23,7 +23,8 @@ from dsclip.train.records import Counts, Results, Totals
 from dsclip.train.resume import Resumed
 
 if TYPE_CHECKING:
-    from dsclip.engine.contrastive import ContrastiveEngine, StepMetrics  # importing it takes DeepSpeed's seconds
+    from dsclip.engine.contrastive import ContrastiveEngine  # importing it takes DeepSpeed's seconds
+    from dsclip.engine.step_metrics import StepMetrics
     from dsclip.train.inputs import RunInputs
 
 SKIPPED_AT_THE_END = 10  # steps; a run that ends with as many skipped in a row has diverged

@@ -8,13 +8,13 @@ import sys
 from dataclasses import replace
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch._dynamo.utils import counters
 
 from dsclip.config.schema import BatchSection, LossSection, OptimSection, Recipe, TrainSection
 from dsclip.data import Batch
 from dsclip.distributed import Collectives
 from dsclip.engine.contrastive import ContrastiveEngine
+from dsclip.engine.whole_tensors import whole_gradients, whole_weights
 from dsclip.model import Clip, resolve_preset
 from dsclip.model.patch_dropout import visible_patches
 from dsclip.optim.adamw import decay_groups
@@ -99,17 +99,13 @@ def build(stage, micro_batches, chunks, patch_dropout, bf16, group, loss=None, s
     )
 
 
-def full_weights(engine) -> dict:
-    return {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in engine.module.named_parameters()}
-
-
 def gradient_case(case: dict, group: Collectives) -> dict:
     engine = build(**case, group=group)
     batch = global_batch(0)
     counters.clear()
-    weights, log_scale = full_weights(engine), engine.scalars.log_scale.item()
+    weights, log_scale = whole_weights(engine), engine.scalars.log_scale.item()
     ours = engine.accumulate(local_part(batch, group))
-    grads = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
+    grads = whole_gradients(engine)
     reference, d_scale, loss = reference_gradient(weights, log_scale, batch, 0, case["patch_dropout"])
     result = {
         "gradient": relative(grads, reference),
@@ -138,7 +134,7 @@ def coalesced_case(stage: int, group: Collectives) -> dict:
             stage, micro_batches=micro_batches, chunks=1, patch_dropout=0.5, bf16=True, group=group, special=special
         )
         engine.accumulate(local_part(global_batch(0), group))
-        gradients[special] = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
+        gradients[special] = whole_gradients(engine)
         engine.deepspeed.step()
         engine.close()
     return {"difference": relative(gradients["coalesced"], {n: g.double() for n, g in gradients[None].items()})}
@@ -152,9 +148,9 @@ def wire_case(stage: int, group: Collectives) -> dict:
     for wire in ("fp32", "bf16"):
         settings = ds_config(stage, True, group.world_size) | {"communication_data_type": wire}
         engine = ContrastiveEngine(recipe, settings, CONFIG)
-        weights, log_scale = full_weights(engine), engine.scalars.log_scale.item()
+        weights, log_scale = whole_weights(engine), engine.scalars.log_scale.item()
         engine.accumulate(local_part(batch, group))
-        grads[wire] = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
+        grads[wire] = whole_gradients(engine)
         engine.deepspeed.step()
         engine.close()
     reference, _, _ = reference_gradient(weights, log_scale, batch, 0, 0.0)
@@ -168,7 +164,7 @@ def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
     """Several whole steps: parameters and temperature against float64 AdamW on the same batches."""
     engine = build(stage, micro_batches=2, chunks=2, patch_dropout=0.5, bf16=False, group=group)
     model = Clip(CONFIG).double()
-    model.load_state_dict(full_weights(engine))
+    model.load_state_dict(whole_weights(engine))
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     scale = torch.nn.Parameter(engine.scalars.log_scale.detach().double())
     settings = dict(lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
@@ -180,7 +176,7 @@ def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
         adamw.zero_grad()
         dense_loss(model, scale, batch, step, 0.5, torch.float64).backward()
         adamw.step()
-    ours = full_weights(engine)
+    ours = whole_weights(engine)
     expected = {n: p.detach() for n, p in model.named_parameters()}
     result = {
         "still": [n for n in ours if torch.equal(ours[n].double(), start[n])],

@@ -11,8 +11,9 @@ from dsclip.convert.init import load_init_once
 from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
 from dsclip.engine.contrastive import ContrastiveEngine
+from dsclip.engine.whole_tensors import whole_weights
 from dsclip.errors import UserError
-from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, OPTIM, ds_config, full_weights
+from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, OPTIM, ds_config
 from tests.test_convert import SCALE, openclip_weights, perturbed
 
 
@@ -37,7 +38,7 @@ def started(stage: int, weights: dict | None, scale: float, expected: dict | Non
     recipe = Recipe(batch=BatchSection(GLOBAL_BATCH), optim=OPTIM, train=TrainSection(seed=3, steps=10, compile="off"))
     settings = ds_config(stage, False, group.world_size)
     engine = ContrastiveEngine(recipe, settings, CONFIG, state_dict=weights, init_scale=scale)
-    ours = full_weights(engine)
+    ours = whole_weights(engine)
     expected = group.broadcast_object(expected)
     same = all(torch.equal(ours[n], expected[n]) for n in expected) and abs(engine.scalars.scale / SCALE - 1) < 1e-6
     engine.close()

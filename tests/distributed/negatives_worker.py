@@ -5,12 +5,12 @@ import sys
 from dataclasses import replace
 
 import torch
-from deepspeed.utils import safe_get_full_grad
 
 from dsclip.config.schema import BatchSection, LossSection, Recipe, TrainSection
 from dsclip.data import Batch
 from dsclip.distributed import Collectives
 from dsclip.engine.contrastive import ContrastiveEngine
+from dsclip.engine.whole_tensors import whole_gradients, whole_weights
 from dsclip.errors import UserError
 from dsclip.losses import Negatives
 from dsclip.model import Clip
@@ -22,7 +22,6 @@ from tests.distributed.exactness_worker import (
     OPTIM,
     SEED,
     ds_config,
-    full_weights,
     global_batch,
     local_part,
     relative,
@@ -127,9 +126,9 @@ def case(name: str, options: dict, micro_batches: int, group: Collectives) -> di
         valid = torch.arange(CONTEXT) < lengths[:, None] if name == "filip" else None
         engine.queue.push(*old, torch.arange(6), Collectives.single(), valid)
         queue = {k: v.clone() for k, v in engine.queue.negatives(0).items()}
-    weights = full_weights(engine)
+    weights = whole_weights(engine)
     ours = engine.accumulate(local_part(batch, group))
-    grads = {n: safe_get_full_grad(p).cpu().clone() for n, p in engine.module.named_parameters()}
+    grads = whole_gradients(engine)
     expected = reference(weights, name, options, batch, queue)
     result = {
         "gradient": relative(grads, expected["grads"]),

@@ -74,10 +74,11 @@ class WarmRanks:
 def serve(requests: IO[str], answers: IO[str]) -> None:
     """Answers every launch; returns in the forked ranks too, when their script has ended."""
     for line in requests:
-        pids = _fork_all(Launch(**json.loads(line)))
+        launch = Launch(**json.loads(line))
+        pids = _fork_all(launch)
         if pids is None:
             return
-        answers.write(f"{_wait(pids, json.loads(line)['timeout_s'])}\n")
+        answers.write(f"{_wait(pids, launch.timeout_s)}\n")
         answers.flush()
 
 
