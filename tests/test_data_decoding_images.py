@@ -9,14 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from dsclip.config.schema import DataSection
+from dsclip.convert.hf import hf_preprocessor
 from dsclip.data.batch import Batch
 from dsclip.data.decoding.augment import IDENTITY, augment, draw_augmentation
 from dsclip.data.decoding.fast_image import FastImages
 from dsclip.data.decoding.sample import BadSample, RawSample, decode_image
-from dsclip.data.decoding.transforms import train_image
+from dsclip.data.decoding.transforms import eval_image, train_image
 from dsclip.datasets.scenes import draw, random_scene
+from dsclip.model import resolve_preset
 from dsclip.train.prefetch import on_device
 
 
@@ -69,6 +72,34 @@ def test_broken_jpegs_are_bad_samples():
                 np.random.default_rng(0),
                 torch.empty(3, 32, 32, dtype=torch.uint8),
             )
+
+
+def transparent(mode: str, kind: str) -> bytes:
+    """Two thirds of it in three steps of transparency, above colours that are not to be seen."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 60, 4), dtype=np.uint8)
+    pixels[..., 3] = np.repeat([0, 128, 255], 20)
+    image = Image.fromarray(pixels).convert(mode)
+    if mode == "P":
+        image.info["transparency"] = 0
+    stream = io.BytesIO()
+    image.save(stream, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("mode, kind", [("RGBA", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGBA", "WEBP")])
+def test_transparent_pictures_lie_on_white_in_training_evaluation_and_the_exported_processor(mode, kind):
+    content = transparent(mode, kind)
+    raw = RawSample("a", "b", {kind.lower(): content})
+    processor = CLIPImageProcessorPil(**hf_preprocessor(resolve_preset("demo", image_size=32, patch_size=16)))
+    theirs = processor(Image.open(io.BytesIO(content)), do_normalize=False, do_rescale=False, return_tensors="pt")
+    evaluated = eval_image(decode_image(raw, 10**6), 32)
+    assert torch.equal(evaluated, theirs["pixel_values"][0].to(torch.uint8))
+
+    whole, crop = Image.open(io.BytesIO(content)).convert("RGBA"), torch.empty(3, 32, 32, dtype=torch.uint8)
+    white = Image.composite(whole, Image.new("RGBA", whole.size, "white"), whole.getchannel("A")).convert("RGB")
+    FastImages(32, [0.9, 1.0], 10**6)(raw, np.random.default_rng(0), crop)
+    exact = train_image(white, 32, [0.9, 1.0], np.random.default_rng(0))
+    assert (crop.float() - exact.float()).abs().mean() < 1
 
 
 def pictures(count: int) -> torch.Tensor:

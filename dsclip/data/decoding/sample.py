@@ -46,7 +46,7 @@ def image_bytes(raw: RawSample) -> bytes:
 
 
 def decode_image(raw: RawSample, max_pixels: int) -> Image.Image:
-    """The sample's image as RGB. Raises BadSample."""
+    """The sample's image as RGB, on white where it is transparent. Raises BadSample."""
     content = image_bytes(raw)
     try:
         with warnings.catch_warnings():
@@ -54,13 +54,21 @@ def decode_image(raw: RawSample, max_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
             if image.width * image.height > max_pixels:
                 raise BadSample("too many pixels")
-            return image.convert("RGB")
+            return on_white(image)
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample("too many pixels") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise BadSample("undecodable image") from error
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """The image as RGB. What shows through is white, as in transformers' processors; plain conversion would show hidden colours."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    background = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
 
 
 def read_captions(raw: RawSample, caption_key: str) -> list[str]:
