@@ -22,11 +22,26 @@ def brute_force(image, text, owner) -> dict[str, float]:
     images, captions = range(len(image)), range(len(text))
     result = {}
     for k in (1, 5, 10):
-        found = [sorted(captions, key=lambda c: (-scores[i][c], c))[:k] for i in images]
-        result[f"image_to_text_recall@{k}"] = sum(any(owner[c] == i for c in found[i]) for i in images) / len(image)
-        found = [sorted(images, key=lambda i: (-scores[i][c], i))[:k] for c in captions]
-        result[f"text_to_image_recall@{k}"] = sum(owner[c] in found[c] for c in captions) / len(text)
+        if k <= len(text):
+            found = [sorted(captions, key=lambda c: (-scores[i][c], c))[:k] for i in images]
+            result[f"image_to_text_recall@{k}"] = sum(any(owner[c] == i for c in found[i]) for i in images) / len(image)
+        if k <= len(image):
+            found = [sorted(images, key=lambda i: (-scores[i][c], i))[:k] for c in captions]
+            result[f"text_to_image_recall@{k}"] = sum(owner[c] in found[c] for c in captions) / len(text)
     return result
+
+
+@pytest.mark.parametrize(
+    "owner, message",
+    [
+        ([0, 0, 2], "1 of 3 images have no caption .the first is number 1"),
+        ([0, 1, 3], "one of the 3 images for each of the 3 captions"),
+        ([0, 1], "one of the 3 images for each of the 3 captions"),
+    ],
+)
+def test_images_without_captions_are_refused_where_features_are_given(owner, message):
+    with pytest.raises(UserError, match=message):
+        retrieval_metrics(torch.eye(3), torch.eye(3), torch.tensor(owner))
 
 
 @settings(max_examples=60, deadline=None)
@@ -38,7 +53,9 @@ def test_recall_equals_brute_force_with_ties_and_several_captions(images, extra,
     image = torch.randint(-levels, levels + 1, (images, 2), generator=generator).float()
     text = torch.randint(-levels, levels + 1, (len(owner), 2), generator=generator).float()
     metrics = retrieval_metrics(image, text, owner)
-    for name, value in brute_force(image, text, owner.tolist()).items():
+    expected = brute_force(image, text, owner.tolist())
+    assert metrics.keys() - expected.keys() == {"images", "captions"}
+    for name, value in expected.items():
         assert metrics[name] == pytest.approx(value), name
     assert (metrics["images"], metrics["captions"]) == (images, len(owner))
 

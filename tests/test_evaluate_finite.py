@@ -7,7 +7,7 @@ import torch
 
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
-from dsclip.evaluate import Embedder
+from dsclip.evaluate import Embedder, classification_metrics, retrieval_metrics
 from dsclip.train.watch import RunFailed, Watch
 
 
@@ -23,8 +23,18 @@ def test_features_that_are_not_finite_are_not_measured(broken):
 
     embedder = Embedder(encode, encode, tokenizer, Collectives.single(), context_length=3, batch_size=2)
     assert embedder.texts(["a", "abc"]).shape == (2, 4)
-    with pytest.raises(UserError, match="not finite: its training diverged"):
+    with pytest.raises(UserError, match="text features are not finite .1 of 3 rows.: the model's training diverged"):
         embedder.texts(["a", "ab", "abc"])
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_metrics_of_features_that_are_not_finite_are_refused(side):
+    features = {"image": torch.eye(3), "text": torch.eye(3)}
+    features[side][1, 2] = torch.nan
+    with pytest.raises(UserError, match=f"{side} features are not finite"):
+        retrieval_metrics(features["image"], features["text"], torch.arange(3))
+    with pytest.raises(UserError, match="logits are not finite"):
+        classification_metrics(features["image"] @ features["text"].T, torch.arange(3))
 
 
 @pytest.mark.parametrize(

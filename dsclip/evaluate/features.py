@@ -54,7 +54,9 @@ class Embedder:
             self.encode_text(self._padded(self.tokenize(texts[start:stop], self.context_length))).float()
             for start, stop in batches_of_rank(len(texts), self.batch_size, self.group)
         )
-        return _gathered(rows, len(texts), self.group)
+        features = _gathered(rows, len(texts), self.group)
+        check_finite("text features", features)
+        return features
 
     def images(self, dataset: EvalDataset, indices: list[int]) -> tuple[Tensor, list[int]]:
         """(features [k, d], the k of these indices whose images could be decoded), the same on every rank.
@@ -63,7 +65,9 @@ class Embedder:
         and write it down in `dataset.broken`. Raises UserError, on all ranks, when no image is left.
         """
         gathered = _gathered(self._image_rows(dataset, indices), len(indices), self.group)
-        features, problems = gathered[:, :-1], gathered[:, -1].long().tolist()
+        features = gathered[:, :-1]
+        check_finite("image features", features)
+        problems = gathered[:, -1].long().tolist()
         if not any(problems):
             return features.contiguous(), indices
         for index, problem in zip(indices, problems, strict=True):
@@ -98,12 +102,17 @@ def batches_of_rank(total: int, batch_size: int, group: Group) -> list[tuple[int
 
 
 def _gathered(rows: Iterable[Tensor], total: int, group: Group) -> Tensor:
-    features = torch.cat([group.all_gather(part).cpu() for part in rows])[:total]
-    if not features.isfinite().all():  # comparisons with NaN would make every caption the right one
+    return torch.cat([group.all_gather(part).cpu() for part in rows])[:total]
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raises UserError when a row of values [n, ...] isn't finite: no score exceeds NaN, so every answer would be right."""
+    rows = values.flatten(1).isfinite().all(dim=1)
+    if not rows.all():
         raise UserError(
-            "the model gives features that are not finite: its training diverged, and there is nothing to measure"
+            f"{name} are not finite ({int((~rows).sum())} of {len(rows)} rows): the model's training diverged, "
+            "and there is nothing to measure"
         )
-    return features
 
 
 def _decoded(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.features import Embedder
+from dsclip.evaluate.features import Embedder, check_finite
 
 RECALL_AT = (1, 5, 10)
 ROWS_AT_ONCE = 1024  # of the similarity matrix
@@ -17,8 +17,9 @@ def retrieval(embedder: Embedder, dataset: EvalDataset) -> dict[str, float]:
     """{"image_to_text_recall@k", "text_to_image_recall@k" for k = 1, 5, 10, "images", "captions"}; recalls in 0..1.
 
     Image to text: one of the image's own captions is among the k best of all captions, averaged over images. Text to
-    image: the caption's image is among the k best, averaged over captions (as in CLIP_benchmark). Images without captions don't take part, also
-    not as candidates. Collective.
+    image: the caption's image is among the k best, averaged over captions (as in CLIP_benchmark). Images without captions
+    don't take part, also not as candidates. A k that exceeds the candidates would be 1 for every model, and is left out.
+    Collective.
     """
     image, indices = embedder.images(dataset, retrieval_samples(dataset))
     texts = [caption for i in indices for caption in dataset.captions[i]]
@@ -36,12 +37,31 @@ def retrieval_samples(dataset: EvalDataset) -> list[int]:
 
 
 def retrieval_metrics(image: Tensor, text: Tensor, owner: Tensor) -> dict[str, float]:
-    """The metrics from features: image [n, d], text [m, d], owner [m]: the image each caption belongs to."""
+    """The metrics from features: image [n, d], text [m, d], owner [m]: the image each caption belongs to.
+
+    Raises UserError for features that are not finite, images without captions, and captions without an image.
+    """
+    check_finite("image features", image)
+    check_finite("text features", text)
+    captions = _captions_of_images(owner, len(image), len(text))
+    if not captions.all():
+        bare = (captions == 0).nonzero().flatten().tolist()
+        raise UserError(
+            f"{len(bare)} of {len(image)} images have no caption (the first is number {bare[0]}): leave them out of the "
+            "features, as `retrieval` does; no caption can be the right one for them"
+        )
     text_ranks = _rank_of_positive(text, image, owner)
     image_ranks = _best_rank_of_positives(image, text, owner)
-    recalls = {f"image_to_text_recall@{k}": _share(image_ranks < k) for k in RECALL_AT}
-    recalls |= {f"text_to_image_recall@{k}": _share(text_ranks < k) for k in RECALL_AT}
+    recalls = {f"image_to_text_recall@{k}": _share(image_ranks < k) for k in RECALL_AT if k <= len(text)}
+    recalls |= {f"text_to_image_recall@{k}": _share(text_ranks < k) for k in RECALL_AT if k <= len(image)}
     return recalls | {"images": len(image), "captions": len(text)}
+
+
+def _captions_of_images(owner: Tensor, images: int, captions: int) -> Tensor:
+    """[images]: how many captions each has."""
+    if owner.shape != (captions,) or (captions and not 0 <= int(owner.min()) <= int(owner.max()) < images):
+        raise UserError(f"owner must name one of the {images} images for each of the {captions} captions")
+    return owner.bincount(minlength=images)
 
 
 def _share(hits: Tensor) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.features import Embedder
+from dsclip.evaluate.features import Embedder, check_finite
 from dsclip.evaluate.templates import SIMPLE, load_classnames, load_templates
 
 
@@ -63,7 +63,8 @@ def build_classifier(embedder: Embedder, names: list[str], templates: list[str])
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Metrics of logits [n, classes] and labels [n]."""
+    """Metrics of logits [n, classes] and labels [n]. Raises UserError for logits that are not finite."""
+    check_finite("logits", logits)
     classes = logits.shape[1]
     ranked = logits.topk(min(5, classes), dim=1).indices
     hits = ranked == labels[:, None]

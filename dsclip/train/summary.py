@@ -117,8 +117,9 @@ def console_summary(summary: Summary, run_dir: Path) -> str:
     if "retrieval" in results:
         r = results["retrieval"]
         for way, key in (("image to text", "image_to_text"), ("text to image", "text_to_image")):
-            recalls = " / ".join(f"{r[f'{key}_recall@{k}']:.1%}" for k in (1, 5, 10))
-            lines.append(f"  {way} recall@1/5/10 {recalls} on {names['retrieval']}")
+            found = {k: r[name] for k in (1, 5, 10) if (name := f"{key}_recall@{k}") in r}
+            ks, recalls = "/".join(map(str, found)), " / ".join(f"{share:.1%}" for share in found.values())
+            lines.append(f"  {way} recall@{ks} {recalls} on {names['retrieval']}")
     if "hard_negatives" in results:
         h = results["hard_negatives"]
         lines.append(
