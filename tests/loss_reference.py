@@ -60,10 +60,23 @@ def negative_weights(logits, positive, excluded, beta):
     return torch.where(positive, 1.0, weights)
 
 
-def cross_entropy(logits, positive, excluded, options: Negatives):
-    """Mean over rows of log Σ_j w_ij·exp(S_ij) − Σ_j y_ij·S_ij."""
-    weighted = logits + negative_weights(logits, positive, excluded, options.beta).log().masked_fill(excluded, 0)
-    lse = torch.logsumexp(weighted.masked_fill(excluded, -torch.inf), 1)
+def debiased_lse(logits, weights, positive, excluded, made, share, scale):
+    """Chuang et al. 2020: log(P + K·g + C), g = max((mean of w·exp(S) − τ⁺·mean over positives) / (1 − τ⁺), exp(−s))."""
+    drawn, each = ~(positive | excluded) & ~made, weights * logits.exp()
+    count, pos = drawn.sum(1).double(), (each * positive).sum(1)
+    least = count * (-scale).exp()
+    g = torch.maximum(((each * drawn).sum(1) - share * count * pos / positive.sum(1)) / (1 - share), least)
+    return (pos + g + (each * made * ~excluded).sum(1)).log()
+
+
+def cross_entropy(logits, positive, excluded, options: Negatives, scale, made):
+    """Mean over rows of log Σ_j w_ij·exp(S_ij) − Σ_j y_ij·S_ij. made: columns of hard negatives."""
+    weights = negative_weights(logits, positive, excluded, options.beta)
+    if options.debiased:
+        lse = debiased_lse(logits, weights, positive, excluded, made, options.debiased, scale)
+    else:
+        weighted = logits + weights.log().masked_fill(excluded, 0)
+        lse = torch.logsumexp(weighted.masked_fill(excluded, -torch.inf), 1)
     target = (1 - options.label_smoothing) * positive.double() / positive.sum(1, keepdim=True)
     target = target + options.label_smoothing * (~excluded).double() / (~excluded).sum(1, keepdim=True)
     return (lse - (target * logits).sum(1)).mean()
@@ -84,7 +97,10 @@ def loss(name, image, text, log_scale, bias, options, similar, keys=None, hard=N
     to_text = blocks(similar, image, text, keys, scale, options, hard, hard_owner, queue_text, queue_keys)
     to_image = blocks(similar, text, image, keys, scale, options, queue=queue_image, queue_keys=queue_keys)
     if name != "sigmoid":
-        return (cross_entropy(*to_text, options) + cross_entropy(*to_image, options)) / 2
+        made = torch.zeros(to_text[0].shape[1], dtype=torch.bool)
+        made[len(image) : len(image) + (0 if hard is None else len(hard))] = True
+        none = torch.zeros(to_image[0].shape[1], dtype=torch.bool)
+        return (cross_entropy(*to_text, options, scale, made) + cross_entropy(*to_image, options, scale, none)) / 2
     value = pairwise_sigmoid(*to_text, bias, options)
     if queue is not None:  # the batch's entries are counted once, by the images' rows
         N = len(image)

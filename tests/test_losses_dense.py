@@ -13,7 +13,7 @@ from tests.test_losses import DENSE, Case
 
 losses.register("dense", DENSE)
 ASKED = {
-    "duplicates": "mask", "label_smoothing": 0.1, "beta": 0.5, "filter_margin": 0.1, "hard_negatives": "own", "queue_size": 8,
+    "duplicates": "mask", "label_smoothing": 0.1, "beta": 0.5, "filter_margin": 0.1, "hard_negatives": "own", "queue_size": 8, "debiased": 0.1,
 }  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_a_token_wise_one_is_refused():
         losses.check_options(losses.find_loss("dense tokens"), LossSection(name="dense tokens"))
 
 
-@pytest.mark.parametrize("key", ["duplicates", "label_smoothing", "beta", "filter_margin"])
+@pytest.mark.parametrize("key", ["duplicates", "label_smoothing", "beta", "filter_margin", "debiased"])
 def test_a_call_with_an_option_is_refused(key):
     with pytest.raises(UserError, match=key):
         DENSE(Case("dense", 1, 3, extras=False).pairs(0), negatives=Negatives(**{key: ASKED[key]}))

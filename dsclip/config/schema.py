@@ -138,6 +138,8 @@ class LossSection:
     """δ: entries with I_i·T_j > I_i·T_i − δ are left out as false negatives; null: none are."""
     beta: NotNegative = 0.0
     """Concentration of hard-negative reweighting."""
+    debiased: ShareBelowOne = 0.0
+    """τ⁺: of negatives drawn from the data, the share that are positives nobody marked (Chuang et al. 2020); 0: no correction."""
     queue_size: Count = 0
     """Pairs of earlier steps kept as negatives."""
     queue_warmup_steps: Count | None = None

@@ -70,7 +70,7 @@ class ContrastiveEngine:
         self._loss = with_prefixes(loss, settings, config.embed_dim)
         self._negatives = Negatives(
             settings.duplicates, "own" if settings.hard_negatives == "own" else "global", settings.filter_margin,
-            settings.beta, settings.label_smoothing,
+            settings.beta, settings.label_smoothing, settings.debiased,
         )  # fmt: skip
         model = build_model(config, ds_config, recipe.train.seed, state_dict)
         if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):

@@ -14,12 +14,14 @@ from dsclip.losses.samples import Samples
 class QueryLosses(NamedTuple):
     """loss [r] of each query; statistics: what its gradient needs of all its candidates, one tensor [r] a name.
 
-    d_bias []: the gradient of the sum of these losses for the logit bias, of criteria that have one.
+    d_bias []: the gradient of the sum of these losses for the logit bias, of criteria that have one. d_log_scale []: that
+    for log s beside what goes through the logits, of criteria in which s stands elsewhere too.
     """
 
     loss: Tensor
     statistics: dict[str, Tensor]
     d_bias: Tensor | None = None
+    d_log_scale: Tensor | None = None
 
 
 class Statistics(Protocol):
@@ -30,8 +32,8 @@ class Statistics(Protocol):
     def update(self, part: slice, logits_rc: Tensor, masks: Masks, *, candidate_dim: int, in_batch: bool) -> None:
         """Takes in one tile; part: the queries in it. in_batch: its candidates are pairs of the global batch."""
 
-    def finish(self) -> QueryLosses:
-        """After the last tile."""
+    def finish(self, scale: Tensor) -> QueryLosses:
+        """After the last tile. scale []: s."""
 
 
 class Criterion(Protocol):

@@ -1,7 +1,8 @@
 """Softmax cross-entropy of queries over candidates, in two passes over tiles: statistics first, then gradient weights.
 
 For query i with candidates j, target y and log-weights a (0, or log w_ij of a reweighted negative):
-loss_i = log Σ_j exp(S_ij + a_ij) − Σ_j y_ij·S_ij, and its gradient for S_ij is softmax_ij(S + a) − y_ij.
+loss_i = log Σ_j exp(S_ij + a_ij) − Σ_j y_ij·S_ij, and its gradient for S_ij is softmax_ij(S + a) − y_ij. Debiased, the sum
+is another, and a softmax is multiplied by what `debiased` says.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dsclip.losses.accuracy import InBatchAccuracy
 from dsclip.losses.criterion import QueryLosses
+from dsclip.losses.debiased import debias
 from dsclip.losses.fused import log_sum_exp, pair_weights, use_fused
 from dsclip.losses.masks import Masks, positives
 from dsclip.losses.pairs import Negatives
@@ -60,6 +62,8 @@ class CrossEntropy:
         if options.beta:
             reweighted = torch.where(positive, logits_rc, (1 + options.beta) * logits_rc - of_query["shift"])
         weights_rc = (reweighted - of_query["lse"]).exp_()
+        if options.debiased and masks.drawn:
+            weights_rc *= torch.where(positive, of_query["of_positive"], of_query["of_drawn"])
         if masks.excluded is not None:
             weights_rc.masked_fill_(masks.excluded, 0)
         weights_rc -= positive * ((1 - options.label_smoothing) / of_query["positives"])
@@ -76,11 +80,13 @@ class SoftmaxStatistics:
         like = queries.features
         n = len(queries)
         self._positive_logit, self._options, self._scratch = queries.positive_logit, negatives, scratch
-        self._lse = like.new_full((n,), -torch.inf)  # of positives and, without reweighting, of negatives
+        self._lse = like.new_full((n,), -torch.inf)  # of positives and, unless these stand apart, of negatives
         self.accuracy = InBatchAccuracy(n, like)
         if not negatives.one_hot:
-            self._negative_lse = like.new_full((n,), -torch.inf)  # of (1 + β)·S
-            self._weight_lse = like.new_full((n,), -torch.inf)  # of β·S
+            self._apart = bool(negatives.beta or negatives.debiased)
+            # Of (1 + β)·S: of negatives, and debiased of those that were made, which then stand apart too; and of β·S.
+            self._negative_lse, self._made_lse, self._weight_lse = (like.new_full((n,), -torch.inf) for _ in range(3))
+            self._drawn = like.new_zeros(n)
             self._positive_sum, self._sum = like.new_zeros(n), like.new_zeros(n)
             self._positives, self._negatives, self._candidates = (like.new_zeros(n) for _ in range(3))
 
@@ -106,10 +112,14 @@ class SoftmaxStatistics:
             values = values.masked_fill(~chosen, -torch.inf)
             total[part] = torch.logaddexp(total[part], torch.logsumexp(values, dim))
 
-        merge(self._lse, logits_rc, positive if beta else positive | negative)
+        merge(self._lse, logits_rc, positive if self._apart else positive | negative)
+        if self._apart:
+            made = self._options.debiased and not masks.drawn
+            merge(self._made_lse if made else self._negative_lse, (1 + beta) * logits_rc, negative)
         if beta:
-            merge(self._negative_lse, (1 + beta) * logits_rc, negative)
             merge(self._weight_lse, beta * logits_rc, negative)
+        if masks.drawn:
+            self._drawn[part] += negative.sum(dim)
         self._positive_sum[part] += (logits_rc * positive).sum(dim)
         self._positives[part] += positive.sum(dim)
         self._negatives[part] += negative.sum(dim)
@@ -128,7 +138,7 @@ class SoftmaxStatistics:
         torch.sub(logits_rc, best.unsqueeze(dim), out=shifted).exp_()
         return shifted.sum(dim).log_().add_(best)
 
-    def finish(self) -> QueryLosses:
+    def finish(self, scale: Tensor) -> QueryLosses:
         """The losses [n], with the statistics that `CrossEntropy.weights` needs."""
         if self._options.one_hot:
             if self._positive_logit is None:
@@ -136,10 +146,19 @@ class SoftmaxStatistics:
             return QueryLosses(self._lse - self._positive_logit, {"lse": self._lse})
         options = self._options
         statistics: dict[str, Tensor] = {}
+        shift, d_log_scale = torch.zeros_like(self._lse), None
         if options.beta:
             # w_ij = exp(β·S_ij) / mean over the query's negatives: log w_ij = β·S_ij − shift_i. No negatives, no shift.
-            statistics["shift"] = self._weight_lse.nan_to_num(neginf=0.0) - self._negatives.clamp_min(1).log()
-            statistics["lse"] = torch.logaddexp(self._lse, self._negative_lse - statistics["shift"])
+            shift = statistics["shift"] = self._weight_lse.nan_to_num(neginf=0.0) - self._negatives.clamp_min(1).log()
+        if options.debiased:
+            found = debias(
+                self._lse, self._positives, self._negative_lse - shift, self._drawn, self._made_lse - shift,
+                share=options.debiased, scale=scale,
+            )  # fmt: skip
+            statistics |= {"lse": found.lse, "of_positive": found.of_positive, "of_drawn": found.of_drawn}
+            d_log_scale = found.d_log_scale.sum()
+        elif options.beta:
+            statistics["lse"] = torch.logaddexp(self._lse, self._negative_lse - shift)
         else:
             statistics["lse"] = self._lse
         statistics["positives"] = self._positives
@@ -148,4 +167,4 @@ class SoftmaxStatistics:
             statistics["candidates"] = self._candidates
             smooth = options.label_smoothing
             target = (1 - smooth) * target + smooth * self._sum / self._candidates
-        return QueryLosses(statistics["lse"] - target, statistics)
+        return QueryLosses(statistics["lse"] - target, statistics, d_log_scale=d_log_scale)

@@ -11,7 +11,7 @@ from dsclip.config.schema import LossSection
 from dsclip.errors import UserError
 from dsclip.losses.group import ALONE, Group
 from dsclip.losses.pairs import PLAIN, LossGrads, Negatives, Pairs
-from dsclip.losses.registry import RegisteredLoss
+from dsclip.losses.registry import OPTIONAL, RegisteredLoss
 from dsclip.losses.samples import widen
 
 DenseFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -19,7 +19,7 @@ DenseFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # What the function isn't given, by its key in the loss section, with the value that asks for nothing.
 NOT_GIVEN = {
     "duplicates": "negative", "label_smoothing": 0.0, "beta": 0.0, "filter_margin": None, "hard_negatives": "none",
-    "queue_size": 0,
+    "queue_size": 0, "debiased": 0.0,
 }  # fmt: skip
 
 
@@ -67,7 +67,13 @@ def from_dense(loss: DenseFunction) -> DenseLoss:
 
 
 def check_options(loss: RegisteredLoss, settings: LossSection) -> None:
-    """Raises UserError for options of a recipe's loss section that a loss made by `from_dense` would not obey."""
+    """Raises UserError for options of a recipe's loss section that the loss would not obey."""
+    for key, nothing in OPTIONAL.items():
+        if (value := getattr(settings, key)) != nothing and key not in loss.obeys:
+            raise UserError(
+                f"loss.{key}={value} can't be obeyed by the loss `{settings.name}`; set loss.{key}={nothing}, or take "
+                "loss.name=softmax"
+            )
     if not isinstance(loss.function, DenseLoss):
         return
     if loss.token_wise:
@@ -78,7 +84,7 @@ def check_options(loss: RegisteredLoss, settings: LossSection) -> None:
 
 
 def _refuse(pairs: Pairs, negatives: Negatives) -> None:
-    for name in ("duplicates", "label_smoothing", "beta", "filter_margin"):
+    for name in ("duplicates", "label_smoothing", "beta", "filter_margin", "debiased"):
         if (value := getattr(negatives, name)) != NOT_GIVEN[name]:
             _refuse_option(f"{name}={value}", f"{name}={NOT_GIVEN[name]}")
     for name, x in (("hard negatives", pairs.hard_text), ("a queue", pairs.queue_image)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsclip.errors import UserError
 from dsclip.losses.cross_entropy import CrossEntropy
 from dsclip.losses.group import ALONE, Group
 from dsclip.losses.pairs import PLAIN, LossGrads, Negatives, Pairs
@@ -17,7 +18,12 @@ from dsclip.losses.tiled import tiled_loss
 def filip(
     pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
 ) -> LossGrads:
-    """InfoNCE over token-wise late interaction. Features are tokens [n, T, D]."""
+    """InfoNCE over token-wise late interaction. Features are tokens [n, T, D].
+
+    Raises UserError for `debiased`: its estimate is one of samples.
+    """
+    if negatives.debiased:
+        raise UserError(f"debiased={negatives.debiased} estimates from samples, and filip compares tokens; set it to 0")
     return tiled_loss(
         pairs,
         similarity=LateInteraction,

@@ -15,12 +15,14 @@ from dsclip.losses.samples import Samples
 class Masks:
     """positive, excluded [r, c] bool; None when there are none. diagonal: offset of the pairs' diagonal in the tile.
 
-    Where `positive` is None and `diagonal` is set, the pairs on that diagonal are the only positives.
+    Where `positive` is None and `diagonal` is set, the pairs on that diagonal are the only positives. drawn: the
+    candidates are drawn from the data; otherwise they are captions that were made to be wrong.
     """
 
     positive: Tensor | None
     excluded: Tensor | None
     diagonal: int | None
+    drawn: bool = True
 
 
 def tile_masks(
@@ -51,7 +53,7 @@ def tile_masks(
         excluded = similar if excluded is None else excluded | similar
     if excluded is not None and diagonal is not None:
         excluded.diagonal(diagonal).fill_(False)  # a pair itself always counts
-    return Masks(positive, excluded, diagonal)
+    return Masks(positive, excluded, diagonal, drawn=candidates.owner is None)
 
 
 def positives(masks: Masks, like: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class Negatives:
     (`global`) or for their own image only (`own`). filter_margin δ: an entry with I_i·T_j > I_i·T_i − δ is taken for a
     false negative and left out. beta: negatives weigh exp(β·S_ij), scaled to mean 1 over a row and held constant
     (Robinson et al. 2021); 0 is plain InfoNCE. label_smoothing ε: share of the target spread over all candidates.
+    debiased τ⁺: the share of drawn negatives that are positives nobody marked, taken out of the softmax by an estimate
+    (Chuang et al. 2020, see `debiased`); 0: none.
     """
 
     duplicates: str = "negative"
@@ -31,6 +33,7 @@ class Negatives:
     filter_margin: float | None = None
     beta: float = 0.0
     label_smoothing: float = 0.0
+    debiased: float = 0.0
 
     def __post_init__(self) -> None:
         if self.duplicates not in DUPLICATES:
@@ -39,13 +42,15 @@ class Negatives:
             raise UserError(f"the scope of hard negatives is `{self.hard}`; choose {', '.join(HARD_SCOPES)}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing is {self.label_smoothing}; it is a share: 0 ≤ share < 1")
+        if not 0 <= self.debiased < 1:
+            raise UserError(f"debiased is {self.debiased}; it is a share: 0 ≤ share < 1")
         if self.beta < 0:
             raise UserError(f"beta is {self.beta}; it weighs harder negatives more and can't be negative")
 
     @property
     def one_hot(self) -> bool:
         """Whether the target is a query's partner alone and all other candidates weigh the same."""
-        return not self.beta and not self.label_smoothing and self.duplicates != "positive"
+        return not (self.beta or self.label_smoothing or self.debiased) and self.duplicates != "positive"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -22,11 +22,15 @@ L = TypeVar("L", bound=Loss)
 
 @dataclass(frozen=True)
 class RegisteredLoss:
-    """A loss with what the engine must know of it. has_bias: it wants a learned logit bias. token_wise: all tokens."""
+    """A loss with what the engine must know of it. has_bias: it wants a learned logit bias. token_wise: all tokens.
+
+    obeys: keys of the loss section, of those that not every loss can obey (`OPTIONAL`), that it obeys.
+    """
 
     function: Loss
     has_bias: bool = False
     token_wise: bool = False
+    obeys: frozenset[str] = frozenset()
 
     def __call__(
         self, pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
@@ -34,30 +38,45 @@ class RegisteredLoss:
         return self.function(pairs, negatives=negatives, group=group, tile_entries=tile_entries)
 
 
+# Keys of the loss section that not every loss can obey, with the value that asks for nothing.
+OPTIONAL: dict[str, object] = {"debiased": 0.0}
+
 _LOSSES: dict[str, RegisteredLoss] = {
-    "softmax": RegisteredLoss(softmax),
+    "softmax": RegisteredLoss(softmax, obeys=frozenset({"debiased"})),
     "sigmoid": RegisteredLoss(sigmoid, has_bias=True),
     "filip": RegisteredLoss(filip, token_wise=True),
 }
 
 
 @overload
-def register(name: str, loss: L, *, has_bias: bool = False, token_wise: bool = False) -> L: ...
-@overload
-def register(name: str, loss: None = None, *, has_bias: bool = False, token_wise: bool = False) -> Callable[[L], L]: ...
 def register(
-    name: str, loss: Loss | None = None, *, has_bias: bool = False, token_wise: bool = False
+    name: str, loss: L, *, has_bias: bool = False, token_wise: bool = False, obeys: Collection[str] = ()
+) -> L: ...
+@overload
+def register(
+    name: str, loss: None = None, *, has_bias: bool = False, token_wise: bool = False, obeys: Collection[str] = ()
+) -> Callable[[L], L]: ...
+def register(
+    name: str,
+    loss: Loss | None = None,
+    *,
+    has_bias: bool = False,
+    token_wise: bool = False,
+    obeys: Collection[str] = (),
 ) -> Loss | Callable[[L], L]:
     """Makes a loss known under `name`, for `loss.name` of a recipe. Also a decorator; gives the loss back.
 
     loss(pairs, *, negatives, group, tile_entries) -> LossGrads. has_bias: it wants a learned logit bias. token_wise: it
-    wants all tokens of both towers. Raises UserError for a name that is taken by another function.
+    wants all tokens of both towers. obeys: those of the options in `OPTIONAL` that it obeys; the others are refused with it.
+    Raises UserError for a name that is taken by another function, and for options that there are not.
     """
     if loss is None:
-        return lambda function: register(name, function, has_bias=has_bias, token_wise=token_wise)
+        return lambda function: register(name, function, has_bias=has_bias, token_wise=token_wise, obeys=obeys)
+    if unknown := set(obeys) - OPTIONAL.keys():
+        raise UserError(f"obeys: `{min(unknown)}` is none of: {', '.join(OPTIONAL)}")
     if name in _LOSSES and _LOSSES[name].function is not loss:
         raise UserError(f"a loss named `{name}` is registered already; choose another name")
-    _LOSSES[name] = RegisteredLoss(loss, has_bias, token_wise)
+    _LOSSES[name] = RegisteredLoss(loss, has_bias, token_wise, frozenset(obeys))
     return loss
 
 

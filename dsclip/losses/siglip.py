@@ -40,6 +40,10 @@ class Sigmoid:
     def __init__(self, negatives: Negatives, bias: Tensor | None, scratch: Scratch):
         if bias is None:
             raise UserError("the sigmoid loss needs a bias, and Pairs.bias is None")
+        if negatives.debiased:
+            raise UserError(
+                f"debiased={negatives.debiased} corrects a softmax, and the sigmoid loss has none; set it to 0"
+            )
         self.negatives, self._bias = negatives, bias
 
     def statistics(self, queries: Samples, *, are_images: bool) -> SigmoidStatistics:
@@ -121,7 +125,7 @@ class SigmoidStatistics:
         self._negative_loss[part] += (loss * weight).sum(dim)
         self._negative_d_bias[part] += (d_bias * weight).sum(dim)
 
-    def finish(self) -> QueryLosses:
+    def finish(self, scale: Tensor) -> QueryLosses:
         """The losses [n], with the statistics that `Sigmoid.weights` needs."""
         if not self._options.beta:
             d_bias = (self._positive_d_bias + self._negative_d_bias).sum()

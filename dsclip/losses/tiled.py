@@ -74,7 +74,7 @@ class _TiledLoss:
         image_statistics = self.criterion.statistics(samples.local_image, are_images=True)
         text_statistics = self.criterion.statistics(samples.local_text, are_images=False)
         self._statistics_pass(samples, image_statistics, text_statistics)
-        image_losses, text_losses = image_statistics.finish(), text_statistics.finish()
+        image_losses, text_losses = image_statistics.finish(self.scale), text_statistics.finish(self.scale)
 
         # Cross-entropy is the mean of two directions; the sigmoid counts every entry once.
         normaliser = len(samples.all_image) * (2 if self.criterion.both_directions else 1)
@@ -87,6 +87,9 @@ class _TiledLoss:
             (image_losses.loss.sum() + text_losses.loss.sum()) / normaliser,
             gradients.scale * self.scale / normaliser,
         ]
+        for losses in (image_losses, text_losses):
+            if losses.d_log_scale is not None:
+                scalars[1] = scalars[1] + losses.d_log_scale / normaliser
         if image_losses.d_bias is not None and text_losses.d_bias is not None:
             scalars.append((image_losses.d_bias + text_losses.d_bias) / normaliser)
         loss, d_log_scale, *d_bias = self.group.all_reduce_sum(torch.stack(scalars))

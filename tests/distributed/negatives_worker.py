@@ -38,23 +38,32 @@ OPTIONS = {
     "global hard negatives": {"hard_negatives": "global"},
     "own hard negatives": {"hard_negatives": "own"},
     "queue": {"queue_size": 5, "queue_warmup_steps": 0},
+    "debiased": {"debiased": 0.1, "hard_negatives": "own", "queue_size": 5, "queue_warmup_steps": 0},
     "everything": {"label_smoothing": 0.1, "duplicates": "positive", "filter_margin": -0.01, "beta": 0.3,
                    "hard_negatives": "global", "queue_size": 5, "queue_warmup_steps": 0},
 }  # fmt: skip
 
 
 LOSSES, MICRO_BATCHES = ("softmax", "sigmoid", "filip"), (1, 3)
+OF_SOFTMAX = ("debiased",)  # options that the other losses refuse
+EVERY = [
+    (loss, option, micro) for loss, option, micro in itertools.product(LOSSES, OPTIONS, MICRO_BATCHES)
+    if loss == "softmax" or option not in OF_SOFTMAX
+]  # fmt: skip
 
 
 def combinations(world_size: int) -> list[tuple[str, str, int]]:
-    """(loss, option, micro-batches): half of all, on one rank and on four the one half, on two the other.
+    """(loss, option, micro-batches): half of `EVERY`, on one rank and on four the one half, on two the other.
 
-    Covered on each number of ranks: every pair of the three factors, so every loss with every option. Covered on one of
-    them: every three together.
+    Covered on each number of ranks: every pair of the three factors, so every loss with every option; of options that one
+    loss obeys therefore both. Covered on one of them: every three together.
     """
-    every = itertools.product(range(len(LOSSES)), range(len(OPTIONS)), range(len(MICRO_BATCHES)))
-    chosen = [(loss, option, micro) for loss, option, micro in every if (loss + option + micro + world_size // 2) % 2]
-    return [(LOSSES[loss], list(OPTIONS)[option], MICRO_BATCHES[micro]) for loss, option, micro in chosen]
+
+    def chosen(loss: str, option: str, micro: int) -> bool:
+        place = LOSSES.index(loss) + list(OPTIONS).index(option) + MICRO_BATCHES.index(micro)
+        return option in OF_SOFTMAX or bool((place + world_size // 2) % 2)
+
+    return [case for case in EVERY if chosen(*case)]
 
 
 def captions(count: int, seed: int) -> torch.Tensor:
@@ -102,6 +111,7 @@ def reference(weights: dict, name: str, options: dict, batch: Batch, queue) -> d
     negatives = Negatives(
         options.get("duplicates", "negative"), "own" if options.get("hard_negatives") == "own" else "global",
         options.get("filter_margin"), options.get("beta", 0.0), options.get("label_smoothing", 0.0),
+        options.get("debiased", 0.0),
     )  # fmt: skip
     keys = batch.keys if negatives.duplicates != "negative" else None
     loss = loss_reference.loss(name, image, text, log_scale, bias, negatives, similar, keys, hard, hard_owner, queue)
