@@ -9,7 +9,8 @@ from dsclip import losses
 from dsclip.config.schema import LossSection
 from dsclip.errors import UserError
 from dsclip.losses import Negatives
-from tests.test_losses import DENSE, Case
+from tests.test_losses import Case
+from tests.test_losses_registry import DENSE
 
 losses.register("dense", DENSE)
 ASKED = {
