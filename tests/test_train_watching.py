@@ -4,18 +4,24 @@ import io
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dsclip.config.schema import OptimSection
+from dsclip.config.schema import OptimSection, Recipe, TrainSection
+from dsclip.data.batch import Batch, LoadReport
+from dsclip.distributed import Collectives
+from dsclip.engine.host_copy import HostCopy
+from dsclip.engine.step_metrics import StepMetrics
 from dsclip.optim.schedule import learning_rate
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.pictures import INK, RIGHT, retrieval_grid, similarity_matrix
 from dsclip.train.progress import Progress, describe, format_seconds
 from dsclip.train.summary import console_summary, write_summary
+from dsclip.train.watch import Watch
 
 METRICS = {
     "loss": 2.3145, "accuracy": 0.41, "logit_scale": 14.93, "lr": 5e-4, "grad_norm": 0.8, "samples_per_second": 310.4,
@@ -86,6 +92,46 @@ def test_metrics_reach_jsonl_and_tensorboard(tmp_path):
     assert found.Scalars("speed/samples_per_second")[0].value == 99.0
     assert found.Scalars("eval/zeroshot/top1")[0].value == 0.25
     assert found.Tags()["images"] == ["eval/similarity"] and "recipe/text_summary" in found.Tags()["tensors"]
+
+
+class Unarrived(HostCopy):
+    """Numbers that a device still computes."""
+
+    arrived = False
+
+    def __getitem__(self, name):
+        assert self.arrived, f"{name} was waited for"
+        return super().__getitem__(name)
+
+
+def test_a_logged_step_is_written_when_the_next_one_is_queued(tmp_path):
+    engine = SimpleNamespace(group=Collectives.single(), step=0)
+    inputs = SimpleNamespace(recipe=Recipe(train=TrainSection(steps=4, log_every=2)), run_dir=tmp_path, ds_config={})
+    watch = Watch(inputs, engine, SimpleNamespace(counters=None, record=None))
+    batch = Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5), torch.arange(2), report=LoadReport(read=2))
+
+    def step(number: int, loss: float) -> Unarrived:
+        names = ("accuracy_image_to_text", "accuracy_text_to_image", "grad_norm", "log_scale", "masked_negatives")
+        numbers = Unarrived({"loss": torch.tensor(loss)} | dict.fromkeys([*names, "hard_negatives"], torch.zeros(())))
+        watch.step(StepMetrics(number, 1e-3, False, None, 0, numbers), batch, 0.0, 0.5)
+        return numbers
+
+    Unarrived.arrived = True
+    step(1, 1.5)
+    Unarrived.arrived = False
+    step(2, 2.5)
+    assert lines(tmp_path) == []
+    Unarrived.arrived = True
+    step(3, 3.5)
+    assert [(line["step"], line["loss"], line["samples_read"]) for line in lines(tmp_path)] == [(2, 2.5, 4)]
+    step(4, 4.5)
+    watch.counted()  # for a checkpoint
+    assert [(line["step"], line["loss"], line["samples_read"]) for line in lines(tmp_path)] == [
+        (2, 2.5, 4),
+        (4, 4.5, 8),
+    ]
+    watch.close()
+    assert [line["samples_per_second"] for line in lines(tmp_path)] == [512.0, 512.0]
 
 
 def test_a_histogram_without_a_finite_value_ends_no_run(tmp_path):

@@ -5,6 +5,7 @@ Symbols: n samples of this rank, N of all ranks, D embedding width, k micro-batc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,8 +22,9 @@ from dsclip.distributed import Collectives
 from dsclip.engine.build import build_model, init_distributed, initialize
 from dsclip.engine.consolidate import DEEPSPEED_TAG
 from dsclip.engine.feature_queue import FeatureQueue
-from dsclip.engine.finite import all_finite, check_weights, one_if_finite, skip_reason
+from dsclip.engine.finite import check_weights, finite_or, one_if_finite, skip_reason
 from dsclip.engine.gradient_sums import GradientSums
+from dsclip.engine.host_copy import HostCopy
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, needed, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
@@ -105,10 +107,10 @@ class ContrastiveEngine:
     def train_step(self, batch: Batch, *, measure: bool = True) -> StepMetrics:
         """One optimizer step on the global batch of which `batch` is this rank's share. Collective.
 
-        measure: read this step's numbers from the device, the same on all ranks. Otherwise step, lr and skipped are its
-        own, and the rest that of the last step that was measured and applied; there is one after the first, and a step that is
-        skipped is always measured. With a momentum queue, or hard negatives on several ranks, a flag or counts are read
-        in every step.
+        measure: copy this step's numbers from the device, the same on all ranks; whoever looks at one first waits for it.
+        Otherwise step, lr and skipped are its own, and the rest that of the last step that was measured and applied; there
+        is one after the first, and a step that is skipped is always measured. With hard negatives on several ranks, their
+        counts are read in every step.
         A step with a number that isn't finite, on whichever rank, is skipped on all: see `engine/finite.py`.
         """
         self.scalars.before_step(self.step)
@@ -215,35 +217,35 @@ class ContrastiveEngine:
         image, text = pairs.image, pairs.text
         if self._momentum is not None:
             features = [self._features(m, self._momentum) for m in micro_batches]
-            image = torch.cat([i for i, _ in features])
-            text = torch.cat([t[: len(i)] for i, t in features])
             # The average may overflow in bf16 where the weights did not; no later step would be finite with that queued.
-            if not all_finite(image, text, self.group):
-                return
+            image = finite_or(torch.cat([i for i, _ in features]), pairs.image)
+            text = finite_or(torch.cat([t[: len(i)] for i, t in features]), pairs.text)
         queue.push(image, text, pairs.keys, self.group, pairs.text_valid)
 
     def _metrics(self, grads: LossGrads, lr: float, reason: str | None, batch: Batch, pairs: Pairs) -> StepMetrics:
-        hard = torch.tensor(0 if batch.hard_owner is None else len(batch.hard_owner), device=self.device)
+        # Filled on the device: for a copy of a number the host would wait.
+        hard = torch.full((), 0 if batch.hard_owner is None else len(batch.hard_owner), device=self.device)
         counts = torch.stack([grads.correct_image, grads.correct_text, grads.masked.to(self.device), hard])
-        correct_image, correct_text, masked, hard = self.group.all_reduce_sum(counts).tolist()
+        correct_image, correct_text, masked, hard = self.group.all_reduce_sum(counts)
         total = self.recipe.batch.global_batch_size
-        norm = self.deepspeed.get_global_grad_norm()
-        return StepMetrics(
-            step=self.step,
-            loss=grads.loss.item(),
-            accuracy_image_to_text=correct_image / total,
-            accuracy_text_to_image=correct_text / total,
-            logit_scale=self.scalars.scale,
-            lr=lr,
-            grad_norm=float("nan") if norm is None else float(norm),
-            skipped=reason is not None,
-            skip_reason=reason,
-            logit_bias=None if self.scalars.bias is None else self.scalars.bias.item(),
-            masked_negatives=masked,
-            hard_negatives=hard,
-            queue_length=0 if self.queue is None else self.queue.filled,
-            features=None if self._loss.token_wise else feature_statistics(pairs.image, pairs.text),
-        )
+        norm = self.deepspeed.get_global_grad_norm()  # ZeRO-1 and 2 have read it, ZeRO-3 has copied it to the host
+        if not isinstance(norm, Tensor) or norm.device != self.device:
+            norm = torch.full((), math.nan if norm is None else float(norm), dtype=torch.float64, device=self.device)
+        numbers = {
+            "loss": grads.loss,
+            "accuracy_image_to_text": correct_image / total,
+            "accuracy_text_to_image": correct_text / total,
+            "masked_negatives": masked,
+            "hard_negatives": hard,
+            "log_scale": self.scalars.log_scale,
+            "grad_norm": norm,
+        }
+        if self.scalars.bias is not None:
+            numbers["bias"] = self.scalars.bias
+        if not self._loss.token_wise:
+            numbers |= vars(feature_statistics(pairs.image, pairs.text))
+        queued = 0 if self.queue is None else self.queue.filled
+        return StepMetrics(self.step, lr, reason is not None, reason, queued, HostCopy(numbers))
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:

@@ -33,9 +33,10 @@ def skip_reason(pairs: Pairs, grads: LossGrads, group: Collectives) -> str:
     return "gradients"
 
 
-def all_finite(image: Tensor, text: Tensor, group: Collectives) -> bool:
-    """Whether the features of all ranks are finite. Collective."""
-    return not group.all_reduce_sum((~(_finite(image) & _finite(text))).int()).item()
+def finite_or(x: Tensor, instead: Tensor) -> Tensor:
+    """The samples of x [n, ...] that are finite, and those of `instead` in place of the others, without a read."""
+    finite = x.isfinite().flatten(1).all(dim=1)
+    return torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x, instead.to(x.dtype))
 
 
 def check_weights(weights: Iterable[Tensor], group: Collectives, device: torch.device, step: int) -> None:

@@ -19,6 +19,7 @@ from dsclip.train.watch import Watch
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
     from dsclip.engine.contrastive import ContrastiveEngine
+    from dsclip.engine.step_metrics import StepMetrics
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def train(
     settings = recipe.train
     results: Results = {}
     errors: list[EvaluationError] = []
-    loss: float | None = None
+    metrics: StepMetrics | None = None
     clock = SaveClock(settings.save_minutes, settings.log_every, engine.group)
     batches = on_device(iter(loader), engine.device)
     checkpoint: Path | None = None
@@ -72,7 +73,7 @@ def train(
         batch = next(batches)
         waited = time.monotonic() - started
         metrics = engine.train_step(batch, measure=watch.logs(engine.step + 1))
-        loss, data_state = metrics.loss, batch.state
+        data_state = batch.state
         watch.step(metrics, batch, waited, time.monotonic() - started)
 
         last = engine.step == settings.steps
@@ -84,6 +85,7 @@ def train(
     if checkpoint is None:  # resumed at the end: nothing left to train
         checkpoint = store.find(engine.step) or save()
         results = measure()
+    loss = None if metrics is None else metrics.loss
     return Outcome(engine.step, loss, results, errors, checkpoint)
 
 

@@ -71,7 +71,11 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
     for line in (*folder.messages, *resumed.describe(inputs.resume), describe_estimate(estimate), *warnings):
         watch.message(line)
 
-    outcome = train(recipe, engine, loader, inputs.evaluation, store, watch, resumed.data_state_of(engine.group.rank))
+    data_state = resumed.data_state_of(engine.group.rank)
+    try:
+        outcome = train(recipe, engine, loader, inputs.evaluation, store, watch, data_state)
+    finally:
+        watch.flush()
     watch.check_applied()
     finish(inputs, engine, watch, outcome, estimate.peak_mb)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,6 +66,7 @@ class Watch:
         self._memory_gb: float | None = None  # before evaluation and conversion add theirs
         self._seconds = 0.0
         self._steps = 0
+        self._unwritten: Callable[[], None] | None = None  # the logged step whose numbers may still be computed
         if shown:
             self._log.text("recipe", f"```yaml\n{dump_recipe(inputs.recipe)}\n```")
             self._log.text("deepspeed", f"```json\n{json.dumps(inputs.ds_config, indent=2)}\n```")
@@ -73,7 +76,11 @@ class Watch:
         return step % self._settings.log_every == 0 or step == self._settings.steps
 
     def step(self, metrics: StepMetrics, batch: Batch, waited_s: float, seconds: float) -> None:
-        """One optimizer step: shown every time, logged every `train.log_every` steps."""
+        """One optimizer step: shown every time, logged every `train.log_every` steps.
+
+        A logged step is shown and written when the next one is queued, or by `flush`: until then a GPU may compute it.
+        """
+        self.flush()
         window, report = self._window, batch.report
         window.steps += 1
         window.seconds += seconds
@@ -88,35 +95,46 @@ class Watch:
         self._memory_gb = peak_memory_gb()
         self._counters.add(report, metrics.skipped)
         self._journal += report.journal
-        step = metrics.step
-        logged: list[RankLog] | None = None
-        if self.logs(step):
-            logged = self._counters.gather((self._journal, batch.sample_ids.cpu().numpy().tobytes()))
-        shown: dict[str, float | None] = {
+        timing: dict[str, float | None] = {
+            "samples_per_second": window.steps * self._global_batch / window.seconds,
+            "data_wait": window.waited_s / window.seconds,
+            "skipped_steps": self._counters.skipped_steps,
+            "epoch": report.epoch,
+            "data_queue_depth": report.queue_depth,
+            "decoded_per_worker_second": window.decoded / window.decoding_s if window.decoding_s else None,
+        }
+        if not self.logs(metrics.step):
+            self._show(metrics, timing)
+            return
+        logged = self._counters.gather((self._journal, batch.sample_ids.cpu().numpy().tobytes()))
+        self._journal, self._window = [], Window()
+        self._unwritten = partial(self._show, metrics, timing, logged)
+
+    def flush(self) -> None:
+        """Shows and writes what waits for the device."""
+        unwritten, self._unwritten = self._unwritten, None
+        if unwritten is not None:
+            unwritten()
+
+    def _show(self, metrics: StepMetrics, timing: dict[str, float | None], logged: list[RankLog] | None = None) -> None:
+        shown = {
             "loss": metrics.loss,
             "accuracy": metrics.accuracy_image_to_text,
             "logit_scale": metrics.logit_scale,
             "lr": metrics.lr,
             "grad_norm": metrics.grad_norm,
-            "samples_per_second": window.steps * self._global_batch / window.seconds,
-            "data_wait": window.waited_s / window.seconds,
-            "skipped_steps": self._counters.skipped_steps,
             "bad_samples": sum(self._counters.total["bad_samples"].values()),
-            "epoch": report.epoch,
-            "data_queue_depth": report.queue_depth,
-            "decoded_per_worker_second": window.decoded / window.decoding_s if window.decoding_s else None,
+            **timing,
         }
-        self._progress.update(step, shown)
+        self._progress.update(metrics.step, shown)
         if logged is not None:
-            self._write(step, metrics, shown, logged)
-            self._window = Window()
+            self._write(metrics.step, metrics, shown, logged)
 
     def _write(self, step: int, metrics: StepMetrics, shown: dict[str, float | None], ranks: list[RankLog]) -> None:
         total, batch_hash = self._counters.total, sha256(ids for _, ids in ranks)[:16]
         bad, read = total["bad_samples"], total["samples_read"]
         for journal, _ in ranks:
             self._write_journal(step, journal)
-        self._journal = []
         scalars: dict[str, float] = {
             "samples": step * self._global_batch,
             **{k: v for k, v in shown.items() if k not in ("accuracy", "bad_samples") and v is not None},
@@ -149,6 +167,7 @@ class Watch:
 
     def evaluated(self, step: int, results: Results, names: dict[str, str]) -> None:
         """Evaluation results, to the log and above the progress line. names: {task: its data}, see `data_name`."""
+        self.flush()
         if results:
             scalars = {
                 f"{evaluation_tag(names[task])}/{task}/{k}": v
@@ -163,6 +182,7 @@ class Watch:
 
     def evaluation_failed(self, step: int, error: str) -> None:
         """An evaluation that gave no results, to the log and above the progress line."""
+        self.flush()
         self._log.log(step, {}, evaluation_error=error)
         self.message(f"step {step}: the evaluation failed, and the run goes on: {error}")
 
@@ -172,6 +192,7 @@ class Watch:
 
     def message(self, text: str) -> None:
         """A line above the progress bar."""
+        self.flush()
         self._progress.message(text)
 
     def check_applied(self) -> None:
@@ -200,11 +221,13 @@ class Watch:
 
     def counted(self) -> Counts:
         """Collective. What a checkpoint keeps of the counts."""
+        self.flush()  # with the counts of its own step
         self._counters.gather(None)
         return self._counters.total
 
     def close(self) -> None:
         """Ends the progress line and flushes the logs."""
+        self.flush()
         self._progress.close()
         self._log.close()
 
