@@ -8,12 +8,19 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 
 from dsclip.bench.measure import peak_mb, reset_peak, seconds_of
 from dsclip.losses import LossGrads, Pairs, sigmoid, softmax
+from dsclip.losses.cross_entropy import CrossEntropy
+from dsclip.losses.group import ALONE
+from dsclip.losses.pairs import PLAIN
+from dsclip.losses.products import Precision
+from dsclip.losses.similarity import Cosine
+from dsclip.losses.tiled import tiled_loss
 
 
 def dense(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -28,6 +35,18 @@ def dense(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> t
 def tiled(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> LossGrads:
     """dsclip's loss, in tiles."""
     return softmax(Pairs(image, text, log_scale))
+
+
+def tiled_in(precision: Precision) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], LossGrads]:
+    """dsclip's loss with the products of its tiles in this precision."""
+
+    def run(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> LossGrads:
+        return tiled_loss(
+            Pairs(image, text, log_scale), similarity=lambda scratch: Cosine(scratch, precision), criterion=CrossEntropy,
+            negatives=PLAIN, group=ALONE,
+        )  # fmt: skip
+
+    return run
 
 
 def tiled_sigmoid(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> LossGrads:
@@ -55,6 +74,7 @@ def siglip_kernel(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tens
 
 VARIANTS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]] = {
     "tiled": tiled, "dense": dense, "tiled_sigmoid": tiled_sigmoid, "memeff": memeff, "siglip_kernel": siglip_kernel,
+    **{f"tiled_{precision}": tiled_in(precision) for precision in get_args(Precision)},
 }  # fmt: skip
 
 

@@ -37,6 +37,17 @@ def pair_weights(
     return _run(_pair_weights, logits, row_lse, col_lse, rows_out, cols_out)
 
 
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x float32 as (high, low), both bf16: high + low is x up to 2⁻¹⁷·|x|."""
+    return _run(_split, x) if use_fused(x) else _split(x)
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    # Rounded by hand: compiled code computes bf16 in float32, so that x − x.bfloat16() would be 0 there.
+    high = ((x.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)
+    return high.bfloat16(), (x - high).bfloat16()
+
+
 def _log_sum_exp(logits: Tensor, excluded: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
     best = logits.amax(dim)
     seen, top = logits, best

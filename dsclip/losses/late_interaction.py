@@ -9,6 +9,7 @@ from dsclip.errors import UserError
 from dsclip.losses.cross_entropy import CrossEntropy
 from dsclip.losses.group import ALONE, Group
 from dsclip.losses.pairs import PLAIN, LossGrads, Negatives, Pairs
+from dsclip.losses.products import Precision, Products
 from dsclip.losses.samples import Samples
 from dsclip.losses.similarity import Tile
 from dsclip.losses.tile_size import Scratch
@@ -40,8 +41,9 @@ class LateInteraction:
     Features are tokens [r, T, D] with `valid`. Best matches of rows and of columns differ, so the two directions do.
     """
 
-    def __init__(self, scratch: Scratch):
+    def __init__(self, scratch: Scratch, precision: Precision | None = None):
         del scratch  # its tiles are few and large
+        self._products = Products(precision)
 
     def cells(self, rows: Samples, cols: Samples) -> int:
         """Numbers that one entry of a tile takes: all pairs of tokens."""
@@ -51,7 +53,9 @@ class LateInteraction:
         """Logits of both directions; scale·mean_k max_l x_k·y_l and the reverse."""
         (r, row_tokens, width), (c, col_tokens, _) = rows.features.shape, cols.features.shape
         x, y = (rows.features * scale).reshape(-1, width), cols.features.reshape(-1, width)
-        tokens_rTcT = (x @ y.T).view(r, row_tokens, c, col_tokens)
+        products = self._products
+        tokens = products.multiply(products.operand(x), products.operand(y).T)
+        tokens_rTcT = tokens.view(r, row_tokens, c, col_tokens)
         by_row_rTc, best_col_rTc = _hide(tokens_rTcT, cols.valid, (1, 1, c, col_tokens)).max(dim=3)
         by_col_rcT, best_row_rcT = _hide(tokens_rTcT, rows.valid, (r, row_tokens, 1, 1)).max(dim=1)
         row_logits_rc = (by_row_rTc * _share(rows)[:, :, None]).sum(1)
@@ -84,10 +88,12 @@ class LateInteraction:
         if col_weights is not None and tile.best_row_token is not None:
             spread = col_weights[:, :, None] * _share(cols)[None]
             spread_rTcT.scatter_add_(1, tile.best_row_token[:, None], spread[:, None])
-        matches = spread_rTcT.view(r * row_tokens, c * col_tokens)
-        d_rows += (matches @ cols.features.reshape(-1, width)).view(d_rows.shape)
+        products = self._products
+        matches = products.operand(spread_rTcT.view(r * row_tokens, c * col_tokens))
+        d_rows += products.multiply(matches, products.operand(cols.features.reshape(-1, width))).view(d_rows.shape)
         if d_cols is not None:
-            d_cols += (matches.T @ rows.features.reshape(-1, width)).view(d_cols.shape)
+            row_tokens_D = products.operand(rows.features.reshape(-1, width))
+            d_cols += products.multiply(matches.T, row_tokens_D).view(d_cols.shape)
 
 
 def _hide(tokens_rTcT: Tensor, valid: Tensor | None, shape: tuple[int, ...]) -> Tensor:

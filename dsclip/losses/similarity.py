@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dsclip.losses.products import Precision, Products
 from dsclip.losses.samples import Samples
 from dsclip.losses.tile_size import Scratch
 
@@ -56,10 +57,10 @@ class Similarity(Protocol):
 
 
 class Cosine:
-    """The dot product of unit features [r, D]."""
+    """The dot product of unit features [r, D]. precision: of the products; None: that of the device, see `products`."""
 
-    def __init__(self, scratch: Scratch):
-        self._scratch = scratch
+    def __init__(self, scratch: Scratch, precision: Precision | None = None):
+        self._scratch, self._products = scratch, Products(precision)
 
     def cells(self, rows: Samples, cols: Samples) -> int:
         """Numbers that one entry of a tile takes."""
@@ -70,7 +71,8 @@ class Cosine:
         scaled_rD = self._scratch("rows", len(rows), rows.features.shape[1], rows.features)
         torch.mul(rows.features, scale, out=scaled_rD)
         logits_rc = self._scratch("logits", len(rows), len(cols), rows.features)
-        torch.mm(scaled_rD, cols.features.T, out=logits_rc)
+        products = self._products
+        products.multiply(products.operand(scaled_rD), products.operand(cols.features).T, out=logits_rc)
         return Tile(logits_rc, logits_rc)
 
     def paired_logits(self, rows: Samples, cols: Samples, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,9 +96,11 @@ class Cosine:
             weights_rc = row_weights.add_(col_weights)
         if weights_rc is None:
             return
-        d_rows.addmm_(weights_rc, cols.features)
+        products = self._products
+        weights = products.operand(weights_rc)
+        products.add(d_rows, weights, products.operand(cols.features))
         if d_cols is not None:
-            d_cols.addmm_(weights_rc.T, rows.features)
+            products.add(d_cols, weights.T, products.operand(rows.features))
 
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:

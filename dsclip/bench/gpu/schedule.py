@@ -28,7 +28,7 @@ PHASES = (
     Phase("exact", "exact", 120),
     _step("ViT-L-14", 256, 760, 890, 75),
     Phase("block", "block", 90),
-    Phase("loss", "loss", 75),
+    Phase("loss", "loss", 90),
     _step("ViT-g-14", 96, 250, 290, 90),
     Phase("memory", "memory", 90),
     Phase("peers ViT-L-14", "peers", 120, {"preset": "ViT-L-14", "batch": 256, "accept": 1.05}),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 import torch
 
 from dsclip.bench.gpu.row import Facts, Row, Settings
 from dsclip.bench.loss import dense, installed, random_features, tiled
 from dsclip.bench.loss import measure as measure_loss
+from dsclip.losses.products import Precision
 
 SIZES = ((32_768, 768), (65_536, 768), (131_072, 768), (262_144, 1024))
+PRECISIONS = [f"tiled_{precision}" for precision in get_args(Precision)]  # `tiled` takes the device's
 LINE_N, LINE_MS, LINE_MB = 65_536, 50, 1_400
 
 
@@ -20,7 +23,10 @@ def measure(settings: Settings) -> Iterator[Row | Facts]:
     yield from _equal_to_dense(*sizes[0])
     for n, d in sizes:
         found: dict[str, float] = {}
-        for variant in ("tiled", "memeff", "tiled_sigmoid", "siglip_kernel", *(("dense",) if n == sizes[0][0] else ())):
+        variants = ["tiled", "memeff", "tiled_sigmoid", "siglip_kernel"]
+        variants += ["dense"] if n == sizes[0][0] else []
+        variants += PRECISIONS if n == LINE_N or settings.tiny else []
+        for variant in variants:
             name = f"N = {n:,}, d = {d}, {variant.replace('_', ' ')}"
             if not installed(variant):
                 yield Row(name, None, "ms", note="not installed")
