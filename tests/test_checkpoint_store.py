@@ -87,8 +87,9 @@ def test_what_does_not_fit_is_refused_with_what_to_do(stage, loss, world_size, m
     engine.close()
 
 
-def test_another_model_is_refused_but_not_for_its_patch_dropout(saved, group):
+def test_another_model_is_refused_but_not_for_how_it_is_trained(saved, group):
     engine = build(1, **OPTIONS | {"patch_dropout": 0.5}, group=group)
+    object.__setattr__(engine.config, "attention", "math")
     load_checkpoint(engine, find_checkpoint(saved[0]), world_size=1)
     object.__setattr__(engine.config, "layer_norm_eps", 1e-3)
     with pytest.raises(UserError, match="holds another model: layer_norm_eps differ"):

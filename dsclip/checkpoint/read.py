@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     folder = find_checkpoint(Path(path))
     manifest = verify(folder)
     try:
-        config = ClipConfig(**manifest["model"])
+        # Attention is computed as it suits the machine that reads them.
+        config = replace(ClipConfig(**manifest["model"]), attention="auto")
         logit_scale = math.exp(manifest["engine"]["scalars"]["log_scale"]["value"])
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder}/{MANIFEST} is damaged ({error}); use another checkpoint of the run") from error

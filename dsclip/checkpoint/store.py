@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +13,7 @@ from dsclip.checkpoint.manifest import MANIFEST, LaterRunState, Manifest, read_m
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.files import on_disk
+from dsclip.model.config import OF_THE_RUN, ClipConfig
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
     from dsclip.engine.contrastive import ContrastiveEngine
@@ -184,7 +185,10 @@ def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world
             f"Use the same stage, or start a new run from its weights with model.init={path}."
         )
     ours = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(engine.config).items()}
-    if different := [k for k in ours if ours[k] != manifest["model"].get(k) and k != "patch_dropout"]:
+    theirs = {f.name: f.default for f in fields(ClipConfig)} | manifest[
+        "model"
+    ]  # an earlier version wrote fewer fields
+    if different := [k for k in ours if k not in OF_THE_RUN and ours[k] != theirs[k]]:
         raise UserError(
             f"{path} holds another model: {', '.join(different)} differ. Resume with the recipe of that run."
         )

@@ -34,6 +34,7 @@ from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss, with_prefixes
 from dsclip.losses.feature_statistics import feature_statistics
 from dsclip.model import Clip, ClipConfig, Encoder
+from dsclip.model.attention import check_attention
 from dsclip.model.captions import cut_captions
 from dsclip.model.compiled import compile_blocks
 from dsclip.optim.schedule import learning_rate
@@ -74,6 +75,7 @@ class ContrastiveEngine:
             settings.duplicates, "own" if settings.hard_negatives == "own" else "global", settings.filter_margin,
             settings.beta, settings.label_smoothing, settings.debiased,
         )  # fmt: skip
+        check_attention(config, self.device, _dtype(ds_config))
         model = build_model(config, ds_config, recipe.train.seed, state_dict)
         if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):
             compile_blocks(model)
@@ -295,6 +297,11 @@ class ContrastiveEngine:
         """Frees DeepSpeed's buffers and hooks; call it before `shutdown_distributed`."""
         self.deepspeed.destroy()
         self.deepspeed = None
+
+
+def _dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """Of the towers."""
+    return torch.bfloat16 if (ds_config.get("bf16") or {}).get("enabled") else torch.float32
 
 
 def _detached(x: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsclip.model.attention import attention
 from dsclip.model.layer_major import Layer, over_chunks, recomputed
 
 
@@ -21,7 +22,6 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-CPU_PLAIN_TOKENS = 256
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
@@ -54,22 +54,6 @@ class XavierQkv(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """Softmax attention of q, k, v [B, H, T, W/H].
-
-    On a CPU torch's fused kernel takes five times as long as three plain products for CLIP's short sequences (forward
-    and backward in bf16, 64 × 12 heads × 50 tokens: 52 ms against 10 ms); for long ones its memory counts.
-    """
-    tokens = q.shape[2]
-    if q.device.type != "cpu" or tokens > CPU_PLAIN_TOKENS:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-    if causal:
-        scores = scores + scores.new_full((tokens, tokens), -torch.inf).triu(1)
-    mixed: Tensor = scores.softmax(dim=3) @ v
-    return mixed
-
-
 class Attention(nn.Module):
     """Multi-head self-attention [B, T, W] -> [B, T, W]."""
 
@@ -77,9 +61,9 @@ class Attention(nn.Module):
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
-    def __init__(self, width: int, heads: int, *, causal: bool, text_layers: int | None):
+    def __init__(self, width: int, heads: int, *, causal: bool, text_layers: int | None, backend: str = "auto"):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal, self.backend = heads, causal, backend
         if text_layers is None:
             self.qkv: nn.Linear = XavierQkv(width)
             self.out = Linear(width, width, zero_bias=True)
@@ -94,7 +78,8 @@ class Attention(nn.Module):
         """The values that attention mixes, before the output projection, [B, T, W] -> [B, T, W]."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        return attention(q, k, v, causal=self.causal).transpose(1, 2).reshape(batch, tokens, width)
+        mixed = attention(q, k, v, causal=self.causal, backend=self.backend)
+        return mixed.transpose(1, 2).reshape(batch, tokens, width)
 
 
 class Mlp(nn.Module):
@@ -147,7 +132,10 @@ class _ProductLeftOut(torch.autograd.Function):
 
 
 class Block(Layer):
-    """A pre-norm residual block [B, T, W] -> [B, T, W]; `text_layers` is the text tower's depth, None in the image tower."""
+    """A pre-norm residual block [B, T, W] -> [B, T, W].
+
+    text_layers: the text tower's depth, None in the image tower. backend: of attention, see `model/attention.py`.
+    """
 
     def __init__(
         self,
@@ -159,11 +147,12 @@ class Block(Layer):
         *,
         causal: bool,
         text_layers: int | None,
+        backend: str = "auto",
     ):
         super().__init__()
         norm = partial(nn.LayerNorm, width, eps=eps)
         self.ln_1 = norm()
-        self.attn = Attention(width, heads, causal=causal, text_layers=text_layers)
+        self.attn = Attention(width, heads, causal=causal, text_layers=text_layers, backend=backend)
         self.ln_2 = norm()
         self.mlp = Mlp(width, mlp_width, activation, text_layers=text_layers)
 

@@ -76,13 +76,13 @@ class Clip(nn.Module):
         self.config = c = config
         vision = [
             Block(c.vision_width, c.vision_heads, c.vision_mlp_width, c.activation, c.layer_norm_eps,
-                  causal=False, text_layers=None)
+                  causal=False, text_layers=None, backend=c.attention)
             for _ in range(c.vision_layers)
         ]  # fmt: skip
         self.visual = Tower(VisionEmbed(c), vision, VisionHead(c))
         text = [
             Block(c.text_width, c.text_heads, c.text_mlp_width, c.activation, c.layer_norm_eps,
-                  causal=True, text_layers=c.text_layers)
+                  causal=True, text_layers=c.text_layers, backend=c.attention)
             for _ in range(c.text_layers)
         ]  # fmt: skip
         self.text = Tower(TextEmbed(c), text, TextHead(c))

@@ -7,6 +7,9 @@ from typing import Any
 
 from dsclip.errors import UserError, did_you_mean
 
+ATTENTION = ("auto", "flash", "cudnn", "efficient", "math")
+# Fields that say how a model is trained here: the weights fit a model with others.
+OF_THE_RUN = ("patch_dropout", "attention")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -31,6 +34,7 @@ class ClipConfig:
     eot_token_id: int = 49407
     activation: str = "gelu"  # gelu (erf) | quick_gelu (x·sigmoid(1.702x)); not visible in the weights
     patch_dropout: float = 0.0
+    attention: str = "auto"  # auto | flash | cudnn | efficient | math: how it is computed, not what
     layer_norm_eps: float = 1e-5
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
@@ -48,6 +52,8 @@ class ClipConfig:
                 raise UserError(f"model.{tower}_width {width} is no multiple of model.{tower}_heads {heads}")
         if self.activation not in ("gelu", "quick_gelu"):
             raise UserError(f"model.activation is `{self.activation}`; choose gelu or quick_gelu")
+        if self.attention not in ATTENTION:
+            raise UserError(f"model.attention is `{self.attention}`; choose from {', '.join(ATTENTION)}")
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"model.patch_dropout is {self.patch_dropout}; it is a share: 0 ≤ share < 1")
         for name in ("image_mean", "image_std"):

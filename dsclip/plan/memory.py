@@ -13,7 +13,7 @@ from dsclip.config.deepspeed import DsConfig
 from dsclip.config.schema import LossSection
 from dsclip.losses.tile_size import CPU_ENTRIES, CUDA_ENTRIES
 from dsclip.model import ClipConfig
-from dsclip.model.blocks import CPU_PLAIN_TOKENS
+from dsclip.model.attention import CPU_PLAIN_TOKENS
 
 BF16, FP32 = 2, 4
 # Freed and taken again, a CPU process's heap holds more than its tensors: measured with glibc 2.36, chunks of 16.
@@ -30,17 +30,23 @@ class Tower:
     heads: int
     mlp_width: int
     first: int  # numbers that the first layer saves
+    attention: str = "auto"
 
     def block(self, checkpointing: str, device: str) -> int:
         """Numbers that one block saves for backward. none: 8·W + 2·M a token, see `Block`; plain attention its scores."""
         if checkpointing == "none":
-            plain = device == "cpu" and self.tokens <= CPU_PLAIN_TOKENS
-            scores = self.heads * (self.tokens if plain else 2)
-            return self.tokens * (8 * self.width + 2 * self.mlp_width + scores)
+            return self.tokens * (8 * self.width + 2 * self.mlp_width + self._scores(device))
         if checkpointing == "selective":  # on a GPU blocks are compiled, and keep what `SELECTIVE_BUDGET` allows
             widths, extra = (5, 2 * self.heads) if device == "cuda" else (3, 0)
             return self.tokens * (widths * self.width + self.mlp_width + extra)
         return 0 if checkpointing == "offload" and device == "cuda" else self.tokens * self.width
+
+    def _scores(self, device: str) -> int:
+        """Numbers that attention itself saves a token. Fused kernels: the softmax's sums, in float32."""
+        if self.attention == "math":  # in float32, and so are query, key and value
+            return 2 * self.heads * self.tokens + 3 * self.width
+        plain = self.attention == "auto" and device == "cpu" and self.tokens <= CPU_PLAIN_TOKENS
+        return self.heads * (self.tokens if plain else 2)
 
     def saved(self, checkpointing: str, device: str) -> int:
         """Numbers that the tower saves for backward."""
@@ -61,8 +67,8 @@ def towers(config: ClipConfig, text_tokens: int | None) -> tuple[Tower, Tower]:
     visible = max(1, int(c.patches * (1 - c.patch_dropout)))
     text = min(text_tokens or c.context_length, c.context_length)
     return (
-        Tower(c.vision_layers, 1 + visible, c.vision_width, c.vision_heads, c.vision_mlp_width, visible * 3 * c.patch_size**2),
-        Tower(c.text_layers, text, c.text_width, c.text_heads, c.text_mlp_width, 0),
+        Tower(c.vision_layers, 1 + visible, c.vision_width, c.vision_heads, c.vision_mlp_width, visible * 3 * c.patch_size**2, c.attention),
+        Tower(c.text_layers, text, c.text_width, c.text_heads, c.text_mlp_width, 0, c.attention),
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ PHASES = (
     _step("ViT-B-32", 1024, 9000, 12000),
     Phase("peers ViT-B-32", "peers", 120, {"preset": "ViT-B-32", "batch": 1024, "accept": 1.3}),
     Phase("profile", "profile", 60),
-    Phase("attention", "attention", 40),
+    Phase("attention", "attention", 90),
     _step("ViT-B-16", 512, 3000, 3600),
     _step("ViT-H-14", 128, 370, 430, 75),
     Phase("train", "train", 150),
