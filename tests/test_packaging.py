@@ -24,7 +24,9 @@ def test_an_installed_wheel_finds_its_recipes_and_deepspeed_configurations(tmp_p
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         wheel.extractall(unpacked)
-    expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "dsclip").rglob("*") if p.suffix in (".py", ".yaml")}
+    expected = {
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "dsclip").rglob("*") if p.suffix in (".py", ".yaml", ".csv")
+    }
     assert names == expected | {f"dsclip/ds_configs/{p.name}" for p in (ROOT / "ds_configs").glob("*.json")}
     code = (
         "from dsclip.config import load_ds_config, load_recipe\n"
