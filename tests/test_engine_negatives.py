@@ -1,7 +1,5 @@
 """The parts of the engine that carry negatives and scalars: queue, temperature, and what TensorBoard is told."""
 
-import math
-
 import pytest
 import torch
 
@@ -14,7 +12,6 @@ from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads
-from dsclip.losses.feature_statistics import feature_statistics
 from dsclip.model import resolve_preset
 from tests.distributed.launch import alone
 
@@ -128,14 +125,3 @@ def test_what_a_batch_lacks_for_the_loss_is_said(loss, field):
                 engine.train_step(make_batch(engine.config, 4, 0))
         finally:
             engine.close()
-
-
-def test_alignment_and_uniformity_of_hand_made_features():
-    """Two opposite images and captions turned by 60°: ‖I−T‖² = 2 − 2·cos 60° = 1, and ‖x−y‖² = 4 within a modality."""
-    image = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    text = torch.tensor([[0.5, math.sqrt(0.75)], [-0.5, -math.sqrt(0.75)]])
-    found = feature_statistics(image, text)
-    assert found.alignment.item() == pytest.approx(1.0, abs=1e-6)
-    assert found.uniformity.item() == pytest.approx(-8.0, abs=1e-5)  # log exp(−2·4)
-    assert found.positive.tolist() == pytest.approx([0.5, 0.5])
-    assert found.negative.tolist() == pytest.approx([-0.5, -0.5])

@@ -13,7 +13,6 @@ import dsclip
 from dsclip.config.schema import LossSection
 from dsclip.engine.finite import finite_or
 from dsclip.engine.host_copy import HostCopy
-from dsclip.losses.feature_statistics import feature_statistics
 from dsclip.model.layer_major import _LayerMajor
 from tests.distributed.exactness_worker import build, global_batch
 from tests.distributed.launch import alone
@@ -127,9 +126,3 @@ def test_numbers_of_a_skipped_step_are_no_later_steps():
         later = engine.train_step(global_batch(2), measure=False)
         assert (later.step, later.skipped, later.loss, later.grad_norm) == (3, False, first.loss, first.grad_norm)
         engine.close()
-
-
-def test_entries_off_the_diagonal_come_row_by_row():
-    image, text = torch.randn(2, 5, 8)
-    statistics = feature_statistics(image, text)
-    assert torch.equal(statistics.negative, (image @ text.T)[~torch.eye(5, dtype=torch.bool)])
