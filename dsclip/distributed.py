@@ -18,6 +18,8 @@ from dsclip.errors import UserError
 
 T = TypeVar("T")
 _meetings = itertools.count()  # of this process group; the same on all ranks
+_decisions = itertools.count()
+DECISIONS_KEPT = 1000  # steps that rank 0's host may be ahead of another rank's: collectives allow fewer
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,28 @@ class Collectives:
         except RuntimeError:  # torch's DistStoreError
             return None
         return [store.get(key).decode() for key in keys]
+
+    def decide(self, word: str | None) -> str | None:
+        """A word that some rank has, by rank 0's choice; None while no rank has one. The same on all ranks.
+
+        Through the launcher's store: no device is read, and no rank waits for another than rank 0. What another rank says
+        may count only the next time. All ranks call it equally often.
+        """
+        if self.world_size == 1:
+            return word
+        store, number = dist.distributed_c10d._get_default_store(), next(_decisions)
+        if word is not None:
+            store.set("dsclip/word", word)
+        if self.rank == 0:
+            decision = ""
+            if store.check(["dsclip/word"]):
+                decision = store.get("dsclip/word").decode()
+                store.delete_key("dsclip/word")
+            store.set(f"dsclip/decision/{number}", decision)
+            store.delete_key(f"dsclip/decision/{number - DECISIONS_KEPT}")
+        else:
+            decision = store.get(f"dsclip/decision/{number}").decode()
+        return decision or None
 
     def barrier(self) -> None:
         """Waits for every rank."""

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see: a sentence, no stack trace, exit code 2."""
+"""The exceptions a user is meant to see: a sentence, no stack trace, and an exit code."""
 
 
 class UserError(Exception):
@@ -11,6 +11,12 @@ class RunFailed(UserError):
     """A run that came to nothing although its input was accepted; also a sentence, but exit code 1."""
 
     exit_code = 1
+
+
+class RunStopped(UserError):
+    """A run that was asked to stop, saved, and can go on where it was: EX_TEMPFAIL of sysexits.h, "try again"."""
+
+    exit_code = 75
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from dsclip.checkpoint import Lineage, newest_checkpoint
 from dsclip.checkpoint.lineage import write_lineage
-from dsclip.checkpoint.manifest import read_manifest, write_manifest
+from dsclip.checkpoint.manifest import MANIFEST, write_manifest
 from dsclip.checkpoint.store import CheckpointStore, remove_unfinished
 from dsclip.config import load_recipe
 from dsclip.distributed import Collectives
@@ -193,7 +193,7 @@ def test_a_rewind_of_an_earlier_version_s_run_that_was_killed_half_way_is_not_un
     monkeypatch.setattr("dsclip.train.run_folder._archive", killed)
     folder = RunFolder(tmp_path, str(tmp_path / "checkpoints" / "step_00000002"), Collectives.single())
     with pytest.raises(KeyboardInterrupt):
-        folder.claim(load_recipe("demo"), {}, read_manifest(folder.resume))
+        folder.claim(load_recipe("demo"), {})
     folder.release()
     assert find_resume("auto", tmp_path).name == "step_00000002"
 
@@ -201,12 +201,12 @@ def test_a_rewind_of_an_earlier_version_s_run_that_was_killed_half_way_is_not_un
 def test_a_run_from_another_s_checkpoint_that_was_killed_before_it_saved_begins_there_again(tmp_path):
     parent = checkpoint(tmp_path / "first", 4, {"run": "a", "branch": 1, "start": 0, "steps": []})
     folder = RunFolder(tmp_path / "second", str(parent), Collectives.single())
-    folder.claim(load_recipe("demo"), {}, read_manifest(parent))
+    folder.claim(load_recipe("demo"), {})
     folder.release()
     for _ in range(2):
         assert find_resume("auto", tmp_path / "second") == parent
         folder = RunFolder(tmp_path / "second", "auto", Collectives.single())
-        folder.claim(load_recipe("demo"), {}, read_manifest(parent))
+        folder.claim(load_recipe("demo"), {})
         folder.release()
     archived = tmp_path / "first" / "archive" / "branch_1_after_step_00000002" / "checkpoints" / parent.name
     archived.parent.mkdir(parents=True)
@@ -221,6 +221,43 @@ def test_a_run_from_another_s_checkpoint_that_was_killed_before_it_saved_begins_
     ):
         find_resume("auto", tmp_path / "second")
     assert find_resume("none", tmp_path / "second") is None
+
+
+def with_weights(run_dir: Path, step: int) -> Path:
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "weights.bin").write_bytes(bytes(step))
+    write_manifest(folder, STATE | {"step": step}, Collectives.single())
+    return folder
+
+
+def test_auto_passes_over_damaged_checkpoints_says_so_and_archives_them(tmp_path):
+    good, changed, torn = (with_weights(tmp_path, step) for step in (2, 4, 6))
+    (changed / "weights.bin").write_bytes(b"else")
+    (torn / MANIFEST).write_text("{")
+    folder = RunFolder(tmp_path, "auto", Collectives.single())
+    assert folder.resume == good and folder.manifest["step"] == 2
+    first, second = folder.messages
+    assert f"{torn}/{MANIFEST} is damaged" in first
+    assert f"{changed} is damaged: weights.bin has changed since it was written" in second
+    assert all(line.endswith(f"The run goes on from {good}.") for line in (first, second))
+    folder.claim(load_recipe("demo"), {})
+    folder.release()
+    assert {p.name for p in tmp_path.glob("archive/branch_1*/checkpoints/*")} == {changed.name, torn.name}
+    assert find_resume("auto", tmp_path) == good
+
+
+def test_a_damaged_checkpoint_that_was_named_or_is_the_last_is_an_error(tmp_path):
+    good, changed = (with_weights(tmp_path, step) for step in (2, 4))
+    (changed / "weights.bin").write_bytes(b"else")
+    with pytest.raises(UserError, match="step_00000004 is damaged: weights.bin has changed"):
+        RunFolder(tmp_path, str(changed), Collectives.single())
+    (good / "weights.bin").unlink()
+    with pytest.raises(
+        UserError, match=f"no checkpoint of {tmp_path} can be continued. The newest: .*step_00000004 is damaged"
+    ):
+        RunFolder(tmp_path, "auto", Collectives.single())
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_a_damaged_run_file_is_a_sentence(tmp_path):

@@ -3,7 +3,7 @@
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint
 from dsclip.checkpoint.manifest import Manifest, read_manifest
 from dsclip.checkpoint.read import Checkpoint, read_checkpoint
-from dsclip.checkpoint.store import CheckpointStore, find_checkpoint, load_checkpoint
+from dsclip.checkpoint.store import CheckpointStore, find_checkpoint, load_checkpoint, load_verified
 
 __all__ = [
     "Checkpoint",
@@ -13,6 +13,7 @@ __all__ = [
     "complete_checkpoints",
     "find_checkpoint",
     "load_checkpoint",
+    "load_verified",
     "newest_checkpoint",
     "read_checkpoint",
     "read_manifest",

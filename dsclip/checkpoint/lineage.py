@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypedDict
@@ -117,11 +118,33 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(complete, key=step_of)
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint that leads to the run's present state."""
+def newest_leading(
+    run_dir: Path, check: Callable[[Path], Manifest], damaged: list[str] | None = None
+) -> tuple[Path, Manifest] | None:
+    """The newest complete checkpoint that leads to the run's present state, with what `check` returns for it.
+
+    damaged: takes what is wrong with newer ones that were passed over; without it the first that is damaged is an error. So
+    it is when none is left. Raises UserError.
+    """
     complete = complete_checkpoints(run_dir / "checkpoints")
     lineage = read_lineage(run_dir) if complete else None
     for folder in reversed(complete):
-        if lineage is None or lineage.holds(read_manifest(folder)):
-            return folder
+        try:
+            if lineage is None or lineage.holds(read_manifest(folder)):
+                return folder, check(folder)
+        except UserError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+    if damaged:
+        raise UserError(
+            f"no checkpoint of {run_dir} can be continued. The newest: {damaged[0]} Begin afresh in another folder with "
+            "train.name=NAME."
+        )
     return None
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint that leads to the run's present state."""
+    found = newest_leading(run_dir, read_manifest)
+    return None if found is None else found[0]

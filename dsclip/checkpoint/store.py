@@ -162,14 +162,19 @@ def load_checkpoint(engine: ContrastiveEngine, path: Path, *, world_size: int) -
     if engine.group.rank == 0:
         try:
             manifest = verify(path)
-            _check_fits(manifest, engine, path, world_size)
         except UserError as error:
             problem = str(error)
     problem, manifest = engine.group.broadcast_object((problem, manifest))
     if manifest is None or problem:
         raise UserError(problem or f"{path} could not be read")
-    engine.load(path, manifest["engine"])
+    load_verified(engine, path, manifest, world_size=world_size)
     return manifest
+
+
+def load_verified(engine: ContrastiveEngine, path: Path, manifest: Manifest, *, world_size: int) -> None:
+    """The same with a checkpoint that `verify` has just read, and whose manifest every rank has."""
+    _check_fits(manifest, engine, path, world_size)
+    engine.load(path, manifest["engine"])
 
 
 def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world_size: int) -> None:

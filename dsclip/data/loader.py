@@ -7,6 +7,7 @@ puts it together in the order of the streams. The position travels with the batc
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -276,5 +277,8 @@ def _as_it_is(part: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
+    # A launcher stops the whole tree of processes: the rank decides when its workers end, and they notice when it is gone.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

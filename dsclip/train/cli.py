@@ -9,7 +9,7 @@ import traceback
 
 from dsclip.command_line import Parser
 from dsclip.distributed import launched_ranks, shutdown_distributed
-from dsclip.errors import UserError
+from dsclip.errors import RunStopped, UserError
 from dsclip.train.accelerate_launch import refuse_without_effect
 
 EXAMPLES = """examples:
@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json --config my.yaml train.name=b32 optim.lr=1e-3
   deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json train.name=b32 --resume auto
 
-exit codes: 0 done, 1 failed, 2 wrong input (one sentence says what to change)"""
+exit codes: 0 done, 1 failed, 2 wrong input (one sentence says what to change), 75 stopped by a signal and saved"""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's large CPU tensors
-    rank = 0
+    rank = code = 0
     try:
         rank = launched_ranks()[0]
         if arguments.config is None:
@@ -64,12 +64,21 @@ def main(argv: list[str] | None = None) -> None:
         from dsclip.train.run import run
 
         refuse_without_effect(os.environ, on_gpu=torch.cuda.is_available())
-        run(arguments)
+        try:
+            run(arguments)
+        except RunStopped as stopped:
+            code = stopped.exit_code
+            if rank == 0:
+                print(f"dsclip: {stopped}", file=sys.stderr)
         shutdown_distributed()
+        if code:
+            sys.exit(code)
         return
     except UserError as error:
         code = error.exit_code
         print(f"dsclip: {error}" if rank == 0 else f"dsclip: rank {rank} stopped: {error}", file=sys.stderr)
+    except SystemExit:
+        raise
     except KeyboardInterrupt:
         code = 130
         if rank == 0:

@@ -11,10 +11,12 @@ from dsclip.checkpoint import CheckpointStore
 from dsclip.config import Recipe
 from dsclip.data.loader import Loader
 from dsclip.distributed import Collectives
+from dsclip.errors import RunStopped
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.guarded_evaluation import evaluate
 from dsclip.train.prefetch import on_device
 from dsclip.train.records import EvaluationError, Results
+from dsclip.train.stop import StopSignals
 from dsclip.train.watch import Watch
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
@@ -42,7 +44,7 @@ def train(
     watch: Watch,
     data_state: dict[str, Any] | None = None,
 ) -> Outcome:
-    """Steps until `train.steps`; every rank runs this in step with the others.
+    """Steps until `train.steps`; every rank runs this in step with the others. Raises RunStopped after a signal, saved.
 
     data_state: the position in the data of the checkpoint that the run continues.
     """
@@ -68,20 +70,26 @@ def train(
             errors.append({"step": engine.step, "error": error})
         return measured
 
-    while engine.step < settings.steps:
-        started = time.monotonic()
-        batch = next(batches)
-        waited = time.monotonic() - started
-        metrics = engine.train_step(batch, measure=watch.logs(engine.step + 1))
-        data_state = batch.state
-        watch.step(metrics, batch, waited, time.monotonic() - started)
+    with StopSignals(engine.group) as signals:
+        while engine.step < settings.steps:
+            started = time.monotonic()
+            batch = next(batches)
+            waited = time.monotonic() - started
+            metrics = engine.train_step(batch, measure=watch.logs(engine.step + 1))
+            data_state = batch.state
+            watch.step(metrics, batch, waited, time.monotonic() - started)
 
-        last = engine.step == settings.steps
-        # Saved before it is evaluated: an evaluation that fails must not cost the run.
-        if last or _due(engine.step, settings.save_every) or clock.due(engine.step):
-            checkpoint = save()
-        if evaluation.due(engine.step, last):
-            results = measure()
+            last, stop = engine.step == settings.steps, signals.agreed()
+            # Saved before it is evaluated: an evaluation that fails must not cost the run.
+            if last or stop or _due(engine.step, settings.save_every) or clock.due(engine.step):
+                checkpoint = save()
+            if stop:
+                raise RunStopped(
+                    f"stopped by {stop} after step {engine.step} of {settings.steps}, which is saved in {checkpoint}. "
+                    "Go on with the same command and --resume auto"
+                )
+            if evaluation.due(engine.step, last):
+                results = measure()
     if checkpoint is None:  # resumed at the end: nothing left to train
         checkpoint = store.find(engine.step) or save()
         results = measure()

@@ -6,11 +6,11 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dsclip.checkpoint import CheckpointStore, load_checkpoint, read_checkpoint, read_manifest
+from dsclip.checkpoint import CheckpointStore, load_verified, read_checkpoint
 from dsclip.convert import export_hf
 from dsclip.convert.init import load_init_once
 from dsclip.distributed import Collectives, launched_ranks
-from dsclip.errors import RunFailed
+from dsclip.errors import RunFailed, RunStopped
 from dsclip.plan import plan_recipe
 from dsclip.train.data_warnings import data_warnings
 from dsclip.train.dry_run import describe_estimate, describe_run
@@ -48,21 +48,21 @@ def run(arguments: argparse.Namespace) -> None:
 def train_in(folder: RunFolder, inputs: RunInputs) -> None:
     """The run itself, in a folder that it holds. Collective."""
     recipe = inputs.recipe
-    if inputs.resume:
-        was = read_manifest(inputs.resume)["recipe"].get("batch", {})
+    manifest = folder.manifest
+    if manifest:
+        was = manifest["recipe"].get("batch", {})
         recipe = replace(recipe, batch=keep_planned_sizes(recipe.batch, was, launched_ranks()[1]))
     recipe, estimate = plan_recipe(recipe, inputs.ds_config, inputs.model, Collectives.current())
     inputs = replace(inputs, recipe=recipe)
 
     engine = build_engine(inputs)
     inputs = replace(inputs, ds_config=engine.ds_config)
-    manifest = None
-    if inputs.resume:
-        manifest = load_checkpoint(engine, inputs.resume, world_size=engine.group.world_size)
+    if inputs.resume and manifest:
+        load_verified(engine, inputs.resume, manifest, world_size=engine.group.world_size)
     resumed = Resumed(manifest, recipe)
     loader = make_loader(inputs, engine.group, resumed.data_state)
 
-    folder.claim(recipe, inputs.ds_config, manifest)
+    folder.claim(recipe, inputs.ds_config)
     store = CheckpointStore(
         inputs.run_dir, recipe.train.keep_checkpoints, inputs.tokenizer, folder.lineage, folder.lock
     )
@@ -74,6 +74,10 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
     data_state = resumed.data_state_of(engine.group.rank)
     try:
         outcome = train(recipe, engine, loader, inputs.evaluation, store, watch, data_state)
+    except RunStopped:
+        watch.close()
+        engine.close()
+        raise
     finally:
         watch.flush()
     watch.check_applied()

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dsclip.checkpoint import Lineage, Manifest, complete_checkpoints, find_checkpoint, newest_checkpoint
-from dsclip.checkpoint.lineage import RUN_FILE, continued, read_lineage, step_of, write_lineage
-from dsclip.checkpoint.manifest import MANIFEST
+from dsclip.checkpoint import Lineage, Manifest, complete_checkpoints, find_checkpoint, read_manifest
+from dsclip.checkpoint.lineage import RUN_FILE, continued, newest_leading, read_lineage, step_of, write_lineage
+from dsclip.checkpoint.manifest import MANIFEST, verify
 from dsclip.checkpoint.store import remove_unfinished
 from dsclip.config import Recipe, dump_recipe
 from dsclip.distributed import Collectives
@@ -28,13 +28,14 @@ BEGUN = {"config.yaml", "ds_config.json", "metrics.jsonl", "tb", LOCK, RUN_FILE}
 
 
 def find_resume(resume: str, run_dir: Path) -> Path | None:
-    """The checkpoint to continue from, or None for a fresh run. Writes nothing.
+    """The checkpoint to continue from, or None for a fresh run. Writes nothing, and reads no more of it than its manifest.
 
     Raises UserError for a place where no run can be, for a run that exists already, and for another run's checkpoint.
     """
     _check_place(run_dir)
     if resume == "auto":
-        return newest_checkpoint(run_dir) or _parent(run_dir)
+        found = newest_leading(run_dir, read_manifest, damaged=[])
+        return _parent(run_dir) if found is None else found[0]
     if resume == "none":
         if not _is_unused(run_dir):
             raise UserError(
@@ -93,34 +94,42 @@ def _is_unused(run_dir: Path) -> bool:
 class RunFolder:
     """A run's folder while it is held by this run. Every method is collective; rank 0 does the work.
 
-    resume: the checkpoint to continue from, or None; lineage: of the checkpoints that will be written; messages: what
-    people should know about what was found and moved.
+    resume: the checkpoint to continue from, verified, or None, and its manifest; lineage: of the checkpoints that will be
+    written; messages: what people should know about what was found and moved.
     """
 
     def __init__(self, run_dir: Path, resume: str, group: Collectives):
-        """Locks the folder and looks again which checkpoint is the newest. Raises UserError on every rank or none."""
+        """Locks the folder and looks again which checkpoint is the newest, or with `auto` the newest that isn't damaged.
+
+        Raises UserError on every rank or none.
+        """
         self._run_dir, self._group = run_dir, group
         self.lock: RunLock | None = None
         self.messages: list[str] = []
         self.lineage = Lineage(run_dir.name)
 
-        def lock() -> Path | None:
+        def lock() -> tuple[Path | None, Manifest | None]:
             self.lock = RunLock.take(run_dir, _say)
             if removed := remove_unfinished(run_dir / "checkpoints"):
                 self.messages.append(f"removed what an interrupted save left: {', '.join(removed)}")
-            return find_resume(resume, run_dir)
+            path = find_resume(resume, run_dir)
+            damaged: list[str] = []
+            if resume == "auto" and (found := newest_leading(run_dir, verify, damaged)):
+                self.messages += [f"{problem} The run goes on from {found[0]}." for problem in damaged]
+                return found
+            return path, None if path is None else verify(path)
 
-        self.resume = self._on_rank_0(lock)
+        self.resume, self.manifest = self._on_rank_0(lock)
 
-    def claim(self, recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest | None) -> None:
+    def claim(self, recipe: Recipe, ds_config: dict[str, Any]) -> None:
         """Writes down how the run is configured; moves checkpoints later than the resumed one into the archive."""
 
         def claim() -> Lineage:
             same_run = self.resume is not None and is_of_run(self.resume, self._run_dir)
-            step = manifest["step"] if manifest else 0
+            step = self.manifest["step"] if self.manifest else 0
             later = [c for c in complete_checkpoints(self._run_dir / "checkpoints") if step_of(c) > step]
             steps = [step_of(c) for c in later]
-            lineage = continued(self._run_dir, self.resume, manifest, same_run=same_run, later=steps)
+            lineage = continued(self._run_dir, self.resume, self.manifest, same_run=same_run, later=steps)
             write_lineage(self._run_dir, lineage)  # first: from here on the later ones are none of this run's
             if later:
                 self.messages.append(_archive(self._run_dir, later, step))

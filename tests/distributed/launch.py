@@ -129,6 +129,32 @@ def deepspeed(*arguments, ranks=2, ds_config="zero3_bf16", timeout_s=240, **envi
 
 def deepspeed_with_a_killed_rank(*arguments, rank: int, once: Path, timeout_s=240) -> int:
     """The same on two ranks, of which one is killed as soon as a file is there; returns the launcher's exit code."""
+    with _launched(arguments, once, timeout_s) as (process, _):
+        _rank_process(process.pid, rank).kill()
+        return process.wait(timeout=timeout_s)
+
+
+def deepspeed_with_a_signal(*arguments, to: str, once: Path, timeout_s=240) -> subprocess.CompletedProcess:
+    """The same, with SIGTERM to one process as soon as a file is there: DeepSpeed's `runner`, its `launch`, or `rank K`.
+
+    Raises when any process of the job is left after the time.
+    """
+    with _launched(arguments, once, timeout_s) as (process, output):
+        runner = psutil.Process(process.pid)
+        job = runner.children(recursive=True)
+        told = {"runner": runner, "launch": job[0]}
+        (told[to] if to in told else _rank_process(process.pid, int(to.split()[1]))).terminate()
+        code = process.wait(timeout=timeout_s)
+        _, left = psutil.wait_procs(job, timeout=60)
+        output.seek(0)
+        printed = output.read()
+        assert not left, f"{left} still run after SIGTERM to {to}\n{printed[-6000:]}"
+        return subprocess.CompletedProcess(process.args, code, printed, None)
+
+
+@contextlib.contextmanager
+def _launched(arguments, once: Path, timeout_s: float) -> Iterator[tuple[subprocess.Popen, IO[str]]]:
+    """`deepspeed` on two ranks that have written a file, and what they print; killed at the end."""
     with tempfile.TemporaryFile("w+") as output:
         process = start(_under_deepspeed(arguments, 2, "zero3_bf16"), stdout=output, PATH=LAUNCHER_PATH)
         end = time.monotonic() + timeout_s
@@ -138,8 +164,7 @@ def deepspeed_with_a_killed_rank(*arguments, rank: int, once: Path, timeout_s=24
                     output.seek(0)
                     raise AssertionError(f"{once} never came\n{output.read()[-6000:]}")
                 time.sleep(0.005)
-            _rank_process(process.pid, rank).kill()
-            return process.wait(timeout=timeout_s)
+            yield process, output
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -11,6 +13,7 @@ import dsclip.train.inputs as inputs_module
 from dsclip import distributed
 from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
+from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.errors import UserError
 from dsclip.train import run as train_run
 from dsclip.train.cli import parse_arguments
@@ -85,6 +88,23 @@ def failing_evaluation(group: Collectives, kind: str):
     return Failing
 
 
+@contextlib.contextmanager
+def signalled(rank: int, group: Collectives, number: signal.Signals, step: int):
+    """One rank gets a signal while it makes a step."""
+    original = ContrastiveEngine.train_step
+
+    def train_step(self, batch, **options):
+        if group.rank == rank and self.step + 1 == step:
+            os.kill(os.getpid(), number)
+        return original(self, batch, **options)
+
+    ContrastiveEngine.train_step = train_step
+    try:
+        yield
+    finally:
+        ContrastiveEngine.train_step = original
+
+
 def main(out: str, folder: str) -> None:
     init_distributed()
     group = Collectives.current()
@@ -95,6 +115,11 @@ def main(out: str, folder: str) -> None:
     runs.start("part again", "part", "train.steps=3", "--resume", "auto")
     runs.start("fork", "fork", "train.steps=3", "--resume", runs.checkpoint("part", 3))
     runs.start("fork extended", "fork", "train.steps=6", "--resume", "auto")
+    for number, rank in ((signal.SIGTERM, 0), (signal.SIGUSR1, 1)):
+        name = f"stopped_by_{number.name}"
+        with signalled(rank, group, number, step=3):
+            runs.start(name, name, "train.steps=6", "train.save_every=null")
+        runs.start(f"{name} again", name, "train.steps=6", "train.save_every=null", "--resume", "auto")
     if group.rank == 0:
         (Path(runs.checkpoint("part", 9) + ".tmp") / "deepspeed").mkdir(parents=True)
     group.barrier()

@@ -54,6 +54,21 @@ def test_a_run_that_is_resumed_at_its_end_and_extended_skips_no_batch(results):
     assert [forked[s]["loss"] for s in (4, 5, 6)] == [whole[s]["loss"] for s in (4, 5, 6)]
 
 
+@pytest.mark.parametrize("name, rank, latest", [("SIGTERM", 0, 3), ("SIGUSR1", 1, 4)])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_nothing_is_lost(results, name, rank, latest):
+    stopped = results[f"stopped_by_{name}"]
+    [saved] = stopped["checkpoints"]
+    step = int(saved.removeprefix("step_"))
+    assert 3 <= step <= latest, "rank 0 may have decided on that step before it hears of another rank's signal"
+    said = f"RunStopped: stopped by {name} to rank {rank} after step {step} of 6, which is saved in"
+    assert all(error.startswith(said) and "--resume auto" in error for error in stopped["ranks"])
+    again = results[f"stopped_by_{name} again"]
+    whole, parts = steps(succeeded(results["whole"])), steps(succeeded(again))
+    assert {s: (m["loss"], m["batch_hash"]) for s, m in parts.items()} == {
+        s: (m["loss"], m["batch_hash"]) for s, m in whole.items()
+    }
+
+
 def test_a_rewind_archives_the_later_branch_and_keeps_its_own_checkpoints(folder, results):
     rewound = succeeded(results["rewound"])
     assert rewound["checkpoints"] == names(3, 4)
