@@ -5,7 +5,6 @@ import math
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 
@@ -14,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import CLIPModel
 
 from dsclip.checkpoint import read_checkpoint
-from dsclip.checkpoint.manifest import verify
 from dsclip.config.deepspeed import packaged_ds_configs
 from dsclip.convert.cli import largest_difference
 from dsclip.errors import UserError
@@ -27,7 +25,6 @@ from tests.distributed.launch import (
     accelerate,
     deepspeed,
     deepspeed_with_a_killed_rank,
-    deepspeed_with_a_signal,
     losses,
     metrics,
     run_ranks,
@@ -164,25 +161,6 @@ def test_a_run_killed_at_a_random_step_continues_bit_for_bit(demo, tmp_path):
     assert alone.returncode == 0, alone.stdout
     other = {m["step"]: m["batch_hash"] for m in metrics(tmp_path / "alone")}
     assert other == {step: whole[step][1] for step in (1, 2, 3)}, "the same global batches on another number of ranks"
-
-
-@pytest.mark.parametrize("to, code", [("runner", -signal.SIGTERM), ("launch", 1), ("rank 1", 75)])
-def test_a_signal_to_the_launcher_or_a_rank_ends_the_job_saved_and_leaves_no_process(demo, tmp_path, to, code):
-    options = [
-        *SMALL,
-        "train.steps=5000",
-        "data.workers=2",
-        f"train.output={tmp_path}",
-        "train.name=stopped",
-        "eval.every_steps=null",
-    ]
-    run = tmp_path / "stopped"
-    ended = deepspeed_with_a_signal(*options, to=to, once=run / "metrics.jsonl")
-    assert ended.returncode == code, ended.stdout
-    assert "Traceback" not in ended.stdout
-    [saved] = (run / "checkpoints").iterdir()
-    step = verify(saved)["step"]
-    assert ended.stdout.count(f"after step {step} of 5000, which is saved in {saved}. Go on with the same command") == 1
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(finished):

@@ -1,0 +1,27 @@
+"""A whole job that is signalled, under the real launcher: saved, and no process of it left."""
+
+import signal
+
+import pytest
+
+from dsclip.checkpoint.manifest import verify
+from tests.distributed.launch import SMALL, deepspeed_with_a_signal
+
+
+@pytest.mark.parametrize("to, code", [("runner", -signal.SIGTERM), ("launch", 1), ("rank 1", 75)])
+def test_a_signal_to_the_launcher_or_a_rank_ends_the_job_saved_and_leaves_no_process(demo, tmp_path, to, code):
+    options = [
+        *SMALL,
+        "train.steps=5000",
+        "data.workers=2",
+        f"train.output={tmp_path}",
+        "train.name=stopped",
+        "eval.every_steps=null",
+    ]
+    run = tmp_path / "stopped"
+    ended = deepspeed_with_a_signal(*options, to=to, once=run / "metrics.jsonl")
+    assert ended.returncode == code, ended.stdout
+    assert "Traceback" not in ended.stdout
+    [saved] = (run / "checkpoints").iterdir()
+    step = verify(saved)["step"]
+    assert ended.stdout.count(f"after step {step} of 5000, which is saved in {saved}. Go on with the same command") == 1
