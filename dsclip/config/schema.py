@@ -47,6 +47,8 @@ class ModelSection:
     """HuggingFace CLIP folder, OpenCLIP state dict or dsclip checkpoint to start from."""
     patch_dropout: ShareBelowOne | None = None
     """Share of the image patches left out in training (FLIP)."""
+    vision_pool: Literal["class", "average"] | None = None
+    """What an image's feature is made of: the `class` token, or the `average` of the patches, without a class token."""
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] | None = None
     """Kernels that compute attention, see [training](training.md#attention); null: `auto`, torch chooses on a GPU."""
     activation: Literal["gelu", "quick_gelu"] | None = None

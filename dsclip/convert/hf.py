@@ -41,8 +41,9 @@ def export_hf(
 
     metrics: {task: {metric: value}} and data: {task: what it was measured on} for the card. max_shard_gb: 10⁹ bytes of a
     weight file, of which one at a time is in memory. Written aside and renamed, so `out` is whole or absent. Raises
-    UserError when `out` exists with content and `overwrite` is not set.
+    UserError when `out` exists with content and `overwrite` is not set, and as `check_expressible`.
     """
+    check_expressible(checkpoint.config)
     out = Path(out)
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; choose another folder or remove it")
@@ -66,8 +67,26 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def check_expressible(c: ClipConfig) -> None:
+    """Raises UserError for a model that CLIPModel can't express."""
+    if c.eot_token_id == 2:
+        raise UserError(
+            "this tokenizer's end token has id 2, which CLIPModel treats as a legacy marker and pools elsewhere; "
+            "the model can't be expressed as a CLIPModel"
+        )
+    if c.vision_pool != "class":
+        raise UserError(
+            f"model.vision_pool is {c.vision_pool}: the model has no class token, and a CLIPModel always has one; it can't be "
+            "expressed as a CLIPModel. It can be evaluated and continued from its checkpoint"
+        )
+
+
 def hf_config(c: ClipConfig, bos_token_id: int | None, dtype: str = "fp32") -> dict[str, Any]:
-    """CLIPModel's config.json. A fixed set of fields: nothing of a user's input can name code to run."""
+    """CLIPModel's config.json. A fixed set of fields: nothing of a user's input can name code to run.
+
+    Raises UserError as `check_expressible`.
+    """
+    check_expressible(c)
     shared: dict[str, int | float | str] = {
         "projection_dim": c.embed_dim, "hidden_act": c.activation, "layer_norm_eps": c.layer_norm_eps,
         "attention_dropout": 0.0,
@@ -84,11 +103,6 @@ def hf_config(c: ClipConfig, bos_token_id: int | None, dtype: str = "fp32") -> d
         "num_hidden_layers": c.vision_layers, "num_attention_heads": c.vision_heads, "num_channels": 3,
         "image_size": c.image_size, "patch_size": c.patch_size,
     }  # fmt: skip
-    if c.eot_token_id == 2:
-        raise UserError(
-            "this tokenizer's end token has id 2, which CLIPModel treats as a legacy marker and pools elsewhere; "
-            "the model can't be expressed as a CLIPModel"
-        )
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",

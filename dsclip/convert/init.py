@@ -18,6 +18,7 @@ from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
 
 POSITION_EMBEDDING = "visual.embed.position_embedding"
+CLASS_EMBEDDING = "visual.embed.class_embedding"
 
 
 def load_init(path: str | Path, config: ClipConfig) -> tuple[dict[str, Tensor], float]:
@@ -33,8 +34,13 @@ def load_init(path: str | Path, config: ClipConfig) -> tuple[dict[str, Tensor], 
             f"{path} was trained with activation {source.activation} and this model has {config.activation}; "
             f"set model.activation={source.activation}"
         )
+    if (CLASS_EMBEDDING in weights) != bool(config.class_tokens):
+        pool, has = ("class", "has a") if CLASS_EMBEDDING in weights else ("average", "has no")
+        raise UserError(
+            f"{path} {has} class token and model.vision_pool is {config.vision_pool}; set model.vision_pool={pool}"
+        )
     if POSITION_EMBEDDING in weights:
-        weights[POSITION_EMBEDDING] = resize_positions(weights[POSITION_EMBEDDING], config.patches)
+        weights[POSITION_EMBEDDING] = resize_positions(weights[POSITION_EMBEDDING], config.patches, config.class_tokens)
     _check_fit(weights, config, path)
     return weights, scale
 
@@ -88,15 +94,18 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def resize_positions(positions: Tensor, patches: int) -> Tensor:
-    """[1 + old patches, width] -> [1 + patches, width]: bicubic with antialias over the grid, as OpenCLIP does."""
-    old = len(positions) - 1
+def resize_positions(positions: Tensor, patches: int, class_tokens: int = 1) -> Tensor:
+    """[c + old patches, width] -> [c + patches, width]: bicubic with antialias over the grid, as OpenCLIP does.
+
+    class_tokens: c, which stand before the patches and stay.
+    """
+    old = len(positions) - class_tokens
     if old == patches:
         return positions
     old_side, side = round(old**0.5), round(patches**0.5)
-    grid = positions[1:].T.reshape(1, -1, old_side, old_side)
+    grid = positions[class_tokens:].T.reshape(1, -1, old_side, old_side)
     resized = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:1], resized[0].flatten(1).T])
+    return torch.cat([positions[:class_tokens], resized[0].flatten(1).T])
 
 
 def _check_fit(weights: dict[str, Tensor], config: ClipConfig, path: Path) -> None:

@@ -98,7 +98,7 @@ class ContrastiveEngine:
             return (config.embed_dim,), (config.embed_dim,)
         if config.patch_dropout:
             raise UserError("token-wise losses with a queue need model.patch_dropout 0: all images need equal tokens")
-        return (1 + config.patches, config.embed_dim), (config.context_length, config.embed_dim)
+        return (config.image_tokens, config.embed_dim), (config.context_length, config.embed_dim)
 
     @property
     def module(self) -> Clip:

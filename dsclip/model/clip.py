@@ -68,7 +68,7 @@ class Clip(nn.Module):
     returns unit features ([n, D], [n, D]) in float32. Either input may be None, and so are its features then.
     chunk_size: samples that go through a layer together (None: all of them). checkpointing: what layers save for
     backward, see `ChunkedPass`. visible_patches [n, K]: those that patch dropout leaves. token_wise: features of all
-    tokens instead, [n, 1 + K, D] and [n, context, D].
+    tokens instead, [n, T, D] and [n, context, D].
     """
 
     def __init__(self, config: ClipConfig):

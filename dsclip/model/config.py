@@ -33,6 +33,7 @@ class ClipConfig:
     vocab_size: int = 49408
     eot_token_id: int = 49407
     activation: str = "gelu"  # gelu (erf) | quick_gelu (x·sigmoid(1.702x)); not visible in the weights
+    vision_pool: str = "class"  # class (token) | average (of the patches; there is no class token then)
     patch_dropout: float = 0.0
     attention: str = "auto"  # auto | flash | cudnn | efficient | math: how it is computed, not what
     layer_norm_eps: float = 1e-5
@@ -52,6 +53,8 @@ class ClipConfig:
                 raise UserError(f"model.{tower}_width {width} is no multiple of model.{tower}_heads {heads}")
         if self.activation not in ("gelu", "quick_gelu"):
             raise UserError(f"model.activation is `{self.activation}`; choose gelu or quick_gelu")
+        if self.vision_pool not in ("class", "average"):
+            raise UserError(f"model.vision_pool is `{self.vision_pool}`; choose class or average")
         if self.attention not in ATTENTION:
             raise UserError(f"model.attention is `{self.attention}`; choose from {', '.join(ATTENTION)}")
         if not 0 <= self.patch_dropout < 1:
@@ -66,6 +69,21 @@ class ClipConfig:
     def patches(self) -> int:
         """Image patches a sample, without the class token."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def class_tokens(self) -> int:
+        """Tokens before the patches: one or none."""
+        return 1 if self.vision_pool == "class" else 0
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of a whole image."""
+        return self.class_tokens + self.patches
+
+    @property
+    def visible_patches(self) -> int:
+        """Patches of an image that training computes."""
+        return max(1, int(self.patches * (1 - self.patch_dropout)))
 
 
 def _vit(

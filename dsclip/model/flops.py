@@ -8,8 +8,8 @@ from dsclip.model.config import ClipConfig
 def forward_flops(config: ClipConfig, text_tokens: int | None = None) -> tuple[float, float]:
     """(image, text) FLOPs of one sample's forward. text_tokens: length after cutting; None: the whole context."""
     c = config
-    visible = max(1, int(c.patches * (1 - c.patch_dropout)))
-    image = _blocks(c.vision_layers, 1 + visible, c.vision_width, c.vision_mlp_width)
+    visible = c.visible_patches
+    image = _blocks(c.vision_layers, c.class_tokens + visible, c.vision_width, c.vision_mlp_width)
     image += 2 * visible * c.vision_width * 3 * c.patch_size**2 + 2 * c.vision_width * c.embed_dim
     tokens = text_tokens or c.context_length
     text = _blocks(c.text_layers, tokens, c.text_width, c.text_mlp_width) + 2 * c.text_width * c.embed_dim

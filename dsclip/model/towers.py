@@ -17,7 +17,7 @@ from dsclip.model.layer_major import Layer, over_chunks
 
 
 class VisionEmbed(Layer):
-    """Images [B, 3, S, S] -> tokens [B, 1 + K, W], class token first.
+    """Images [B, 3, S, S] -> tokens [B, 1 + K, W], class token first; [B, K, W] without one.
 
     uint8 images are normalised here, on the device; float images are taken as normalised.
     """
@@ -29,23 +29,26 @@ class VisionEmbed(Layer):
         self.mean, self.std = config.image_mean, config.image_std
         # A convolution whose stride is its kernel is a matrix product of patches; the weight keeps the Conv2d shape.
         self.patch_embedding = PatchEmbedding(width, patch)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.position_embedding = nn.Parameter(width**-0.5 * torch.randn(1 + config.patches, width))
+        self.class_embedding: nn.Parameter | None = None
+        if config.class_tokens:
+            self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.position_embedding = nn.Parameter(width**-0.5 * torch.randn(config.image_tokens, width))
         self.ln_pre = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     @over_chunks
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        dtype = self.class_embedding.dtype
-        patches = self._cut(self._normalise(images).to(dtype))
-        positions = self.position_embedding[1:]
+        patches = self._cut(self._normalise(images).to(self.position_embedding.dtype))
+        positions = self.position_embedding if self.class_embedding is None else self.position_embedding[1:]
         if visible is None:
             positions = positions.expand(len(patches), -1, -1)
         else:
             patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[-1]))
             positions = look_up(positions, visible)
         tokens = self.patch_embedding(patches) + positions
-        first = (self.class_embedding + self.position_embedding[0]).expand(len(tokens), 1, -1)
-        embedded: Tensor = self.ln_pre(torch.cat([first, tokens], dim=1))
+        if self.class_embedding is not None:
+            first = (self.class_embedding + self.position_embedding[0]).expand(len(tokens), 1, -1)
+            tokens = torch.cat([first, tokens], dim=1)
+        embedded: Tensor = self.ln_pre(tokens)
         return embedded
 
     def _normalise(self, images: Tensor) -> Tensor:
@@ -74,9 +77,10 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionHead(Layer):
-    """Tokens [B, 1 + K, W] -> unit embeddings [B, D] in float32, from the class token.
+    """Tokens [B, T, W] -> unit embeddings [B, D] in float32, from the class token or from the average of all tokens.
 
-    With `token_wise`, every token is embedded: [B, 1 + K, D].
+    The average is that of normalised tokens (Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k"), added up in
+    float32 or wider. With `token_wise`, every token is embedded: [B, T, D].
     """
 
     token_wise = False
@@ -84,11 +88,16 @@ class VisionHead(Layer):
     def __init__(self, config: ClipConfig):
         super().__init__()
         width = config.vision_width
+        self.average = config.vision_pool == "average"
         self.ln_post = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.projection = Linear(width, config.embed_dim, std=width**-0.5, bias=False)
 
     @over_chunks
     def forward(self, tokens: Tensor) -> Tensor:
+        if self.average and not self.token_wise:
+            normalised = self.ln_post(tokens)
+            wide = torch.promote_types(tokens.dtype, torch.float32)
+            return unit_rows(self.projection(normalised.mean(dim=1, dtype=wide).to(tokens.dtype)))
         return unit_rows(self.projection(self.ln_post(tokens if self.token_wise else tokens[:, 0])))
 
 

@@ -64,10 +64,10 @@ class Tower:
 def towers(config: ClipConfig, text_tokens: int | None) -> tuple[Tower, Tower]:
     """The image and the text tower. text_tokens: of the longest caption of a chunk; None: the context length."""
     c = config
-    visible = max(1, int(c.patches * (1 - c.patch_dropout)))
+    visible = c.visible_patches
     text = min(text_tokens or c.context_length, c.context_length)
     return (
-        Tower(c.vision_layers, 1 + visible, c.vision_width, c.vision_heads, c.vision_mlp_width, visible * 3 * c.patch_size**2, c.attention),
+        Tower(c.vision_layers, c.class_tokens + visible, c.vision_width, c.vision_heads, c.vision_mlp_width, visible * 3 * c.patch_size**2, c.attention),
         Tower(c.text_layers, text, c.text_width, c.text_heads, c.text_mlp_width, 0, c.attention),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsclip.config import Recipe, load_ds_config, load_recipe
+from dsclip.convert.hf import check_expressible
 from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.loader import Loader, check_order, data_sets
@@ -62,6 +63,11 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     vocabulary = dict(vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
     model = resolve_preset(recipe.model.preset, **overrides, **vocabulary)
     with_prefixes(loss, recipe.loss, model.embed_dim)
+    if recipe.train.export_hf:  # now, not after the training
+        try:
+            check_expressible(model)
+        except UserError as error:
+            raise UserError(f"{error}. Set train.export_hf=false to train it all the same") from error
     init = None if resume else recipe.model.init
     evaluation = Evaluation(recipe, model, tokenizer)
     return RunInputs(recipe, ds_config, model, tokenizer, run_dir, resume, init, evaluation)

@@ -25,6 +25,7 @@ CONFIG = resolve_preset(
     "demo", image_size=32, vision_layers=2, vision_width=64, vision_mlp_width=128, text_width=32, text_heads=2,
     text_mlp_width=64, embed_dim=24, vocab_size=50, eot_token_id=49, context_length=CONTEXT,
 )  # fmt: skip
+AVERAGE = replace(CONFIG, vision_pool="average")
 OPTIM = OptimSection(lr=1e-3, warmup_steps=0, schedule="constant", weight_decay=0.1, eps=1e-6)
 
 
@@ -53,8 +54,8 @@ def dense_loss(model, log_scale, batch, step, patch_dropout, dtype):
     return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
 
-def reference_gradient(weights, log_scale, batch, step, patch_dropout, dtype=torch.float64):
-    model = Clip(CONFIG).to(dtype)
+def reference_gradient(weights, log_scale, batch, step, patch_dropout, dtype=torch.float64, config=CONFIG):
+    model = Clip(config).to(dtype)
     model.load_state_dict(weights)
     scale = torch.nn.Parameter(torch.tensor(log_scale, dtype=torch.promote_types(dtype, torch.float32)))
     loss = dense_loss(model, scale, batch, step, patch_dropout, dtype)
@@ -94,9 +95,8 @@ def build(stage, micro_batches, chunks, patch_dropout, bf16, group, loss=None, s
         loss=loss or LossSection(),
         train=TrainSection(seed=SEED, steps=10, compile="on" if special == "compiled" else "off"),
     )
-    return ContrastiveEngine(
-        recipe, ds_config(stage, bf16, group.world_size), replace(CONFIG, patch_dropout=patch_dropout)
-    )
+    config = replace(AVERAGE if special == "average" else CONFIG, patch_dropout=patch_dropout)
+    return ContrastiveEngine(recipe, ds_config(stage, bf16, group.world_size), config)
 
 
 def gradient_case(case: dict, group: Collectives) -> dict:
@@ -106,7 +106,8 @@ def gradient_case(case: dict, group: Collectives) -> dict:
     weights, log_scale = whole_weights(engine), engine.scalars.log_scale.item()
     ours = engine.accumulate(local_part(batch, group))
     grads = whole_gradients(engine)
-    reference, d_scale, loss = reference_gradient(weights, log_scale, batch, 0, case["patch_dropout"])
+    config = AVERAGE if case.get("special") == "average" else CONFIG
+    reference, d_scale, loss = reference_gradient(weights, log_scale, batch, 0, case["patch_dropout"], config=config)
     result = {
         "gradient": relative(grads, reference),
         "worst_tensor": max(
@@ -195,7 +196,7 @@ def cases(group: Collectives) -> list[dict]:
     ):
         case = dict(stage=stage, micro_batches=micro_batches, chunks=chunks, patch_dropout=dropout, bf16=bf16)
         results.append({"kind": "gradient", "ranks": group.world_size, **case, **gradient_case(case, group)})
-    for stage, special in ((2, "coalesced"), (3, "coalesced"), (3, "compiled")):
+    for stage, special in ((2, "coalesced"), (3, "coalesced"), (3, "average"), (3, "compiled")):
         if special == "compiled" and group.world_size > 1:
             continue  # compiling takes a while, and no rank compiles anything else than a single one does
         case = dict(stage=stage, micro_batches=3, chunks=2, patch_dropout=0.5, bf16=False, special=special)

@@ -34,7 +34,7 @@ def measure(settings: Settings) -> Iterator[Row | Facts]:
         config, costs = resolve_preset(preset), dict[str, Cost]()
         for name, run in _variants(config, settings.tiny):
             x = torch.randn(
-                samples, 1 + config.patches, config.vision_width, device=settings.device, dtype=torch.bfloat16
+                samples, config.image_tokens, config.vision_width, device=settings.device, dtype=torch.bfloat16
             )
             costs[name] = cost = _cost(run, x.requires_grad_(), settings.repeats)
             yield Row(f"{preset}, {name}", cost.ms, "ms", note=f"{cost.mb:,.0f} MB")
