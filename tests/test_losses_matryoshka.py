@@ -97,3 +97,10 @@ def test_without_prefixes_the_loss_is_the_one_that_was_found():
 def test_what_is_no_prefix_is_refused(dims):
     with pytest.raises(UserError, match="ascending numbers below 6"):
         with_prefixes(find_loss("softmax"), LossSection(matryoshka_dims=dims), 6)
+
+
+def test_prefixes_without_weights_count_as_the_whole_feature():
+    case = Case("softmax", 1, 4, seed=3)
+    [found] = ours(case, OPTIONS["plain"], LossSection(matryoshka_dims=DIMS))
+    [weighted] = ours(case, OPTIONS["plain"], replace(SECTION, matryoshka_weights=[1.0, 1.0]))
+    assert torch.equal(found.loss, weighted.loss) and torch.equal(found.d_image, weighted.d_image)
