@@ -198,6 +198,8 @@ class TrainSection:
     """Steps between checkpoints; the last step always saves."""
     save_minutes: PositiveFloat | None = 30.0
     """Minutes between checkpoints, looked at when metrics are logged; null: by steps only."""
+    max_nonfinite_steps: Positive | None = 10
+    """Steps in a row skipped because a number wasn't finite, after which the run saves and fails; null: it goes on."""
     keep_checkpoints: Positive = 3
     """The newest ones that stay."""
     compile: Literal["auto", "on", "off"] = "auto"

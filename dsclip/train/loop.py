@@ -81,8 +81,10 @@ def train(
 
             last, stop = engine.step == settings.steps, signals.agreed()
             # Saved before it is evaluated: an evaluation that fails must not cost the run.
-            if last or stop or _due(engine.step, settings.save_every) or clock.due(engine.step):
+            if last or stop or watch.fails() or _due(engine.step, settings.save_every) or clock.due(engine.step):
                 checkpoint = save()
+            if watch.fails():
+                watch.check_applied()
             if stop:
                 raise RunStopped(
                     f"stopped by {stop} after step {engine.step} of {settings.steps}, which is saved in {checkpoint}. "

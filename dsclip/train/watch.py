@@ -195,15 +195,20 @@ class Watch:
         self.flush()
         self._progress.message(text)
 
+    def fails(self) -> bool:
+        """Whether `train.max_nonfinite_steps` steps in a row were skipped; the same on all ranks."""
+        limit = self._settings.max_nonfinite_steps
+        return limit is not None and self._skipped_in_a_row >= limit
+
     def check_applied(self) -> None:
         """Raises RunFailed, on all ranks alike, when steps were made and none, or none of the last, was applied."""
-        if not self._steps or self._skipped_in_a_row < min(self._steps, SKIPPED_AT_THE_END):
+        if not self.fails() and (not self._steps or self._skipped_in_a_row < min(self._steps, SKIPPED_AT_THE_END)):
             return
         whole = self._skipped_in_a_row == self._steps
         raise RunFailed(
             f"{'all' if whole else 'the last'} {self._skipped_in_a_row} steps were skipped, because something in them was "
-            "not finite (`skip_reason` in metrics.jsonl says what); the weights are those from before. Lower optim.lr, or look "
-            "at the data"
+            "not finite (`skip_reason` in metrics.jsonl says what); the weights are those from before, and saved. Lower optim.lr, "
+            "or look at the data, and go on with --resume auto, or from an earlier checkpoint with --resume PATH"
         )
 
     def totals(self) -> Totals:

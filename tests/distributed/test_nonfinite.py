@@ -62,6 +62,18 @@ def broken(pairs, **options):
 """
 
 
+def test_a_run_saves_and_fails_after_so_many_skipped_steps_in_a_row(demo, tmp_path):
+    broken = BROKEN_TEMPERATURE.replace("* torch.nan", "* (torch.nan if calls.append(1) or len(calls) > 2 else 1)")
+    (tmp_path / "plugin.py").write_text(f"calls = []\n{broken}")
+    loss = ["loss.name=broken", f"loss.plugin={tmp_path / 'plugin.py'}", "train.max_nonfinite_steps=2"]
+    done = train(
+        *SMALL, *loss, f"train.output={tmp_path}", "train.name=run", "train.save_every=null", "eval.every_steps=null"
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stdout, done.stdout
+    assert "the last 2 steps were skipped" in done.stdout and "go on with --resume auto" in done.stdout
+    assert read_checkpoint(tmp_path / "run").step == 4
+
+
 def test_a_run_whose_every_step_is_skipped_is_not_done(demo, tmp_path):
     (tmp_path / "plugin.py").write_text(BROKEN_TEMPERATURE)
     loss = ["loss.name=broken", f"loss.plugin={tmp_path / 'plugin.py'}"]
