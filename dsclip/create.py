@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from dsclip.convert.init import load_init
-from dsclip.model import Clip, resolve_preset
+from dsclip.convert.init import fitted_weights, starting_config
+from dsclip.convert.source import open_source
+from dsclip.model import Clip
 
 
 def create_model(preset: str, *, init: str | None = None, **overrides: Any) -> Clip:
     """A CLIP model by preset name, on the current default device (also `meta`).
 
-    init: HF CLIP folder, OpenCLIP state dict or dsclip checkpoint to take the weights from.
-    overrides: any field of ClipConfig. Raises UserError for unknown names and for weights that don't fit.
+    init: HF CLIP folder, OpenCLIP folder or state dict, or dsclip checkpoint to take the weights from. What shapes don't show
+    (heads, activation, norms' epsilon, colours, end token) is taken from there too, unless an override says otherwise, which
+    is refused; a Python warning says what a bare state dict leaves open. overrides: any field of ClipConfig. Raises
+    UserError for unknown names and for weights that don't fit.
     """
-    model = Clip(resolve_preset(preset, **overrides))
+    model = Clip(starting_config(init, preset, **overrides))
     if init is not None:
-        state_dict, _ = load_init(init, model.config)
+        source = open_source(init)
+        state_dict, _ = fitted_weights(source, model.config)
+        for note in source.notes(model.config):
+            warnings.warn(note, stacklevel=2)
         model.load_state_dict(state_dict)
     return model

@@ -10,7 +10,7 @@ from transformers import CLIPModel
 
 from dsclip.convert import cli, export_hf, load_hf_folder
 from dsclip.convert.cli import largest_difference
-from dsclip.convert.hf import open_hf_folder
+from dsclip.convert.hf_folder import open_hf_folder
 from dsclip.convert.streamed import loaded_clip, spread_clip
 from dsclip.errors import UserError
 from dsclip.evaluate.cli import main as evaluate_command

@@ -44,7 +44,8 @@ class ModelSection:
     preset: str = "ViT-B-32"
     """`ViT-B-32`, `ViT-L-14`, … (also written `ViT-B/32`), each with `-quickgelu`; or `demo`."""
     init: str | None = None
-    """HuggingFace CLIP folder, OpenCLIP state dict or dsclip checkpoint to start from."""
+    """HuggingFace CLIP folder, OpenCLIP folder or state dict, or dsclip checkpoint to start from; what it says of its model and the recipe \
+leaves open (activation, heads, colours) is taken over."""
     patch_dropout: ShareBelowOne | None = None
     """Share of the image patches left out in training (FLIP)."""
     vision_pool: Literal["class", "average"] | None = None

@@ -1,24 +1,21 @@
-"""HuggingFace folders: writes what `CLIPModel`, `CLIPProcessor` and the zero-shot pipeline load offline, and reads it."""
+"""HuggingFace folders, written: what `CLIPModel`, `CLIPProcessor` and the zero-shot pipeline load offline."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dsclip.checkpoint import Checkpoint
+from dsclip.convert.finite import finite
 from dsclip.convert.model_card import model_card
-from dsclip.convert.weights import Named, from_hf, to_hf
+from dsclip.convert.weights import Named, to_hf
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
 
@@ -51,9 +48,8 @@ def export_hf(
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoint.tokenizer_dir, temporary)
     weights = to_hf(checkpoint.state_dict.items(), checkpoint.logit_scale)
-    write_safetensors(
-        ((name, tensor.to(DTYPES[dtype])) for name, tensor in weights), temporary, int(max_shard_gb * 1e9)
-    )
+    stored = finite(_as_stored(finite(weights, checkpoint.path), DTYPES[dtype]), checkpoint.path)
+    write_safetensors(stored, temporary, int(max_shard_gb * 1e9))
     _write_json(temporary / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
     _write_json(temporary / "preprocessor_config.json", hf_preprocessor(checkpoint.config))
     _write_json(temporary / TRAINING_DATA, {"train_shards": checkpoint.recipe.get("data", {}).get("train_shards")})
@@ -61,6 +57,11 @@ def export_hf(
     if out.exists():
         shutil.rmtree(out)
     os.rename(temporary, out)
+
+
+def _as_stored(weights: Named, dtype: torch.dtype) -> Named:
+    """In the dtype asked for, the logit scale in float32: bf16 would move the factor by up to 1.6 %."""
+    return ((name, tensor if name == "logit_scale" else tensor.to(dtype)) for name, tensor in weights)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -140,64 +141,6 @@ def hf_preprocessor(c: ClipConfig) -> dict[str, Any]:
     }
 
 
-def training_data(path: Path) -> str | list[str] | None:
-    """The training shards of a folder that dsclip wrote; None for others."""
-    shards = _read_json(path / TRAINING_DATA).get("train_shards") if (path / TRAINING_DATA).is_file() else None
-    return shards if isinstance(shards, str | list) else None
-
-
-@dataclass(frozen=True)
-class HfFolder:
-    """A CLIPModel folder whose weights are still on the disk. scale: the logit scale as a factor."""
-
-    path: Path
-    config: ClipConfig
-    scale: float
-    files: list[Path]
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each weight by dsclip's name, in the stored dtype, when it is asked for. Raises UserError for damaged files."""
-        return from_hf(_stored(self.files))
-
-
-def open_hf_folder(path: Path) -> HfFolder:
-    """Reads the configuration of a CLIPModel folder and looks for its safetensors.
-
-    Raises UserError for folders that hold another kind of model.
-    """
-    path = Path(path)
-    config = _read_json(path / "config.json")
-    if config.get("model_type") != "clip":
-        raise UserError(
-            f"{path} holds a {config.get('model_type')!r} model; only CLIPModel folders (model_type clip) are read"
-        )
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        raise UserError(f"{path} has no model.safetensors; pickled weights (.bin) are not read, convert them first")
-    scale = next((tensor for name, tensor in _stored(files, only="logit_scale")), None)
-    if scale is None:
-        raise UserError(f"{path} has no logit_scale: it is no whole CLIPModel")
-    return HfFolder(path, _config_from_hf(config, path), math.exp(float(scale)), files)
-
-
-def load_hf_folder(path: Path) -> tuple[ClipConfig, dict[str, Tensor], float]:
-    """(configuration, float32 weights by dsclip's names, logit scale) of a CLIPModel folder. Raises as `open_hf_folder`."""
-    folder = open_hf_folder(path)
-    return folder.config, {name: tensor.float() for name, tensor in folder.weights()}, folder.scale
-
-
-def _stored(files: list[Path], only: str | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of safetensors files, one after the other, or those of one name."""
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118, it is no dictionary
-                    if only in (None, name):
-                        yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error})") from error
-
-
 def write_safetensors(weights: Named, folder: Path, most_bytes: int) -> None:
     """The weights as model.safetensors, or as numbered files of at most `most_bytes` each with their index.
 
@@ -228,42 +171,3 @@ def write_safetensors(weights: Named, folder: Path, most_bytes: int) -> None:
     if count > 1:
         places = {weight: names[i] for i, held in enumerate(written) for weight in held}
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def _config_from_hf(config: dict[str, Any], path: Path) -> ClipConfig:
-    from transformers import CLIPConfig
-
-    # transformers fills in the many defaults that published configurations leave out.
-    full = CLIPConfig.from_dict(
-        {k: config[k] for k in ("text_config", "vision_config", "projection_dim") if k in config}
-    )
-    text, vision = full.text_config, full.vision_config
-    if text.hidden_act != vision.hidden_act or text.layer_norm_eps != vision.layer_norm_eps:
-        raise UserError(f"{path}: the towers differ in activation or layer_norm_eps, which dsclip's can't")
-    normalisation: dict[str, Any] = {}  # the fields of ClipConfig of these names
-    if (path / "preprocessor_config.json").is_file():
-        preprocessor = _read_json(path / "preprocessor_config.json")
-        normalisation = {k: tuple(preprocessor[k]) for k in ("image_mean", "image_std") if k in preprocessor}
-    # Published OpenAI folders say eos_token_id 2 and mean the largest id of the vocabulary.
-    eot = text.vocab_size - 1 if text.eos_token_id in (2, None) else text.eos_token_id
-    return ClipConfig(
-        embed_dim=full.projection_dim, image_size=vision.image_size, patch_size=vision.patch_size,
-        vision_width=vision.hidden_size, vision_layers=vision.num_hidden_layers,
-        vision_heads=vision.num_attention_heads, vision_mlp_width=vision.intermediate_size,
-        text_width=text.hidden_size, text_layers=text.num_hidden_layers, text_heads=text.num_attention_heads,
-        text_mlp_width=text.intermediate_size, context_length=text.max_position_embeddings,
-        vocab_size=text.vocab_size, eot_token_id=eot, activation=vision.hidden_act,
-        layer_norm_eps=vision.layer_norm_eps, **normalisation,
-    )  # fmt: skip
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} has no {path.name}: it is no HuggingFace model folder") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content

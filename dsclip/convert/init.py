@@ -1,97 +1,119 @@
-"""Weights to start from: a HuggingFace CLIP folder, an OpenCLIP state dict, or a dsclip checkpoint."""
+"""Weights to start from, fitted to the model that is to be trained."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dsclip.checkpoint import read_checkpoint
-from dsclip.convert.hf import load_hf_folder
-from dsclip.convert.weights import from_openclip
+from dsclip.convert.source import OWN_CHOICE, TAKEN, Source, open_source, said_config
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
-from dsclip.model import Clip, ClipConfig
+from dsclip.model import Clip, ClipConfig, resolve_preset
 
-POSITION_EMBEDDING = "visual.embed.position_embedding"
-CLASS_EMBEDDING = "visual.embed.class_embedding"
+IMAGE_POSITIONS = "visual.embed.position_embedding"
+TEXT_POSITIONS = "text.embed.position_embedding"
+
+
+def starting_config(path: str | Path | None, preset: str, **overrides: Any) -> ClipConfig:
+    """The preset with its overrides, and from the source of its weights what their shapes don't show.
+
+    So the source's activation, heads, norms, colours and end token are not forgotten. An override that is given keeps its
+    value; where it contradicts the source, `load_init` refuses. path: None for a model without a source. Raises UserError.
+    """
+    if path is None:
+        return resolve_preset(preset, **overrides)
+    given = {name for name, value in overrides.items() if value is not None}
+    if preset.endswith("-quickgelu"):
+        given.add("activation")
+    said = said_config(path)
+    taken = {name: said[name] for name in TAKEN if name in said and name not in given}
+    return resolve_preset(preset, **overrides | taken)
 
 
 def load_init(path: str | Path, config: ClipConfig) -> tuple[dict[str, Tensor], float]:
+    """(float32 weights that fit `config`, logit scale as a factor), as `fitted_weights`."""
+    return fitted_weights(open_source(path), config)
+
+
+def fitted_weights(source: Source, config: ClipConfig) -> tuple[dict[str, Tensor], float]:
     """(float32 weights that fit `config`, logit scale as a factor).
 
-    Position embeddings are resized when the image size differs. Raises UserError that names what doesn't fit.
+    Position embeddings are resized where the image size or the context length differs. Raises UserError that names what
+    doesn't fit.
     """
-    path = Path(path)
-    weights, scale, source = _read(path)
-    weights = {name: tensor.float() for name, tensor in weights.items()}
-    if source is not None and source.activation != config.activation:
-        raise UserError(
-            f"{path} was trained with activation {source.activation} and this model has {config.activation}; "
-            f"set model.activation={source.activation}"
-        )
-    if (CLASS_EMBEDDING in weights) != bool(config.class_tokens):
-        pool, has = ("class", "has a") if CLASS_EMBEDDING in weights else ("average", "has no")
-        raise UserError(
-            f"{path} {has} class token and model.vision_pool is {config.vision_pool}; set model.vision_pool={pool}"
-        )
-    if POSITION_EMBEDDING in weights:
-        weights[POSITION_EMBEDDING] = resize_positions(weights[POSITION_EMBEDDING], config.patches, config.class_tokens)
-    _check_fit(weights, config, path)
-    return weights, scale
+    _check_said(source, config)
+    weights = {name: tensor.float() for name, tensor in source.weights()}
+    if IMAGE_POSITIONS in weights:
+        weights[IMAGE_POSITIONS] = resize_positions(weights[IMAGE_POSITIONS], config.patches, config.class_tokens)
+    if TEXT_POSITIONS in weights:
+        weights[TEXT_POSITIONS] = resize_text_positions(weights[TEXT_POSITIONS], config.context_length)
+    _check_fit(weights, config, source.path)
+    return weights, source.scale
 
 
-def load_init_once(path: str | Path, config: ClipConfig, group: Collectives) -> tuple[dict[str, Tensor] | None, float]:
-    """What `load_init` returns, read by rank 0 alone: the others get None and the scale. Collective.
+def _check_said(source: Source, config: ClipConfig) -> None:
+    """Raises UserError that names the fields in which the source and the configuration contradict each other."""
+    said = (source.shown or {}) | source.said
+    contradictions = {
+        name: (value, getattr(config, name))
+        for name, value in said.items()
+        if name not in OWN_CHOICE and _listed(value) != _listed(getattr(config, name))
+    }
+    if contradictions:
+        differences = ", ".join(
+            f"{name} {_listed(theirs)} against {_listed(ours)}" for name, (theirs, ours) in contradictions.items()
+        )
+        settings = " ".join(
+            f"model.{name}={_listed(theirs)}" for name, (theirs, _) in contradictions.items() if name in TAKEN
+        )
+        advice = (
+            "Choose model.preset and data.tokenizer to match"
+            if not settings
+            else f"Leave out what says otherwise, or set {settings}"
+        )
+        raise UserError(f"model.init={source.path} is another model than this one: {differences}. {advice}.")
+
+
+def _listed(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """What a run starts from. weights: None on all ranks but 0. notes: what was taken for granted, in sentences."""
+
+    weights: dict[str, Tensor] | None
+    scale: float
+    notes: list[str]
+
+
+def load_init_once(path: str | Path, config: ClipConfig, group: Collectives) -> InitialWeights:
+    """What `load_init` returns, read by rank 0 alone. Collective.
 
     What rank 0 finds wrong is a UserError on every rank.
     """
     weights: dict[str, Tensor] | None = None
     problem: str | None = None
-    scale = 1.0  # rank 0's counts
+    scale, notes = 1.0, list[str]()  # rank 0's count
     if group.rank == 0:
         try:
-            weights, scale = load_init(path, config)
+            source = open_source(path)
+            weights, scale = fitted_weights(source, config)
+            notes = source.notes(config)
         except UserError as error:
             problem = str(error)
         except Exception as error:  # a damaged file raises what its reader likes, and the other ranks wait
             problem = f"model.init={path} could not be read ({type(error).__name__}: {error}); it may be damaged"
-    scale, problem = group.broadcast_object((scale, problem))
+    scale, notes, problem = group.broadcast_object((scale, notes, problem))
     if problem:
         raise UserError(problem)
-    return weights, scale
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], float, ClipConfig | None]:
-    if path.is_dir() and (path / "config.json").is_file():
-        config, weights, scale = load_hf_folder(path)
-        return weights, scale, config
-    if path.is_dir():
-        checkpoint = read_checkpoint(path)
-        return dict(checkpoint.state_dict), checkpoint.logit_scale, checkpoint.config
-    if not path.is_file():
-        raise UserError(f"model.init={path}: no such file or folder")
-    return *from_openclip(_read_state_dict(path)), None
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        stored: dict[str, Tensor] = load_file(path)
-        return stored
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"model.init={path} is no state dict of plain tensors ({type(error).__name__}); it was not opened"
-        ) from error
-    weights = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise UserError(f"model.init={path} holds no state dict")
-    return weights
+    return InitialWeights(weights, scale, notes)
 
 
 def resize_positions(positions: Tensor, patches: int, class_tokens: int = 1) -> Tensor:
@@ -106,6 +128,16 @@ def resize_positions(positions: Tensor, patches: int, class_tokens: int = 1) -> 
     grid = positions[class_tokens:].T.reshape(1, -1, old_side, old_side)
     resized = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([positions[:class_tokens], resized[0].flatten(1).T])
+
+
+def resize_text_positions(positions: Tensor, context: int) -> Tensor:
+    """[old context, width] -> [context, width]: longer by linear interpolation, as OpenCLIP does; shorter by cutting off.
+
+    Cut, a caption that fits keeps its features exactly; OpenCLIP interpolates here too, which moves every position.
+    """
+    if context <= len(positions):
+        return positions[:context]
+    return F.interpolate(positions.T[None], size=context, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 def _check_fit(weights: dict[str, Tensor], config: ClipConfig, path: Path) -> None:

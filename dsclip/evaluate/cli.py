@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsclip.command_line import parser, report_error, say
+from dsclip.convert.source import Source, open_source
 from dsclip.convert.streamed import loaded_clip, spread_clip
 from dsclip.data import Tokenizer, build_eval_dataset, load_tokenizer
 from dsclip.data.shards.overlap import data_name, training_pairs
@@ -24,8 +25,7 @@ from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, Embedder, run_task
-from dsclip.evaluate.source import Source, open_model
-from dsclip.model import Clip
+from dsclip.model import Clip, ClipConfig
 from dsclip.model.captions import cut_captions
 
 EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
@@ -54,8 +54,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = parser("Evaluates a dsclip checkpoint, a run's newest checkpoint, or a converted HuggingFace folder.", EXAMPLE)
-    p.add_argument("--model", required=True, type=Path, help="checkpoint folder, run folder or HuggingFace CLIP folder")
+    p = parser(
+        "Evaluates a dsclip checkpoint, a run's newest checkpoint, a HuggingFace CLIP folder, or an OpenCLIP model.",
+        EXAMPLE,
+    )
+    p.add_argument(
+        "--model",
+        required=True,
+        type=Path,
+        help="checkpoint, run, HuggingFace CLIP folder, OpenCLIP folder or state dict",
+    )
     p.add_argument("--task", required=True, choices=TASKS)
     p.add_argument("--data", required=True, help="shards: a folder, glob or brace expression, or demo:val")
     p.add_argument("--tokenizer", help="folder or hub name (default: the model's own)")
@@ -95,13 +103,12 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.output and (arguments.output.is_dir() or not os.access(arguments.output.resolve().parent, os.W_OK)):
         raise UserError(f"--output {arguments.output}: no file can be written there")
     device, group = _join_ranks(arguments)
-    source = open_model(arguments.model)
-    config = source.config
-    tokenizer = load_tokenizer(arguments.tokenizer or str(source.tokenizer_dir))
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; use the model's own"
-        )
+    source = open_source(arguments.model)
+    tokenizer = _tokenizer(source, arguments.tokenizer)
+    config = source.config(tokenizer.eot_token_id)
+    _check_tokenizer(tokenizer, config, source)
+    for note in source.notes(config) if group.rank == 0 else ():
+        say(note)
     dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     if arguments.device_map is not None and group.world_size > 1:
         raise UserError("--device-map spreads the model over all devices from one process; start it without torchrun")
@@ -116,11 +123,29 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         return _measure(arguments, source, model, tokenizer, device, group)
 
 
+def _tokenizer(source: Source, given: str | None) -> Tokenizer:
+    if given is None and source.tokenizer_dir is None:
+        raise UserError(f"{source.path} has no tokenizer with it; give the model's own with --tokenizer")
+    return load_tokenizer(given or str(source.tokenizer_dir))
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: ClipConfig, source: Source) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; use the model's own"
+        )
+    if tokenizer.eot_token_id != config.eot_token_id:
+        raise UserError(
+            f"the tokenizer ends captions with token {tokenizer.eot_token_id} and {source.path} pools at token {config.eot_token_id}; "
+            "use the model's own tokenizer (--tokenizer)"
+        )
+
+
 def _measure(
     arguments: argparse.Namespace, source: Source, model: Clip, tokenizer: Tokenizer, device: torch.device,
     group: Collectives,
 ) -> dict[str, Any]:  # fmt: skip
-    config = source.config
+    config = model.config
     dataset = build_eval_dataset(
         arguments.data,
         image_size=config.image_size,

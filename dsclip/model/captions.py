@@ -44,8 +44,18 @@ class Captions:
 
 
 def end_positions(tokens: Tensor, config: ClipConfig) -> Tensor:
-    """Where the end token of each caption stands, [n]; 0 without one, which the tokenizers always write. tokens [n, L]."""
+    """Where the end token of each caption stands, [n]; 0 without one, which `cut_captions` refuses. tokens [n, L]."""
     return (tokens == config.eot_token_id).int().argmax(dim=1)
+
+
+def _check_ends(tokens: Tensor, ends: Tensor, config: ClipConfig) -> None:
+    """Pooled at their first token, which is the same in all, captions would all have one embedding."""
+    without = tokens.gather(1, ends[:, None])[:, 0] != config.eot_token_id
+    if without.any():
+        raise UserError(
+            f"{int(without.sum())} of {len(tokens)} captions have no end token {config.eot_token_id}, where the text tower is pooled; "
+            "use the tokenizer that the model was made for, and keep the end token when captions are cut"
+        )
 
 
 def padded_length(tokens: int, most: int) -> int:
@@ -70,12 +80,13 @@ def cut_captions(
     """Sorts captions by length and copies them to the device in `chunk_count` chunks.
 
     tokens [n, L]: in host memory; others are read back first. samples: how many these are the captions of, hard negatives
-    among them; None: n. Raises UserError for captions that are too long.
+    among them; None: n. Raises UserError for captions that are too long or have no end token.
     """
     if tokens.shape[1] > config.context_length:
         raise UserError(f"captions have {tokens.shape[1]} tokens; this model takes {config.context_length}")
     tokens = tokens.cpu()
     ends = end_positions(tokens, config)
+    _check_ends(tokens, ends, config)
     needed, order = ends.sort(stable=True)
     lengths = [padded_length(end + 1, tokens.shape[1]) for end in needed.tolist()]
     count = chunk_count(samples or len(tokens), chunk_size)

@@ -45,6 +45,11 @@ class ClipConfig:
             value = getattr(self, field.name)
             if field.type == "int" and field.name != "eot_token_id" and value < 1:
                 raise UserError(f"model.{field.name} is {value}; it must be at least 1")
+        if not 0 <= self.eot_token_id < self.vocab_size:
+            raise UserError(
+                f"model.eot_token_id is {self.eot_token_id}, and model.vocab_size {self.vocab_size}: no caption could hold that end token, "
+                "where the text tower is pooled; give the tokenizer's own eot_token_id beside vocab_size"
+            )
         if self.image_size % self.patch_size:
             raise UserError(f"model.image_size {self.image_size} is no multiple of model.patch_size {self.patch_size}")
         for tower in ("vision", "text"):

@@ -7,7 +7,8 @@ import json
 import torch
 
 from dsclip.config import dump_recipe
-from dsclip.convert.init import load_init
+from dsclip.convert.init import fitted_weights
+from dsclip.convert.source import open_source
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.model import Clip
 from dsclip.plan import Estimate, plan_batch
@@ -19,8 +20,11 @@ from dsclip.train.inputs import RunInputs, make_loader
 
 def describe_run(inputs: RunInputs) -> str:
     """The text, after everything that a run would read was read once."""
+    notes = list[str]()
     if inputs.init:
-        load_init(inputs.init, inputs.model)
+        source = open_source(inputs.init)
+        fitted_weights(source, inputs.model)
+        notes = source.notes(inputs.model)
     with torch.device("meta"):
         parameters = Clip(inputs.model).parameter_count()
     world_size = launched_ranks()[1]
@@ -38,7 +42,7 @@ def describe_run(inputs: RunInputs) -> str:
         f"a rank's step       {describe_estimate(estimate)}",
         f"data                {recipe.data.train_shards}: first caption {batch.report.captions[0]!r}",
         *(f"evaluation          {task} on {evaluation.names[task]}, {len(dataset)} samples" for task, dataset in evaluation.sets.items()),
-        *data_warnings(recipe, loader.set_samples, loader.damaged),
+        *data_warnings(recipe, loader.set_samples, loader.damaged), *notes,
         "The settings fit together. Leave out --dry-run to train.",
     ])  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dsclip.config import Recipe, load_ds_config, load_recipe
 from dsclip.convert.hf import check_expressible
+from dsclip.convert.init import starting_config
 from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.loader import Loader, check_order, data_sets
@@ -17,7 +18,7 @@ from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import UserError
 from dsclip.evaluate.tasks import TASKS
 from dsclip.losses import check_options, find_loss, with_prefixes
-from dsclip.model import ClipConfig, resolve_preset
+from dsclip.model import ClipConfig
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.resume import check_length
 from dsclip.train.run_folder import find_resume
@@ -61,7 +62,8 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
         check_length(resume, recipe.train.steps)
     overrides = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
     vocabulary = dict(vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
-    model = resolve_preset(recipe.model.preset, **overrides, **vocabulary)
+    # A resumed run goes on with the model of its checkpoint, whether the weights it began with are still there or not.
+    model = starting_config(resume or recipe.model.init, recipe.model.preset, **overrides, **vocabulary)
     with_prefixes(loss, recipe.loss, model.embed_dim)
     if recipe.train.export_hf:  # now, not after the training
         try:

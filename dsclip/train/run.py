@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dsclip.checkpoint import CheckpointStore, load_verified, read_checkpoint
+from dsclip.command_line import say
 from dsclip.convert import export_hf
 from dsclip.convert.init import load_init_once
 from dsclip.distributed import Collectives, launched_ranks
@@ -90,7 +91,11 @@ def build_engine(inputs: RunInputs) -> ContrastiveEngine:
 
     weights = scale = None
     if inputs.init:
-        weights, scale = load_init_once(inputs.init, inputs.model, Collectives.current())
+        group = Collectives.current()
+        initial = load_init_once(inputs.init, inputs.model, group)
+        weights, scale = initial.weights, initial.scale
+        for note in initial.notes if group.rank == 0 else ():
+            say(note)
     return ContrastiveEngine(inputs.recipe, inputs.ds_config, inputs.model, state_dict=weights, init_scale=scale)
 
 

@@ -49,7 +49,8 @@ def main(out: str, folder: str) -> None:
     init_distributed()
     group, folder = Collectives.current(), Path(folder)
     path, expected = openclip_file(folder) if group.rank == 0 else (folder / "not for this rank", None)
-    weights, scale = load_init_once(path, CONFIG, group)
+    initial = load_init_once(path, CONFIG, group)
+    weights, scale = initial.weights, initial.scale
     found = {"read": weights is not None, "stages": [started(s, weights, scale, expected, group) for s in (1, 2, 3)]}
     found["missing"] = sentence(folder / "nowhere.pt", group)
     if group.rank == 0:

@@ -1,0 +1,168 @@
+"""The one way weights come in: what a checkpoint, a HuggingFace folder or an OpenCLIP file says of its model, and the model's weights.
+
+`dsclip.create_model`, `model.init` and `launchers/evaluate.py` read all of these here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dsclip.checkpoint import find_checkpoint, read_checkpoint, read_manifest
+from dsclip.convert import openclip
+from dsclip.convert.finite import finite, finite_scale
+from dsclip.convert.hf_folder import open_hf_folder, read_hf_config, training_data
+from dsclip.convert.weights import Named, from_openclip
+from dsclip.errors import UserError
+from dsclip.model import ClipConfig
+
+# What shapes of weights don't show: models that differ in it alone load without a word and compute something else.
+HIDDEN = (
+    "vision_heads", "text_heads", "activation", "layer_norm_eps", "image_mean", "image_std", "eot_token_id",
+)  # fmt: skip
+TAKEN = (*HIDDEN, "vision_pool")  # what a model takes over from its weights' source
+OWN_CHOICE = ("image_size", "context_length")  # what it may have otherwise
+UNSAID = ("patch_dropout", "attention")  # of a training, not of a model
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose weights are still on the disk. scale: the logit scale as a factor.
+
+    said: the fields of ClipConfig that the source says; shown: those that the shapes of its weights show, None where it says
+    all. preprocessing: how its images are made, if otherwise than dsclip's. tokenizer_dir, train_shards: None where there
+    are none.
+    """
+
+    path: Path
+    said: dict[str, Any]
+    scale: float
+    read: Callable[[], Named]
+    shown: dict[str, Any] | None = None
+    preprocessing: str | None = None
+    tokenizer_dir: Path | None = None
+    train_shards: str | list[str] | None = None
+
+    def weights(self) -> Named:
+        """Each weight by dsclip's name, in the stored dtype, when it is asked for. Raises UserError for values that aren't finite."""
+        return finite(self.read(), self.path)
+
+    def config(self, eot_token_id: int | None = None) -> ClipConfig:
+        """The model's configuration; what a bare state dict doesn't show is assumed, and `notes` says what that is.
+
+        eot_token_id: the tokenizer's, for a source that doesn't say its own. Raises UserError when that is missing.
+        """
+        known = (openclip.assumed_fields(self.shown) | self.shown | self.said) if self.shown else dict(self.said)
+        if "eot_token_id" not in self.said:
+            if eot_token_id is None:
+                raise UserError(
+                    f"{self.path} doesn't say which token ends a caption, and has no tokenizer; give its tokenizer"
+                )
+            known["eot_token_id"] = eot_token_id
+        return ClipConfig(**known)
+
+    def notes(self, config: ClipConfig) -> list[str]:
+        """Sentences on what is taken for granted when these weights become the model of this configuration."""
+        open_fields = [f"{name} {_plainly(getattr(config, name))}" for name in HIDDEN if name not in self.said]
+        notes = []
+        if self.shown is not None:
+            notes.append(
+                f"{self.path} has no {openclip.CONFIG} beside it: what its weights don't show is assumed: {', '.join(open_fields)}; "
+                "the class token is pooled after its norm, the text tower is causal and pooled at the end token"
+            )
+        elif open_fields:
+            notes.append(f"{self.path} doesn't say, and assumed is: {', '.join(open_fields)}")
+        if self.preprocessing:
+            notes.append(f"{self.path} was made for images that are prepared otherwise than here: {self.preprocessing}")
+        return notes
+
+
+def _plainly(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def open_source(path: str | Path) -> Source:
+    """A checkpoint, the newest of a run, a HuggingFace folder, or an OpenCLIP folder or state dict.
+
+    Raises UserError for what is none of these, is damaged, or is a model that dsclip's towers can't be.
+    """
+    path = Path(path)
+    if _is_hf(path):
+        folder = open_hf_folder(path)
+        tokenizer_dir = path if _has_tokenizer(path) else None
+        return Source(
+            path, folder.said, finite_scale(folder.scale, path), folder.weights, preprocessing=folder.preprocessing,
+            tokenizer_dir=tokenizer_dir, train_shards=training_data(path),
+        )  # fmt: skip
+    if path.is_file() or (path / openclip.CONFIG).is_file():
+        return _openclip_source(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    checkpoint = read_checkpoint(path)
+    return Source(
+        checkpoint.path, _said(checkpoint.config), finite_scale(checkpoint.logit_scale, checkpoint.path),
+        checkpoint.state_dict.items, tokenizer_dir=checkpoint.tokenizer_dir,
+        train_shards=checkpoint.recipe.get("data", {}).get("train_shards"),
+    )  # fmt: skip
+
+
+def said_config(path: str | Path) -> dict[str, Any]:
+    """The fields of ClipConfig that the configuration at `path` says, {} for a bare state dict; no weight is read.
+
+    Raises UserError as `open_source` does.
+    """
+    path = Path(path)
+    if _is_hf(path):
+        return read_hf_config(path)[0]
+    folder = path.parent if path.is_file() else path
+    if (folder / openclip.CONFIG).is_file():
+        return _openclip_config(folder)[0]
+    if path.is_file():
+        return {}
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    known = {f.name for f in fields(ClipConfig)}
+    return {
+        k: v for k, v in read_manifest(find_checkpoint(path))["model"].items() if k in known and k not in UNSAID
+    }
+
+
+def _said(config: ClipConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name not in UNSAID}
+
+
+def _is_hf(path: Path) -> bool:
+    """Hub folders of OpenCLIP hold both formats; only a bare `config.json` beside OpenCLIP's own weights is none of ours."""
+    openclip_only = (path / openclip.CONFIG).is_file() and not list(path.glob("model*.safetensors"))
+    return (path / "config.json").is_file() and not openclip_only
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+
+
+def _openclip_config(folder: Path) -> tuple[dict[str, Any], str | None]:
+    said, preprocessing = openclip.read_openclip_config(folder / openclip.CONFIG)
+    if "eot_token_id" not in said and _has_tokenizer(folder):
+        from dsclip.data import load_tokenizer
+
+        said["eot_token_id"] = load_tokenizer(str(folder)).eot_token_id
+    return said, preprocessing
+
+
+def _openclip_source(path: Path) -> Source:
+    folder = path.parent if path.is_file() else path
+    configured = (folder / openclip.CONFIG).is_file()
+    said, preprocessing = _openclip_config(folder) if configured else ({}, None)
+    file = path if path.is_file() else openclip.weight_file(folder)
+    stored = openclip.read_state_dict(file)
+    if missing := openclip.features_in(stored):
+        raise UserError(f"{file}: these weights need {', '.join(missing)}; dsclip's towers have no such thing")
+    weights, scale = from_openclip(stored)
+    shown = openclip.fields_shown(weights)
+    return Source(
+        file, said, finite_scale(scale, file), weights.items, None if configured else shown, preprocessing,
+        folder if configured and _has_tokenizer(folder) else None,
+    )  # fmt: skip
