@@ -87,7 +87,6 @@ def test_the_configuration_beside_the_weights_counts(name, model, folder):
         ("text_cfg", "proj_type", "none", "a text projection that isn't linear"),
         ("text_cfg", "something_new", 3, "an option that is not known here"),
         (None, "multimodal_cfg", {}, r"a caption decoder \(CoCa\)"),
-        (None, "init_logit_bias", -10, "the bias of a sigmoid loss"),
     ],
 )
 def test_features_that_weights_do_not_show_are_refused_by_name(section, option, value, feature, folder):
@@ -123,7 +122,6 @@ def test_towers_with_different_norms_and_broken_files_are_refused(folder):
         ("text.transformer.embeddings.word_embeddings.weight", "a text tower of transformers"),
         ("text_projection.bias", "a bias in the text projection"),
         ("text_decoder.ln_final.weight", "a caption decoder"),
-        ("logit_bias", "the bias of a sigmoid loss"),
     ],
 )
 def test_features_that_weights_show_are_refused_by_name(name, feature, model, tmp_path):

@@ -18,7 +18,7 @@ from dsclip.model import ClipConfig
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model, whole. logit_scale: the factor on similarities.
+    """A trained model, whole. logit_scale: the factor on similarities; logit_bias: that of a sigmoid loss.
 
     state_dict: float32 weights by dsclip's names, each read from the disk when it is asked for.
     """
@@ -31,6 +31,7 @@ class Checkpoint:
     step: int
     samples: int
     recipe: dict[str, dict[str, Any]]
+    logit_bias: float | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -45,7 +46,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         # Attention is computed as it suits the machine that reads them.
         config = replace(ClipConfig(**manifest["model"]), attention="auto")
-        logit_scale = math.exp(manifest["engine"]["scalars"]["log_scale"]["value"])
+        scalars = manifest["engine"]["scalars"]
+        logit_scale = math.exp(scalars["log_scale"]["value"])
+        logit_bias = scalars["bias"]["value"] if "bias" in scalars else None
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder}/{MANIFEST} is damaged ({error}); use another checkpoint of the run") from error
     return Checkpoint(
@@ -57,4 +60,5 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         step=manifest["step"],
         samples=manifest["samples"],
         recipe=manifest["recipe"],
+        logit_bias=logit_bias,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from dsclip.checkpoint import Checkpoint
 from dsclip.convert.finite import finite
+from dsclip.convert.folder import whole_folder, write_json
 from dsclip.convert.model_card import model_card
 from dsclip.convert.weights import Named, to_hf
 from dsclip.errors import UserError
@@ -41,31 +41,31 @@ def export_hf(
     UserError when `out` exists with content and `overwrite` is not set, and as `check_expressible`.
     """
     check_expressible(checkpoint.config)
-    out = Path(out)
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already; choose another folder or remove it")
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint.tokenizer_dir, temporary)
+    with whole_folder(Path(out), overwrite=overwrite) as temporary:
+        _write(checkpoint, temporary, dtype, metrics or {}, data or {}, int(max_shard_gb * 1e9))
+
+
+def _write(
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: str,
+    metrics: dict[str, dict[str, float]],
+    data: dict[str, str],
+    most: int,
+) -> None:
+    shutil.copytree(checkpoint.tokenizer_dir, folder, dirs_exist_ok=True)
     weights = to_hf(checkpoint.state_dict.items(), checkpoint.logit_scale)
-    stored = finite(_as_stored(finite(weights, checkpoint.path), DTYPES[dtype]), checkpoint.path)
-    write_safetensors(stored, temporary, int(max_shard_gb * 1e9))
-    _write_json(temporary / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
-    _write_json(temporary / "preprocessor_config.json", hf_preprocessor(checkpoint.config))
-    _write_json(temporary / TRAINING_DATA, {"train_shards": checkpoint.recipe.get("data", {}).get("train_shards")})
-    (temporary / "README.md").write_text(model_card(checkpoint, metrics or {}, data or {}), encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    os.rename(temporary, out)
+    stored = finite(as_stored(finite(weights, checkpoint.path), DTYPES[dtype]), checkpoint.path)
+    write_safetensors(stored, folder, most)
+    write_json(folder / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
+    write_json(folder / "preprocessor_config.json", hf_preprocessor(checkpoint.config))
+    write_json(folder / TRAINING_DATA, {"train_shards": checkpoint.recipe.get("data", {}).get("train_shards")})
+    (folder / "README.md").write_text(model_card(checkpoint, metrics, data), encoding="utf-8")
 
 
-def _as_stored(weights: Named, dtype: torch.dtype) -> Named:
-    """In the dtype asked for, the logit scale in float32: bf16 would move the factor by up to 1.6 %."""
-    return ((name, tensor if name == "logit_scale" else tensor.to(dtype)) for name, tensor in weights)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def as_stored(weights: Named, dtype: torch.dtype) -> Named:
+    """In the dtype asked for, the logit scale and bias in float32: bf16 would move the factor by up to 1.6 %."""
+    return ((name, tensor if name.startswith("logit_") else tensor.to(dtype)) for name, tensor in weights)
 
 
 def check_expressible(c: ClipConfig) -> None:
@@ -170,4 +170,4 @@ def write_safetensors(weights: Named, folder: Path, most_bytes: int) -> None:
         os.rename(folder / f"model-{i:05d}.tmp", folder / name)
     if count > 1:
         places = {weight: names[i] for i, held in enumerate(written) for weight in held}
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})

@@ -58,11 +58,10 @@ _TEXT_FEATURES = _BLOCK_FEATURES | {
 }
 _MODEL_FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
     "multimodal_cfg": ((None,), "a caption decoder (CoCa)"),
-    "init_logit_bias": ((None,), "the bias of a sigmoid loss"),
 }
 _READ = {
     "model_cfg": {
-        "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "nonscalar_logit_scale",
+        "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale",
         "output_dict",
     },
     # A norm after pooling equals one before it where one token is pooled.
@@ -79,7 +78,6 @@ _READ = {
 }  # fmt: skip
 # Part of a weight's name -> the feature that it belongs to.
 _IN_NAMES = {
-    r"logit_bias": "the bias of a sigmoid loss",
     r"visual\.trunk\.": "an image tower of timm",
     r"visual\.layer\d": "a ResNet as image tower",
     r"visual\.attn_?pool": "attention pooling",

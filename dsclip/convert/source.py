@@ -32,8 +32,8 @@ class Source:
     """A model whose weights are still on the disk. scale: the logit scale as a factor.
 
     said: the fields of ClipConfig that the source says; shown: those that the shapes of its weights show, None where it says
-    all. preprocessing: how its images are made, if otherwise than dsclip's. tokenizer_dir, train_shards: None where there
-    are none.
+    all. preprocessing: how its images are made, if otherwise than dsclip's. logit_bias: whether the model has a sigmoid loss's,
+    which is not read. tokenizer_dir, train_shards: None where there are none.
     """
 
     path: Path
@@ -42,6 +42,7 @@ class Source:
     read: Callable[[], Named]
     shown: dict[str, Any] | None = None
     preprocessing: str | None = None
+    logit_bias: bool = False
     tokenizer_dir: Path | None = None
     train_shards: str | list[str] | None = None
 
@@ -76,6 +77,11 @@ class Source:
             notes.append(f"{self.path} doesn't say, and assumed is: {', '.join(open_fields)}")
         if self.preprocessing:
             notes.append(f"{self.path} was made for images that are prepared otherwise than here: {self.preprocessing}")
+        if self.logit_bias:
+            notes.append(
+                f"{self.path} has the bias of a sigmoid loss, which is left out: features don't depend on it, and a run with "
+                "loss.name=sigmoid begins with its own"
+            )
         return notes
 
 
@@ -124,9 +130,7 @@ def said_config(path: str | Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     known = {f.name for f in fields(ClipConfig)}
-    return {
-        k: v for k, v in read_manifest(find_checkpoint(path))["model"].items() if k in known and k not in UNSAID
-    }
+    return {k: v for k, v in read_manifest(find_checkpoint(path))["model"].items() if k in known and k not in UNSAID}
 
 
 def _said(config: ClipConfig) -> dict[str, Any]:
@@ -161,8 +165,9 @@ def _openclip_source(path: Path) -> Source:
     if missing := openclip.features_in(stored):
         raise UserError(f"{file}: these weights need {', '.join(missing)}; dsclip's towers have no such thing")
     weights, scale = from_openclip(stored)
-    shown = openclip.fields_shown(weights)
+    shown = None if configured else openclip.fields_shown(weights)
     return Source(
-        file, said, finite_scale(scale, file), weights.items, None if configured else shown, preprocessing,
-        folder if configured and _has_tokenizer(folder) else None,
+        file, said, finite_scale(scale, file), weights.items, shown, preprocessing,
+        logit_bias=any(name.endswith("logit_bias") for name in stored),
+        tokenizer_dir=folder if configured and _has_tokenizer(folder) else None,
     )  # fmt: skip

@@ -114,15 +114,39 @@ def from_hf(weights: Named) -> Iterator[tuple[str, Tensor]]:
         yield whole, torch.cat([parts[letter] for letter in "qkv" if letter in parts])
 
 
+def to_openclip(weights: Named, logit_scale: float, logit_bias: float | None) -> Iterator[tuple[str, Tensor]]:
+    """dsclip's weights under OpenCLIP's names, as they come; logit_scale is the factor, stored as its logarithm."""
+    yield "logit_scale", torch.tensor(math.log(logit_scale))
+    if logit_bias is not None:
+        yield "logit_bias", torch.tensor(logit_bias)
+    outside = {ours: theirs for theirs, ours in _OPENCLIP_OUTSIDE.items()}
+    transposed = {ours: theirs for theirs, ours in _OPENCLIP_TRANSPOSED.items()}
+    block = {ours: theirs for theirs, ours in _OPENCLIP_BLOCK.items()}
+    prefix = {"visual": "visual.transformer.resblocks", "text": "transformer.resblocks"}
+    for name, tensor in weights:
+        if name in outside:
+            yield outside[name], tensor
+        elif name in transposed:
+            yield transposed[name], tensor.T.contiguous()
+        elif match := _BLOCK.fullmatch(name):
+            tower, index, part, kind = match.groups()
+            yield f"{prefix[tower]}.{index}.{block[f'{part}.{kind}']}", tensor
+        else:
+            raise ValueError(f"{name} is no weight of a CLIP tower")
+
+
 def from_openclip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """(dsclip's weights, logit scale as a factor) from an OpenCLIP state dict; unknown names are kept as they are."""
+    """(dsclip's weights, logit scale as a factor) from an OpenCLIP state dict; unknown names are kept as they are.
+
+    A sigmoid loss's bias is left out: it belongs to the loss.
+    """
     renamed, scale = {}, 1 / 0.07
     for full_name, tensor in weights.items():
         name = full_name.removeprefix("module.").removeprefix("text.")  # DDP's and CustomTextCLIP's prefixes
         if name == "logit_scale":
             scale = math.exp(float(tensor))
-        elif name == "attn_mask" or name.endswith(".attn_mask"):
-            continue  # the causal mask, a buffer
+        elif name == "logit_bias" or name == "attn_mask" or name.endswith(".attn_mask"):
+            continue  # the last two are the causal mask, a buffer
         elif name in _OPENCLIP_OUTSIDE:
             renamed[_OPENCLIP_OUTSIDE[name]] = tensor
         elif name in _OPENCLIP_TRANSPOSED:

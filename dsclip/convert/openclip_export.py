@@ -1,0 +1,76 @@
+"""OpenCLIP folders, written: what `open_clip.create_model_and_transforms("local-dir:…")` and its tokenizer load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsclip.checkpoint import Checkpoint
+from dsclip.convert.finite import finite
+from dsclip.convert.folder import whole_folder, write_json
+from dsclip.convert.hf import DTYPES, as_stored
+from dsclip.convert.openclip import CONFIG, WEIGHT_FILES
+from dsclip.convert.safetensors_file import write_one_file
+from dsclip.convert.weights import to_openclip
+from dsclip.errors import UserError
+from dsclip.model import Clip, ClipConfig
+
+
+def export_openclip(checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32") -> None:
+    """Writes the checkpoint as an OpenCLIP folder: safetensors, configuration, tokenizer.
+
+    One tensor at a time is in memory. A sigmoid loss's bias goes along. Written aside and renamed, so `out` is whole or
+    absent. Raises UserError when `out` exists with content, for weights that are not finite, and for a model without class
+    token, which OpenCLIP's image towers always have.
+    """
+    if checkpoint.config.vision_pool != "class":
+        raise UserError(
+            f"model.vision_pool is {checkpoint.config.vision_pool}: the model has no class token, and OpenCLIP's image towers always "
+            "have one; it can't be expressed there"
+        )
+    out = Path(out)
+    with whole_folder(out) as temporary:
+        shutil.copytree(checkpoint.tokenizer_dir, temporary, dirs_exist_ok=True)
+        scale, bias = checkpoint.logit_scale, checkpoint.logit_bias
+        with torch.device("meta"):
+            empty = Clip(checkpoint.config).state_dict()
+        stored = DTYPES[dtype]
+        shapes = ((n, x.shape, x.dtype) for n, x in as_stored(to_openclip(empty.items(), scale, bias), stored))
+        weights = ((name, checkpoint.state_dict[name]) for name in empty)
+        named = as_stored(to_openclip(finite(weights, checkpoint.path), scale, bias), stored)
+        write_one_file(temporary / WEIGHT_FILES[0], shapes, finite(named, checkpoint.path))
+        write_json(temporary / CONFIG, openclip_config(checkpoint.config, bias, tokenizer=out.name))
+
+
+def openclip_config(c: ClipConfig, logit_bias: float | None, tokenizer: str) -> dict[str, Any]:
+    """open_clip_config.json. tokenizer: any name; for a local folder OpenCLIP takes the tokenizer in it."""
+    norms = {} if c.layer_norm_eps == 1e-5 else {"norm_kwargs": {"eps": c.layer_norm_eps}}
+    vision = {
+        "image_size": c.image_size, "patch_size": c.patch_size, "width": c.vision_width, "layers": c.vision_layers,
+        "head_width": c.vision_width // c.vision_heads, "mlp_ratio": _ratio(c.vision_mlp_width, c.vision_width),
+    }  # fmt: skip
+    text = {
+        "context_length": c.context_length, "vocab_size": c.vocab_size, "width": c.text_width, "heads": c.text_heads,
+        "layers": c.text_layers, "mlp_ratio": _ratio(c.text_mlp_width, c.text_width), "hf_tokenizer_name": tokenizer,
+    }  # fmt: skip
+    if c.eot_token_id != c.vocab_size - 1 or c.vocab_size != 49408:  # OpenCLIP's default pools at the largest id
+        text |= {"pool_type": "eos", "eos_id": c.eot_token_id}
+    model: dict[str, Any] = {"embed_dim": c.embed_dim, "vision_cfg": vision | norms, "text_cfg": text | norms}
+    if c.activation == "quick_gelu":
+        model["quick_gelu"] = True
+    if logit_bias is not None:
+        model["init_logit_bias"] = logit_bias
+    preprocessing = {
+        "size": c.image_size, "mode": "RGB", "mean": list(c.image_mean), "std": list(c.image_std),
+        "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0,
+    }  # fmt: skip
+    return {"model_cfg": model, "preprocess_cfg": preprocessing}
+
+
+def _ratio(mlp_width: int, width: int) -> float:
+    """OpenCLIP cuts width · ratio to an integer, which a quotient's last bit may take one too low."""
+    ratio = mlp_width / width
+    return ratio if int(width * ratio) == mlp_width else (mlp_width + 0.5) / width
