@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -24,10 +25,14 @@ DECISIONS_KEPT = 1000  # steps that rank 0's host may be ahead of another rank's
 
 @dataclass(frozen=True)
 class Collectives:
-    """The ranks that share one global batch. With one rank nothing is communicated."""
+    """The ranks that share one global batch. With one rank nothing is communicated.
+
+    in_ring: features of other ranks come one rank at a time (`losses.blocks`), not all at once.
+    """
 
     rank: int = 0
     world_size: int = 1
+    in_ring: bool = False
 
     @staticmethod
     def single() -> Collectives:
@@ -48,6 +53,26 @@ class Collectives:
         whole = torch.empty((self.world_size * len(x), *x.shape[1:]), dtype=x.dtype, device=x.device)
         dist.all_gather_into_tensor(whole, x.contiguous())
         return whole
+
+    def pass_on(self, sent: list[Tensor], received: list[Tensor]) -> Callable[[], None]:
+        """Starts to send `sent` to the next rank and to receive into `received` from the one before; what it returns waits.
+
+        In a ring of all ranks; contiguous tensors, with the same shapes and dtypes everywhere. Neither may be written before
+        the wait, and `received` not be read.
+        """
+        following, before = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
+        operations = []
+        for tag, (out, into) in enumerate(zip(sent, received, strict=True)):
+            if out.numel():
+                operations.append(dist.P2POp(dist.isend, out, following, tag=tag))
+                operations.append(dist.P2POp(dist.irecv, into, before, tag=tag))
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return wait
 
     def all_gather_object(self, x: T) -> list[T]:
         """The object of every rank, in rank order."""

@@ -69,6 +69,15 @@ def test_bench_loss_prints_one_json_object():
     assert {"seconds", "extra_peak_mb"} <= result["tiled"].keys() & result["dense"].keys()
 
 
+def test_bench_loss_shows_that_a_ring_of_ranks_takes_less_memory():
+    done = run_program(*"tools/bench_loss.py --n 2048 --d 2048 --repeats 1 --skip-dense --ranks 4 --json".split())
+    result = json.loads(done.stdout)
+    features = 2 * 2048 * 2048 * 4 / 1e6  # those of all, 34 MB, against two blocks of a quarter
+    assert result["ring"]["extra_peak_mb"] < result["all"]["extra_peak_mb"] - 0.25 * features
+    done = run_program(*"tools/bench_loss.py --n 512 --ranks 3 --json".split())
+    assert done.returncode == 2 and "--ranks is 3" in json.loads(done.stdout)["error"]
+
+
 def test_bench_captions_counts_the_tokens_of_both_ways():
     found = captions.measure("demo", batch=64, chunk_size=16, repeats=1)
     assert found["needed_tokens"] <= found["sorted"]["tokens_per_caption"] < found["unsorted"]["tokens_per_caption"]

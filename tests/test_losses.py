@@ -95,13 +95,13 @@ class Case:
             cut(self.keys), **extra,
         )  # fmt: skip
 
-    def ours(self, options, tile_entries) -> list[LossGrads]:
+    def ours(self, options, tile_entries, *, in_ring=False) -> list[LossGrads]:
         loss = losses.find_loss(self.name)
 
         def one_rank(group):
             return loss(self.pairs(group.rank), negatives=options, group=group, tile_entries=tile_entries)
 
-        return ThreadRanks(self.world_size).run(one_rank)
+        return ThreadRanks(self.world_size, in_ring).run(one_rank)
 
     def reference(self, options):
         leaves = {
@@ -132,8 +132,8 @@ class Case:
         zero = torch.zeros((), dtype=torch.float64)
         return value.detach(), {k: (zero if v.grad is None else v.grad) for k, v in leaves.items()}
 
-    def check(self, options, tile_entries=None, close=CLOSE):
-        results = self.ours(options, tile_entries)
+    def check(self, options, tile_entries=None, close=CLOSE, *, in_ring=False):
+        results = self.ours(options, tile_entries, in_ring=in_ring)
         value, grads = self.reference(options)
         for result in results:
             torch.testing.assert_close(result.loss.double(), value, **close)

@@ -14,7 +14,7 @@ from tests.test_losses_registry import DENSE
 
 losses.register("dense", DENSE)
 ASKED = {
-    "duplicates": "mask", "label_smoothing": 0.1, "beta": 0.5, "filter_margin": 0.1, "hard_negatives": "own", "queue_size": 8, "debiased": 0.1,
+    "duplicates": "mask", "label_smoothing": 0.1, "beta": 0.5, "filter_margin": 0.1, "hard_negatives": "own", "queue_size": 8, "debiased": 0.1, "gather": "ring",
 }  # fmt: skip
 
 

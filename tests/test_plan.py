@@ -12,7 +12,7 @@ from dsclip.bench.measure import in_process, product_tflops, utilisation
 from dsclip.bench.step import make_batch
 from dsclip.config import load_ds_config, load_recipe
 from dsclip.config.deepspeed import resolve_persistence
-from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
+from dsclip.config.schema import BatchSection, LossSection, OptimSection, Recipe, TrainSection
 from dsclip.distributed import Collectives
 from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.errors import UserError
@@ -113,6 +113,22 @@ def test_advice_leads_to_a_plan_that_fits():
     assert not estimate(resolve_preset("ViT-L-14"), batch, config, 1, machine).fits
     changes = advice(resolve_preset("ViT-L-14"), batch, config, 1, machine)
     assert changes and "accumulation: auto" in changes[0]
+
+
+def test_in_a_ring_features_are_those_of_two_other_ranks_and_advice_knows_it():
+    batch, ranks = BatchSection(2**20, micro_batch_size=64, checkpointing="full"), 64
+    config, local = resolve_preset("ViT-B-32"), 2**20 // ranks
+
+    def features(gather, world_size=ranks, **loss):
+        section = LossSection(gather=gather, **loss)
+        return plan("ViT-B-32", batch, world_size, loss=section)[1].parts["features"] * 1e6 / (4 * 512)
+
+    assert features("ring") == 2 * (2 + 3) * local and features("all") == 2 * (ranks + 3) * local
+    assert features("ring", hard_negatives="own") == 3 * (2 + 3) * local
+    assert features("ring", 1) == features("all", 1) and features("ring", 2) == 2 * (1 + 3) * 2**19
+    tight = replace(GPU, memory_gb=0.95 * plan("ViT-B-32", batch, ranks)[1].peak_mb / 900)
+    changes = advice(config, batch, ds_config(batch, ranks), ranks, tight)
+    assert any("loss.gather=ring" in change for change in changes)
 
 
 def test_a_recipe_is_planned_within_the_memory_it_is_given_and_the_step_is_the_same():

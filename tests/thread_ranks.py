@@ -8,7 +8,8 @@ import torch
 class ThreadRanks:
     """`run(function)` calls function(group) once a rank, each in a thread of its own."""
 
-    def __init__(self, world_size):
+    def __init__(self, world_size, in_ring=False):
+        self.in_ring = in_ring
         self.world_size, self.barrier, self.slots = world_size, threading.Barrier(world_size), [None] * world_size
 
     def run(self, function):
@@ -36,7 +37,7 @@ class ThreadRank:
     """One rank's `Group`."""
 
     def __init__(self, ranks, rank):
-        self.ranks, self.rank, self.world_size = ranks, rank, ranks.world_size
+        self.ranks, self.rank, self.world_size, self.in_ring = ranks, rank, ranks.world_size, ranks.in_ring
 
     def _exchange(self, x):
         self.ranks.slots[self.rank] = x
@@ -44,6 +45,16 @@ class ThreadRank:
         values = list(self.ranks.slots)
         self.ranks.barrier.wait()
         return values
+
+    def pass_on(self, sent, received):
+        def wait():
+            before = self._exchange(sent)[self.rank - 1]
+            for into, x in zip(received, before, strict=True):
+                assert into.shape == x.shape, "a ring needs equal shapes on all ranks"
+                into.copy_(x)
+            self.barrier()  # a sender may write over what it sent only when it has arrived
+
+        return wait
 
     def all_gather(self, x):
         parts = self._exchange(x)

@@ -18,6 +18,7 @@ from dsclip.model import resolve_preset
 from dsclip.model.flops import forward_flops
 
 STEP_EXAMPLE = "python tools/bench_step.py --preset ViT-B-32 --batch 64 --micro-batch 16"
+GATHERS = ("all", "ring")
 LOSS_EXAMPLE = "python tools/bench_loss.py --n 8192 --d 512"
 KINDS = ("plain", "accumulated", "auto")  # auto: `batch.accumulation: auto`, which only dsclip has
 # compiled: plain by torch.compile, on a GPU, where dsclip's always is.
@@ -54,6 +55,7 @@ def loss_main(argv: list[str] | None = None) -> None:
     p.add_argument("--d", type=int, default=512, help="embedding width (default: 512)")
     p.add_argument("--repeats", type=int, default=5, help="the median counts, the first one aside (default: 5)")
     p.add_argument("--skip-dense", action="store_true", help="for N that the dense loss has no memory for")
+    p.add_argument("--ranks", type=int, help="also over so many ranks: features gathered at once, and in a ring")
     sys.exit(run_tool(bench_loss, p.parse_args(argv)))
 
 
@@ -112,11 +114,19 @@ def _of_all_rounds(rounds: list[dict[str, Any]], batch: int) -> dict[str, Any]:
 
 
 def bench_loss(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """{"tiled", "dense"}: {"seconds", "extra_peak_mb"}."""
-    result: dict[str, Any] = {"n": arguments.n, "d": arguments.d}
+    """{"tiled", "dense", with --ranks "all", "ring"}: {"seconds", "extra_peak_mb"}."""
+    ranks = arguments.ranks
+    if ranks is not None and (ranks < 2 or arguments.n % ranks or arguments.n < 8 * ranks):
+        raise UserError(
+            f"--ranks is {ranks}; give 2 or more, of which --n {arguments.n} is a multiple, 8 pairs a rank at least"
+        )
+    result: dict[str, Any] = {"n": arguments.n, "d": arguments.d, "ranks": ranks}
     for variant in ("tiled",) if arguments.skip_dense else ("tiled", "dense"):
         settings = dict(variant=variant, n=arguments.n, d=arguments.d, repeats=arguments.repeats)
         result[variant] = in_process("dsclip.bench.loss", settings)
+    for gather in GATHERS if ranks is not None else ():
+        settings = dict(gather=gather, n=arguments.n, d=arguments.d, repeats=arguments.repeats)
+        result[gather] = in_process("dsclip.bench.loss_ranks", settings, ranks)
     return result | {"environment": environment()}, loss_table(result)
 
 
@@ -149,5 +159,6 @@ def step_table(result: dict[str, Any]) -> str:
 
 def loss_table(result: dict[str, Any]) -> str:
     """Rows of variants."""
-    rows = [(k, result[k]) for k in ("tiled", "dense") if k in result]
-    return "\n".join(f"{k:6} {r['seconds']:8.3f} s {r['extra_peak_mb']:9.1f} MB extra" for k, r in rows)
+    names = {"tiled": "tiled", "dense": "dense"} | {g: f"{result['ranks']} ranks, {g}" for g in GATHERS}
+    rows = [(name, result[key]) for key, name in names.items() if key in result]
+    return "\n".join(f"{name:13} {r['seconds']:8.3f} s {r['extra_peak_mb']:9.1f} MB extra" for name, r in rows)

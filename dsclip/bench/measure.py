@@ -18,12 +18,15 @@ from dsclip.errors import UserError
 from dsclip.plan.machine import datasheet_tflops
 
 
-def in_process(module: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `python -m module '<settings as JSON>'` prints as its last line of JSON. Raises UserError with its output."""
+def in_process(module: str, settings: Mapping[str, Any], ranks: int | None = None) -> dict[str, Any]:
+    """What `python -m module '<settings as JSON>'` prints as its last line of JSON. Raises UserError with its output.
+
+    ranks: how many processes torchrun starts of it, each with one thread; None: one without torchrun.
+    """
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(_root()), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run(
-        [sys.executable, "-m", module, json.dumps(dict(settings))], capture_output=True, text=True, env=env
-    )
+    launcher = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *launcher, "-m", module, json.dumps(dict(settings))]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise UserError(f"{settings} failed with exit code {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")

@@ -155,6 +155,8 @@ class LossSection:
     """First dimensions that are trained as features of their own, such as [64, 128]; none: the whole feature alone."""
     matryoshka_weights: Weights | None = None
     """One for each of `matryoshka_dims`; null: 1, which is that of the whole feature."""
+    gather: Literal["all", "ring"] = "all"
+    """Features of other ranks: `all` at once, or passed round a `ring`, one rank's at a time, twice a step."""
     wire_dtype: Literal["fp32", "bf16"] = "fp32"
     """How features travel between ranks."""
 

@@ -61,7 +61,7 @@ class ContrastiveEngine:
         init_scale: float | None = None,
     ):
         self.device = init_distributed()
-        self.group = Collectives.current()
+        self.group = replace(Collectives.current(), in_ring=recipe.loss.gather == "ring")
         self.recipe, self.config = recipe, config
         self.ds_config = ds_config = resolve_persistence(ds_config, recipe.batch)
         self.step = 0

@@ -12,6 +12,7 @@ from dsclip.config.schema import LossSection
 from dsclip.distributed import Collectives
 from dsclip.engine.state import QueueState
 from dsclip.errors import UserError
+from dsclip.losses.blocks import blocks
 from dsclip.plan.free_memory import free_bytes
 
 FILE = "queue.safetensors"
@@ -67,12 +68,16 @@ class FeatureQueue:
             if text_valid is None:
                 raise ValueError("a queue of token-wise features needs text_valid")
             new["text_valid"] = text_valid
+        total = len(image) * group.world_size
+        dropped = max(0, total - self.size)  # of more pairs than have a place the last ones count
         for name, x in new.items():
-            gathered = group.all_gather(x.contiguous())[-self.size :]
-            places = (self._next + torch.arange(len(gathered), device=x.device)) % self.size
-            self._tensors[name][places] = gathered.to(self._tensors[name].dtype)
-        self._next = (self._next + len(gathered)) % self.size
-        self.filled = min(self.size, self.filled + len(gathered))
+            for rank, (block,) in blocks([x], group):
+                first = rank * len(image) - dropped  # where the block's first pair would go
+                kept = block[max(0, -first) :]
+                places = (self._next + max(0, first) + torch.arange(len(kept), device=x.device)) % self.size
+                self._tensors[name][places] = kept.to(self._tensors[name].dtype)
+        self._next = (self._next + total - dropped) % self.size
+        self.filled = min(self.size, self.filled + total - dropped)
 
     def save(self, folder: Path) -> QueueState:
         """Writes the features (call it on one rank) and returns the position for JSON."""

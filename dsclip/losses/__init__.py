@@ -2,8 +2,9 @@
 
 Read `info_nce.py` first, the loss of CLIP on half a page, dense; then `tiled.py`, the same in tiles and over ranks; then
 `cross_entropy.py`, what InfoNCE does within a tile. The other files are what those take: `similarity.py` and
-`late_interaction.py`, `siglip.py`, `masks.py` (positives and what is left out), `samples.py` (what is gathered). Around
-whole losses: `matryoshka.py`.
+`late_interaction.py`, `siglip.py`, `masks.py` (positives and what is left out), `products.py` (how tiles are multiplied),
+`debiased.py`, `gathering.py` and `blocks.py` (samples of other ranks, at once or in a ring). Around whole losses:
+`matryoshka.py`.
 
 Shapes, as suffixes of names (`image_ND`, `logits_rc`) and in docstrings:
 

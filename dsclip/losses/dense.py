@@ -32,7 +32,7 @@ class DenseLoss:
     def __call__(
         self, pairs: Pairs, *, negatives: Negatives = PLAIN, group: Group = ALONE, tile_entries: int | None = None
     ) -> LossGrads:
-        _refuse(pairs, negatives)
+        _refuse(pairs, negatives, group)
         local = slice(group.rank * len(pairs.image), (group.rank + 1) * len(pairs.image))
         image_ND, text_ND = (widen(group.all_gather(x)).detach().requires_grad_() for x in (pairs.image, pairs.text))
         log_scale = pairs.log_scale.detach().requires_grad_()
@@ -83,7 +83,9 @@ def check_options(loss: RegisteredLoss, settings: LossSection) -> None:
             _refuse_option(f"loss.{key}={value}", f"loss.{key}={'null' if nothing is None else nothing}")
 
 
-def _refuse(pairs: Pairs, negatives: Negatives) -> None:
+def _refuse(pairs: Pairs, negatives: Negatives, group: Group) -> None:
+    if group.in_ring:
+        _refuse_option("gather=ring", "gather=all")
     for name in ("duplicates", "label_smoothing", "beta", "filter_margin", "debiased"):
         if (value := getattr(negatives, name)) != NOT_GIVEN[name]:
             _refuse_option(f"{name}={value}", f"{name}={NOT_GIVEN[name]}")

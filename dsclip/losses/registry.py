@@ -39,12 +39,12 @@ class RegisteredLoss:
 
 
 # Keys of the loss section that not every loss can obey, with the value that asks for nothing.
-OPTIONAL: dict[str, object] = {"debiased": 0.0}
+OPTIONAL: dict[str, object] = {"debiased": 0.0, "gather": "all"}
 
 _LOSSES: dict[str, RegisteredLoss] = {
-    "softmax": RegisteredLoss(softmax, obeys=frozenset({"debiased"})),
-    "sigmoid": RegisteredLoss(sigmoid, has_bias=True),
-    "filip": RegisteredLoss(filip, token_wise=True),
+    "softmax": RegisteredLoss(softmax, obeys=frozenset({"debiased", "gather"})),
+    "sigmoid": RegisteredLoss(sigmoid, has_bias=True, obeys=frozenset({"gather"})),
+    "filip": RegisteredLoss(filip, token_wise=True, obeys=frozenset({"gather"})),
 }
 
 

@@ -1,5 +1,7 @@
 """The tiled loss: gather features, statistics in tiles, gather those, gradients in tiles. No autograd, no N×N matrix.
 
+Features are gathered all at once, or pass round a rank at a time in each of the two passes (`gathering`).
+
 S = s·I·Tᵀ, cut into tiles of r rows and c columns. The same for every similarity (cosine, late interaction) and every
 criterion (cross-entropy, sigmoid). Shapes are in `dsclip.losses`.
 """
@@ -7,17 +9,17 @@ criterion (cross-entropy, sigmoid). Shapes are in `dsclip.losses`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsclip.losses.criterion import Criterion, Statistics
+from dsclip.losses.gathering import Gathered
 from dsclip.losses.group import Group
 from dsclip.losses.masks import tile_masks
 from dsclip.losses.pairs import LossGrads, Negatives, Pairs
-from dsclip.losses.samples import GatheredSamples, Samples, gather_samples
+from dsclip.losses.samples import Samples
 from dsclip.losses.similarity import Similarity, Tile, row_products
 from dsclip.losses.tile_size import Scratch, tile_shape
 
@@ -70,15 +72,15 @@ class _TiledLoss:
         self.masked = torch.zeros((), dtype=torch.int64, device=pairs.image.device)
 
     def run(self) -> LossGrads:
-        samples = gather_samples(self.pairs, self.group, lambda i, t: self.similarity.paired_logits(i, t, self.scale))
-        image_statistics = self.criterion.statistics(samples.local_image, are_images=True)
-        text_statistics = self.criterion.statistics(samples.local_text, are_images=False)
+        samples = Gathered(self.pairs, self.group, lambda i, t: self.similarity.paired_logits(i, t, self.scale))
+        image_statistics = self.criterion.statistics(samples.local.image, are_images=True)
+        text_statistics = self.criterion.statistics(samples.local.text, are_images=False)
         self._statistics_pass(samples, image_statistics, text_statistics)
         image_losses, text_losses = image_statistics.finish(self.scale), text_statistics.finish(self.scale)
 
         # Cross-entropy is the mean of two directions; the sigmoid counts every entry once.
-        normaliser = len(samples.all_image) * (2 if self.criterion.both_directions else 1)
-        samples = self._with_statistics(samples, image_losses.statistics, text_losses.statistics)
+        normaliser = len(samples) * (2 if self.criterion.both_directions else 1)
+        samples.add_statistics(image_losses.statistics, text_losses.statistics)
         gradients = self._gradient_pass(samples)
         for gradient in (gradients.image, gradients.text, gradients.hard):
             if gradient is not None:
@@ -105,67 +107,47 @@ class _TiledLoss:
             masked=self.masked,
         )
 
-    def _statistics_pass(self, samples: GatheredSamples, image: Statistics, text: Statistics) -> None:
+    def _statistics_pass(self, samples: Gathered, image: Statistics, text: Statistics) -> None:
         """The first pass over all tiles."""
-        local_image, local_text = samples.local_image, samples.local_text
-        if self.alone:
-            self._update_statistics(local_image, samples.all_text, image, text)
-        else:
-            self._update_statistics(local_image, samples.all_text, image, None)
-            self._update_statistics(local_text, samples.all_image, text, None)
-        if samples.all_hard is not None:
-            self._update_statistics(local_image, samples.all_hard, image, None)
+        local = samples.local
+        for block in samples.blocks():
+            if self.alone:
+                self._update_statistics(local.image, block.text, image, text)
+            else:
+                self._update_statistics(local.image, block.text, image, None)
+                self._update_statistics(local.text, block.image, text, None)
+            if block.hard is not None:
+                self._update_statistics(local.image, block.hard, image, None)
         if samples.queue_image is not None and samples.queue_text is not None:
-            self._update_statistics(local_image, samples.queue_text, image, None)
-            self._update_statistics(local_text, samples.queue_image, text, None)
+            self._update_statistics(local.image, samples.queue_text, image, None)
+            self._update_statistics(local.text, samples.queue_image, text, None)
 
-    def _with_statistics(
-        self, samples: GatheredSamples, image: dict[str, Tensor], text: dict[str, Tensor]
-    ) -> GatheredSamples:
-        """The samples with their statistics; one all-gather for all of them."""
-        names = list(image)
-        all_image, all_text = image, text
-        if names and not self.alone:
-            local = torch.stack([*image.values(), *text.values()], dim=1)
-            gathered = self.group.all_gather(local).unbind(1)
-            all_image = dict(zip(names, gathered[: len(names)], strict=True))
-            all_text = dict(zip(names, gathered[len(names) :], strict=True))
-        return replace(
-            samples,
-            local_image=samples.local_image.with_statistics(image),
-            local_text=samples.local_text.with_statistics(text),
-            all_image=samples.all_image.with_statistics(all_image),
-            all_text=samples.all_text.with_statistics(all_text),
-        )
-
-    def _gradient_pass(self, samples: GatheredSamples) -> _Gradients:
+    def _gradient_pass(self, samples: Gathered) -> _Gradients:
         """The second pass over all tiles.
 
         The similarities are homogeneous of degree one, so that Σ G∘S over all entries of a row is ⟨gradient, row⟩
         (Euler): images see every entry but those of texts with the queue.
         """
-        image, text = samples.local_image, samples.local_text
+        image, text, hard = samples.local.image, samples.local.text, samples.local.hard
         d_image, d_text = torch.zeros_like(image.features), torch.zeros_like(text.features)
-        d_hard, d_scale = None, torch.zeros_like(self.scale)
+        d_hard = None if hard is None else torch.zeros_like(hard.features)
+        d_scale = torch.zeros_like(self.scale)
         both = self.criterion.both_directions
         if samples.queue_image is not None and samples.queue_text is not None:
             self._accumulate(text, samples.queue_image, d_text, None, row_queries=True, col_queries=False)
             d_scale += _inner(d_text, text.features)
             self._accumulate(image, samples.queue_text, d_image, None, row_queries=True, col_queries=False)
-        if self.alone:
-            self._accumulate(image, samples.all_text, d_image, d_text, row_queries=True, col_queries=both)
-        else:
-            self._accumulate(image, samples.all_text, d_image, None, row_queries=True, col_queries=both)
-            self._accumulate(text, samples.all_image, d_text, None, row_queries=both, col_queries=True)
-        if samples.local_hard is not None and samples.all_hard is not None:
-            d_hard = torch.zeros_like(samples.local_hard.features)
+        for block in samples.blocks():
             if self.alone:
-                self._accumulate(image, samples.all_hard, d_image, d_hard, row_queries=True, col_queries=False)
+                self._accumulate(image, block.text, d_image, d_text, row_queries=True, col_queries=both)
             else:
-                self._accumulate(image, samples.all_hard, d_image, None, row_queries=True, col_queries=False)
-                self._accumulate(
-                    samples.local_hard, samples.all_image, d_hard, None, row_queries=False, col_queries=True
-                )
+                self._accumulate(image, block.text, d_image, None, row_queries=True, col_queries=both)
+                self._accumulate(text, block.image, d_text, None, row_queries=both, col_queries=True)
+            if block.hard is not None:
+                into = d_hard if self.alone else None
+                self._accumulate(image, block.hard, d_image, into, row_queries=True, col_queries=False)
+            if hard is not None and d_hard is not None and not self.alone:
+                self._accumulate(hard, block.image, d_hard, None, row_queries=False, col_queries=True)
         return _Gradients(d_image, d_text, d_hard, d_scale + _inner(d_image, image.features))
 
     def _update_statistics(

@@ -22,8 +22,10 @@ def advice(
 ) -> list[str]:  # fmt: skip
     """Changes after which the batch fits, with the peak each leads to; the least first. Empty if none is known."""
 
-    def peak(new_batch: BatchSection, new_ds_config: DsConfig = ds_config, ranks: int = world_size) -> Estimate:
-        return plan_batch(config, new_batch, new_ds_config, ranks, machine, loss=loss, text_tokens=text_tokens)[1]
+    def peak(
+        new_batch: BatchSection, new_ds_config: DsConfig = ds_config, ranks: int = world_size, new_loss: LossSection | None = loss
+    ) -> Estimate:  # fmt: skip
+        return plan_batch(config, new_batch, new_ds_config, ranks, machine, loss=new_loss, text_tokens=text_tokens)[1]
 
     free = replace(batch, micro_batch_size=None, chunk_size=None, checkpointing="auto", accumulation="auto")
     stage_3 = _with(ds_config, stage=3)
@@ -32,6 +34,11 @@ def advice(
     tries: dict[str, Callable[[], Estimate]] = {
         "leave micro_batch_size, chunk_size and checkpointing to accumulation: auto": partial(peak, free)
     }
+    section = loss or LossSection()
+    if world_size > 2 and section.gather == "all" and section.plugin is None:
+        tries["features of other ranks one rank at a time: loss.gather=ring"] = partial(
+            peak, free, new_loss=replace(section, gather="ring")
+        )
     if zero["stage"] < 3:
         tries["shard the parameters: ds_configs/zero3_bf16.json"] = partial(peak, free, stage_3)
     small = 50_000_000  # a tenth of DeepSpeed's default

@@ -137,12 +137,14 @@ def state_bytes(
 
 
 def loss_bytes(config: ClipConfig, batch: int, world_size: int, loss: LossSection, device: str) -> dict[str, float]:
-    """Features of the global batch with their gradients, the queue, and the loss's tiles."""
+    """Features of the global batch, or in a ring of the two ranks that are on their way, with this rank's gradients; the
+    queue, and the loss's tiles."""
     numbers = config.embed_dim * (config.context_length if loss.name == "filip" else 1)
     local, hard = batch // world_size, 0 if loss.hard_negatives == "none" else 1
-    gathered = (2 + hard) * batch if world_size > 1 else 0
-    features = FP32 * numbers * (gathered + (2 + hard) * 3 * local)
-    tile = min(CUDA_ENTRIES if device == "cuda" else CPU_ENTRIES, local * batch)
+    in_ring = loss.gather == "ring" and world_size > 1
+    others = min(2, world_size - 1) * local if in_ring else batch if world_size > 1 else 0
+    features = FP32 * numbers * (2 + hard) * (others + 3 * local)
+    tile = min(CUDA_ENTRIES if device == "cuda" else CPU_ENTRIES, local * (local if in_ring else batch))
     return {"features": features, "queue": 2 * FP32 * numbers * loss.queue_size, "loss_tiles": 4 * FP32 * tile}
 
 

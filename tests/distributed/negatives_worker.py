@@ -39,6 +39,7 @@ OPTIONS = {
     "own hard negatives": {"hard_negatives": "own"},
     "queue": {"queue_size": 5, "queue_warmup_steps": 0},
     "debiased": {"debiased": 0.1, "hard_negatives": "own", "queue_size": 5, "queue_warmup_steps": 0},
+    "ring": {"gather": "ring", "duplicates": "mask", "hard_negatives": "global", "queue_size": 5, "queue_warmup_steps": 0},
     "everything": {"label_smoothing": 0.1, "duplicates": "positive", "filter_margin": -0.01, "beta": 0.3,
                    "hard_negatives": "global", "queue_size": 5, "queue_warmup_steps": 0},
 }  # fmt: skip
