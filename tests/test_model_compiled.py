@@ -1,4 +1,4 @@
-"""Compiled blocks: what they keep and compute again by the words users set, beside eager ones and beside the plan."""
+"""Compiled layers: what blocks keep and compute again by the words users set, beside eager ones and beside the plan."""
 
 import warnings
 
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsclip.create import create_model
 from dsclip.model import Clip, resolve_preset
-from dsclip.model.compiled import UncompiledWarning, compile_blocks
+from dsclip.model.compiled import UncompiledWarning, compile_blocks, compile_embedding
 from dsclip.model.layer_major import ChunkedPass
 from dsclip.plan.estimate import recomputed
 from dsclip.plan.memory import towers
@@ -101,6 +101,42 @@ def test_compiled_gradients_are_those_of_eager_blocks(checkpointing):
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-13)
 
 
+def embeddings(model: Clip, dtype: torch.dtype) -> list[torch.Tensor]:
+    """What a run does with an embedding: training with and without patch dropout, evaluation, chunks of several sizes."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for samples in (6, 5, 3, 8):
+        images = torch.randint(0, 256, (samples, 3, 64, 64), dtype=torch.uint8, generator=generator)
+        if dtype != torch.uint8:
+            images = (images / 127.5 - 1).to(dtype)
+        scores = torch.rand(samples, 16, generator=generator)
+        for visible in (None, scores.topk(8).indices.sort().values):
+            model.zero_grad()
+            tokens = model.visual.embed(images, visible)
+            tokens.sin().sum().backward()
+            found += [tokens.detach(), *(p.grad for p in model.visual.embed.parameters())]
+            with torch.no_grad():
+                found.append(model.visual.embed(images, visible))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pool", "dtype", "tolerance"), [("class", torch.uint8, 1e-6), ("average", torch.float64, 1e-12)]
+)
+def test_the_compiled_embedding_of_images_is_the_eager_one_in_a_few_versions(pool, dtype, tolerance):
+    model = clip(vision_layers=1, text_layers=1, vision_pool=pool).double()
+    eager = embeddings(model, dtype)
+    compile_embedding(model.visual.embed, "inductor")
+    torch._dynamo.utils.counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UncompiledWarning)
+        compiled = embeddings(model, dtype)
+    # Each of training and evaluation, with patch dropout and without: for the first size, and for all others.
+    assert 4 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+    for ours, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+
+
 def text_lengths(model: Clip) -> int:
     """Captions of many lengths through the text tower, in training and without gradient; graphs compiled for them."""
     torch._dynamo.utils.counters.clear()
@@ -125,5 +161,5 @@ def test_text_lengths_share_compiled_code():
 def test_a_limit_that_is_reached_is_told_and_the_numbers_stay():
     model = clip(context_length=77)
     compile_blocks(model, PARTITIONED, versions=1)
-    with pytest.warns(UncompiledWarning, match="text_forward of the blocks has been compiled for 1 kinds of input"):
+    with pytest.warns(UncompiledWarning, match="text_forward has been compiled for 1 kinds of input"):
         text_lengths(model)

@@ -206,7 +206,7 @@ class TrainSection:
     keep_checkpoints: Positive = 3
     """The newest ones that stay."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the blocks; `auto`: on a GPU."""
+    """torch.compile of the blocks and of the images' embedding; `auto`: on a GPU."""
     export_hf: bool = True
     """Convert the last checkpoint to a HuggingFace folder."""
 

@@ -1,4 +1,4 @@
-"""torch.compile of whole blocks, under ZeRO's hooks and over chunks.
+"""torch.compile of whole blocks and of the images' embedding, under ZeRO's hooks and over chunks.
 
 Each tower, and each way to run a block, has a code object of its own: torch counts and limits what it has compiled a
 code object. What a compiled block keeps for backward is chosen by torch's partitioner within a budget.
@@ -18,7 +18,8 @@ from torch._functorch import config as functorch_config
 
 from dsclip.model.blocks import Block
 from dsclip.model.clip import Clip
-from dsclip.model.layer_major import over_chunks
+from dsclip.model.layer_major import Layer, over_chunks
+from dsclip.model.towers import VisionEmbed
 
 # A share of what everything would take. Measured with saved-tensor hooks, numbers a token, M = 4·W: 1.0 keeps 16·W, 0.5
 # keeps 9·W with no product of weights computed again, 0.3 keeps 5·W with a third of them.
@@ -27,18 +28,28 @@ VERSIONS = 32  # of one way to run a tower's blocks: shapes, with and without gr
 
 
 class UncompiledWarning(UserWarning):
-    """Blocks that should run compiled don't."""
+    """Layers that should run compiled don't."""
 
 
 def compile_blocks(model: Clip, backend: str = "inductor", versions: int = VERSIONS) -> None:
-    """Compiles what happens inside the blocks, a chunk at a time. Across ZeRO-3's hooks it would not work; within a leaf it does.
+    """Compiles what happens inside the blocks, and to pixels before them, a chunk at a time.
+
+    Across ZeRO-3's hooks it would not work; within a leaf it does.
 
     backend: of torch.compile. versions: kinds of input, for one tower's `forward`, say, after which further ones run as
     they are, with an `UncompiledWarning`.
     """
     torch._dynamo.config.recompile_limit = versions
+    if isinstance(model.visual.embed, VisionEmbed):
+        compile_embedding(model.visual.embed, backend)
     for name, tower in (("image", model.visual), ("text", model.text)):
         compile_tower([block for block in tower.blocks if isinstance(block, Block)], name, backend)
+
+
+def compile_embedding(embed: VisionEmbed, backend: str = "inductor") -> None:
+    """Compiles what turns pixels into tokens: normalising, cutting, patch dropout, positions, the first norm."""
+    run = _compiled(VisionEmbed.embedded, "image_embedded", 1.0, backend)
+    embed.embedded = MethodType(run, embed)  # type: ignore[method-assign]
 
 
 def compile_tower(blocks: list[Block], name: str, backend: str = "inductor") -> None:
@@ -54,7 +65,7 @@ def compile_tower(blocks: list[Block], name: str, backend: str = "inductor") -> 
 
 
 def _compiled(function: Callable[..., Tensor], name: str, budget: float, backend: str) -> Callable[..., Tensor]:
-    """function(block, x), compiled under a name of its own within the budget."""
+    """function(layer, chunk, ...), compiled under a name of its own within the budget."""
     code = function.__code__.replace(co_name=name)
     own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     compile_graph: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
@@ -66,17 +77,17 @@ def _compiled(function: Callable[..., Tensor], name: str, budget: float, backend
     # Of a whole graph torch says when it reaches its limit; otherwise it would run uncompiled without a word.
     run: Callable[..., Tensor] = torch.compile(own, backend=within_budget, fullgraph=True)
 
-    def compiled_or_warned(block: Block, x: Tensor) -> Tensor:
+    def compiled_or_warned(layer: Layer, x: Tensor, *others: Tensor | None) -> Tensor:
         try:
-            return run(block, x)
+            return run(layer, x, *others)
         except FailOnRecompileLimitHit:
             limit = torch._dynamo.config.recompile_limit
             warnings.warn(
-                f"{name} of the blocks has been compiled for {limit} kinds of input; chunks of {tuple(x.shape)} run "
+                f"{name} has been compiled for {limit} kinds of input; chunks of {tuple(x.shape)} run "
                 "uncompiled, more slowly: use fewer chunk sizes, or train.compile=off",
                 UncompiledWarning,
                 stacklevel=2,
             )
-            return function(block, x)
+            return function(layer, x, *others)
 
     return compiled_or_warned

@@ -37,7 +37,14 @@ class VisionEmbed(Layer):
 
     @over_chunks
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        patches = self._cut(self._normalise(images).to(self.position_embedding.dtype))
+        mean, std = (per_channel(values, images.device) for values in (self.mean, self.std))
+        return self.embedded(images, visible, mean, std)
+
+    def embedded(self, images: Tensor, visible: Tensor | None, mean: Tensor, std: Tensor) -> Tensor:
+        """`forward` with what it looks up, for compilers: all of it is tensors. mean, std [3, 1, 1]."""
+        if images.dtype == torch.uint8:
+            images = (images.float() / 255 - mean) / std
+        patches = self._cut(images.to(self.position_embedding.dtype))
         positions = self.position_embedding if self.class_embedding is None else self.position_embedding[1:]
         if visible is None:
             positions = positions.expand(len(patches), -1, -1)
@@ -50,11 +57,6 @@ class VisionEmbed(Layer):
             tokens = torch.cat([first, tokens], dim=1)
         embedded: Tensor = self.ln_pre(tokens)
         return embedded
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8:
-            return images
-        return (images.float() / 255 - per_channel(self.mean, images.device)) / per_channel(self.std, images.device)
 
     def _cut(self, images: Tensor) -> Tensor:
         size, p = images.shape[-1], self.patch_size
