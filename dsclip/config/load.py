@@ -15,12 +15,14 @@ from typing import Any
 import yaml
 
 from dsclip.config.build import build_recipe
+from dsclip.config.grid import Grid, expand
 from dsclip.config.old_names import with_new_names
 from dsclip.config.schema import Recipe
 from dsclip.config.synonyms import suggestion
 from dsclip.errors import UserError, did_you_mean
 
 MAX_RECIPE_BYTES = 1 << 20
+YAML, GRID = ".yaml", ".grid.yaml"
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -61,8 +63,7 @@ _StrictLoader.add_implicit_resolver(
 
 def load_recipe(name_or_path: str = "demo", overrides: Sequence[str] = ()) -> Recipe:
     """A packaged recipe by name, or a YAML file, with overrides such as `optim.lr=1e-3`. Raises UserError."""
-    source, text = _read(name_or_path)
-    tree = parse_yaml(text, source) or {}
+    source, tree = _read_tree(name_or_path)
     if not isinstance(tree, dict):
         raise UserError(f"{source} holds no sections; a recipe starts like `model:` or `data:`")
     tree = {k: with_new_names(k, v, source) if isinstance(v, dict) else v for k, v in tree.items()}
@@ -71,16 +72,36 @@ def load_recipe(name_or_path: str = "demo", overrides: Sequence[str] = ()) -> Re
     return build_recipe(tree, source)
 
 
+def load_grid(name_or_path: str, only: str | None = None) -> Grid:
+    """A packaged grid by name, or a YAML file; `only`: one run of it. Raises UserError."""
+    if name_or_path in packaged_grids():
+        source = f"grid {name_or_path}"
+        return expand(parse_yaml(_packaged_text(name_or_path + GRID), source), source, only)
+    source, text = _read_file(name_or_path, "a packaged grid", packaged_grids())
+    return expand(parse_yaml(text, source), source, only)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to the same recipe."""
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def packaged_recipes() -> list[str]:
-    """Names of the recipes that come with dsclip."""
-    return sorted(
-        p.name.removesuffix(".yaml") for p in resources.files("dsclip.recipes").iterdir() if p.name.endswith(".yaml")
-    )
+    """Names of the recipes that come with dsclip, those of grids left out: these are called GRID/RUN."""
+    return sorted(name.removesuffix(YAML) for name in _packaged_files() if not name.endswith(GRID))
+
+
+def packaged_grids() -> list[str]:
+    """Names of the grids that come with dsclip."""
+    return sorted(name.removesuffix(GRID) for name in _packaged_files() if name.endswith(GRID))
+
+
+def _packaged_files() -> list[str]:
+    return [p.name for p in resources.files("dsclip.recipes").iterdir() if p.name.endswith(YAML)]
+
+
+def _packaged_text(file: str) -> str:
+    return (resources.files("dsclip.recipes") / file).read_text(encoding="utf-8")
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -95,15 +116,25 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(f"{source} is no valid YAML: {error}") from error
 
 
-def _read(name_or_path: str) -> tuple[str, str]:
+def _read_tree(name_or_path: str) -> tuple[str, Any]:
+    """(source, content) of a recipe: packaged, a run of a packaged grid, or a file."""
+    grid, _, run = name_or_path.partition("/")
+    if grid in packaged_grids() and not Path(name_or_path).is_file():
+        return f"recipe {name_or_path}", asdict(load_grid(grid, only=run).runs[0].recipe)
     if name_or_path in packaged_recipes():
-        packaged = resources.files("dsclip.recipes") / f"{name_or_path}.yaml"
-        return f"recipe {name_or_path}", packaged.read_text(encoding="utf-8")
+        source = f"recipe {name_or_path}"
+        return source, parse_yaml(_packaged_text(name_or_path + YAML), source) or {}
+    known = [*packaged_recipes(), *(f"{name}/RUN" for name in packaged_grids())]
+    source, text = _read_file(name_or_path, "a packaged recipe", known)
+    return source, parse_yaml(text, source) or {}
+
+
+def _read_file(name_or_path: str, what: str, known: list[str]) -> tuple[str, str]:
+    """(path, text). Raises UserError that lists what is known in its place."""
     path = Path(name_or_path)
     if not path.is_file():
-        known = packaged_recipes()
         raise UserError(
-            f"--config {name_or_path}: neither a file nor a packaged recipe.{did_you_mean(name_or_path, known)} "
+            f"--config {name_or_path}: neither a file nor {what}.{did_you_mean(name_or_path, known)} "
             f"Packaged: {', '.join(known)}"
         )
     if path.stat().st_size > MAX_RECIPE_BYTES:

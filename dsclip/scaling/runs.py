@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from dsclip.config import Recipe, load_recipe
@@ -16,7 +17,9 @@ from dsclip.model.flops import forward_flops
 from dsclip.scaling.points import LeftOut, Point, Table
 
 COUNTS = ("classes", "samples", "images", "texts", "pairs", "candidates")  # results that say how many, not how well
-CHANCE_SHARE = 0.98  # of ln N, the loss of guessing among N: a run that ends above it learnt nothing, or lost it again
+# Of ln N, the loss of guessing among N: a run that was below the first and ends above the second lost what it had learnt; one that
+# ends above the third is worse than guessing. In between is a run that was too short to learn.
+LEARNT, LOST, WORSE = 0.9, 0.98, 1.1
 LAST = 5  # logged steps, whose median loss is that of a run's end
 
 
@@ -40,26 +43,32 @@ def read_runs(folder: Path, family: str = "runs") -> Table:
 
 def left_out(run: Path) -> str | None:
     """Why no fit may use a run; None where one may."""
-    return divergence(run) or (None if (run / "summary.json").is_file() else "it has not ended: no summary.json")
+    if (reason := divergence(run)) is not None:
+        return f"diverged: {reason}"
+    return None if (run / "summary.json").is_file() else "it has not ended: no summary.json"
 
 
 def divergence(run: Path) -> str | None:
-    """How a run's loss shows that it diverged: not finite at its end, or no better than guessing; None otherwise."""
+    """How a run's loss shows that it diverged: not finite at its end, or back at that of guessing; None otherwise."""
     path = run / "metrics.jsonl"
     logged = [] if not path.is_file() else [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    steps = [entry for entry in logged if "loss" in entry][-LAST:]
+    steps = [entry for entry in logged if "loss" in entry]
     if not steps:
         return None
-    losses = [entry["loss"] for entry in steps]
-    if any(loss is None or not math.isfinite(loss) for loss in losses):
-        return f"diverged: its loss is not finite at step {steps[-1]['step']}"
-    if all("skip_reason" in entry for entry in steps):
-        return f"diverged: its last steps were skipped, not finite: {steps[-1]['skip_reason']}"
+    last = steps[-1]["step"]
+    if steps[-1]["loss"] is None or not math.isfinite(steps[-1]["loss"]):
+        return f"its loss is not finite at step {last}"
+    if all("skip_reason" in entry for entry in steps[-LAST:]):
+        return f"its last steps were skipped, not finite: {steps[-1]['skip_reason']}"
     recipe = load_recipe(str(run / "config.yaml"))
-    guessing = math.log(recipe.batch.global_batch_size)
-    end = sorted(losses)[len(losses) // 2]
-    if recipe.loss.name == "softmax" and end >= CHANCE_SHARE * guessing:
-        return f"diverged: its loss is {end:.3f} at step {steps[-1]['step']}, and {guessing:.3f} is that of guessing"
+    if recipe.loss.name != "softmax":
+        return None
+    losses = [entry["loss"] for entry in steps if entry["loss"] is not None]
+    guessing, end, best = math.log(recipe.batch.global_batch_size), median(losses[-LAST:]), min(losses)
+    if best < LEARNT * guessing and end > LOST * guessing:
+        return f"its loss fell to {best:.3f} and is {end:.3f} at step {last}; {guessing:.3f} is that of guessing"
+    if end > max(WORSE * guessing, losses[0]):
+        return f"its loss rose from {losses[0]:.3f} to {end:.3f} at step {last}; {guessing:.3f} is that of guessing"
     return None
 
 
