@@ -44,8 +44,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     folder = find_checkpoint(Path(path))
     manifest = verify(folder)
     try:
-        # Attention is computed as it suits the machine that reads them.
-        config = replace(ClipConfig(**manifest["model"]), attention="auto")
+        # The machine that reads them computes as it suits it.
+        config = replace(ClipConfig(**manifest["model"]), attention="auto", fp8=False)
         scalars = manifest["engine"]["scalars"]
         logit_scale = math.exp(scalars["log_scale"]["value"])
         logit_bias = scalars["bias"]["value"] if "bias" in scalars else None

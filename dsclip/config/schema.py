@@ -52,6 +52,8 @@ leaves open (activation, heads, colours) is taken over."""
     """What an image's feature is made of: the `class` token, or the `average` of the patches, without a class token."""
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] | None = None
     """Kernels that compute attention, see [training](training.md#attention); null: `auto`, torch chooses on a GPU."""
+    fp8: bool | None = None
+    """Products of the image tower's blocks, but the first and the last, in fp8, see [training](training.md#fp8); null: no."""
     activation: Literal["gelu", "quick_gelu"] | None = None
     """Of the MLPs; `quick_gelu` is that of OpenAI's weights."""
     image_size: Positive | None = None

@@ -37,6 +37,7 @@ from dsclip.model import Clip, ClipConfig, Encoder
 from dsclip.model.attention import check_attention
 from dsclip.model.captions import cut_captions
 from dsclip.model.compiled import compile_blocks
+from dsclip.model.fp8 import check_fp8
 from dsclip.optim.schedule import learning_rate
 
 
@@ -76,6 +77,7 @@ class ContrastiveEngine:
             settings.beta, settings.label_smoothing, settings.debiased,
         )  # fmt: skip
         check_attention(config, self.device, _dtype(ds_config))
+        check_fp8(config, self.device, _dtype(ds_config))
         model = build_model(config, ds_config, recipe.train.seed, state_dict)
         if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):
             compile_blocks(model)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsclip.model.attention import attention
+from dsclip.model.fp8 import fp8_linear
 from dsclip.model.layer_major import Layer, over_chunks, recomputed
 
 
@@ -28,8 +29,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gel
 class Linear(nn.Linear):
     """A linear layer that draws its weight in its own constructor: under `zero.Init` it is gone afterwards.
 
-    `std` None keeps PyTorch's default weight; `zero_bias` keeps the default bias otherwise.
+    `std` None keeps PyTorch's default weight; `zero_bias` keeps the default bias otherwise. fp8: how the product is
+    computed, see `model/fp8.py`.
     """
+
+    fp8 = False
 
     if TYPE_CHECKING:  # torch says Any of every module's call
 
@@ -44,8 +48,11 @@ class Linear(nn.Linear):
         if zero_bias and bias:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8_linear(x, self.weight, self.bias) if self.fp8 else F.linear(x, self.weight, self.bias)
 
-class XavierQkv(nn.Linear):
+
+class XavierQkv(Linear):
     """Query, key and value of the image tower, drawn as torch's MultiheadAttention does (CLIP keeps that default)."""
 
     def __init__(self, width: int):
@@ -65,7 +72,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.causal, self.backend = heads, causal, backend
         if text_layers is None:
-            self.qkv: nn.Linear = XavierQkv(width)
+            self.qkv: Linear = XavierQkv(width)
             self.out = Linear(width, width, zero_bias=True)
         else:  # Radford et al. 2021, initialize_parameters: residual branches shrink with depth
             self.qkv = Linear(width, 3 * width, std=width**-0.5, zero_bias=True)
@@ -107,6 +114,8 @@ class Mlp(nn.Module):
     def forward_again(self, x: Tensor) -> Tensor:
         """`forward` for the sake of its graph: its last product is left out, and its output is zero."""
         hidden = self.activation(self.fc1(x))
+        if self.fc2.fp8:
+            return fp8_linear(hidden, self.fc2.weight, self.fc2.bias, product_left_out=True)
         without_product: Callable[..., Tensor] = _ProductLeftOut.apply
         return without_product(hidden, self.fc2.weight, self.fc2.bias)
 
@@ -135,6 +144,7 @@ class Block(Layer):
     """A pre-norm residual block [B, T, W] -> [B, T, W].
 
     text_layers: the text tower's depth, None in the image tower. backend: of attention, see `model/attention.py`.
+    fp8: of the four linear layers, see `model/fp8.py`.
     """
 
     def __init__(
@@ -148,6 +158,7 @@ class Block(Layer):
         causal: bool,
         text_layers: int | None,
         backend: str = "auto",
+        fp8: bool = False,
     ):
         super().__init__()
         norm = partial(nn.LayerNorm, width, eps=eps)
@@ -155,6 +166,8 @@ class Block(Layer):
         self.attn = Attention(width, heads, causal=causal, text_layers=text_layers, backend=backend)
         self.ln_2 = norm()
         self.mlp = Mlp(width, mlp_width, activation, text_layers=text_layers)
+        for linear in (self.attn.qkv, self.attn.out, self.mlp.fc1, self.mlp.fc2):
+            linear.fp8 = fp8
 
     @over_chunks
     def forward(self, x: Tensor) -> Tensor:

@@ -76,8 +76,8 @@ class Clip(nn.Module):
         self.config = c = config
         vision = [
             Block(c.vision_width, c.vision_heads, c.vision_mlp_width, c.activation, c.layer_norm_eps,
-                  causal=False, text_layers=None, backend=c.attention)
-            for _ in range(c.vision_layers)
+                  causal=False, text_layers=None, backend=c.attention, fp8=c.fp8 and 0 < i < c.vision_layers - 1)
+            for i in range(c.vision_layers)
         ]  # fmt: skip
         self.visual = Tower(VisionEmbed(c), vision, VisionHead(c))
         text = [

@@ -9,7 +9,7 @@ from dsclip.errors import UserError, did_you_mean
 
 ATTENTION = ("auto", "flash", "cudnn", "efficient", "math")
 # Fields that say how a model is trained here: the weights fit a model with others.
-OF_THE_RUN = ("patch_dropout", "attention")
+OF_THE_RUN = ("patch_dropout", "attention", "fp8")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -36,6 +36,7 @@ class ClipConfig:
     vision_pool: str = "class"  # class (token) | average (of the patches; there is no class token then)
     patch_dropout: float = 0.0
     attention: str = "auto"  # auto | flash | cudnn | efficient | math: how it is computed, not what
+    fp8: bool = False  # products of the image tower's inner blocks
     layer_norm_eps: float = 1e-5
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
