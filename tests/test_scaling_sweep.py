@@ -112,6 +112,26 @@ def test_a_changed_grid_does_not_continue_runs_that_have_begun(stopped):
     write_grid(grid.parent)
 
 
+def test_a_stopped_sweep_waits_for_its_run_and_leaves_none_behind(tmp_path):
+    """The run here is a shell that takes a second to end: the sweep's own part, without a training."""
+    grid = write_grid(tmp_path)
+    (tmp_path / "launch.sh").write_text(
+        "trap 'sleep 1; touch $HERE/saved; exit 75' TERM\ntouch $HERE/up\nwhile :; do sleep 0.1; done\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "tools/sweep.py", str(grid), "--launch", f"bash {tmp_path}/launch.sh", "--only", "2", "--json"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "HERE": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "up").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert (tmp_path / "saved").exists() and process.returncode == 75
+    assert "wild_s was stopped; the same command goes on with it" in json.loads(out)["error"]
+
+
 def test_a_job_array_has_a_task_for_each_run(tmp_path):
     grid = write_grid(tmp_path)
     sweep(grid, "--slurm", tmp_path / "array.sbatch", "--at-a-time", "3")

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,19 +20,13 @@ from typing import Any
 
 from dsclip.config import Grid, GridRun, dump_recipe, load_recipe
 from dsclip.datasets.demo import SEED, write_demo
-from dsclip.errors import RunFailed, UserError
+from dsclip.errors import RunStopped, UserError
 from dsclip.files import write_whole
+from dsclip.scaling.child import run_child
 from dsclip.scaling.points import named_size
 from dsclip.scaling.runs import divergence, gmacs_per_sample, run_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-STDERR = 2  # where runs print: standard output is for --json
-INTERRUPTED = {
-    -2,
-    -15,
-    130,
-    143,
-}  # exit codes of a run that was asked to stop: it is not finished, and nothing is wrong
 VALIDATION_SAMPLES = 2  # of data that is written for training alone; evaluations use demo:val
 COLUMNS = (
     "run", "status", "reason", "family", "arch", "samples_seen", "gmacs_per_sample", "gmacs_total", "train_data", "train_samples",
@@ -97,7 +90,7 @@ class Sweep:
         return self.folder / "recipes" / f"{run.name}.yaml"
 
     def train(self, run: GridRun, launch: Sequence[str], ds_config: str) -> State:
-        """Runs or continues one run. Raises RunFailed when it was interrupted."""
+        """Runs or continues one run. Raises RunStopped when it was asked to stop."""
         if run.demo_samples is not None:
             write_data(self.folder / "data" / f"demo-{run.demo_samples}", run.demo_samples)
         command = [
@@ -117,9 +110,9 @@ class Sweep:
             command += [f"data.train_shards={Path(shards).resolve()}"]
         path = self.folder / "states" / f"{run.name}.json"
         path.unlink(missing_ok=True)
-        code = subprocess.run(command, cwd=ROOT, stdout=STDERR).returncode
-        if code in INTERRUPTED:
-            raise RunFailed(f"{run.name} was interrupted; the same command goes on with it")
+        code, asked_to_stop = run_child(command, ROOT)
+        if asked_to_stop and not (self.run_folder(run) / "summary.json").is_file():
+            raise RunStopped(f"{run.name} was stopped; the same command goes on with it")
         state = self._ended(run, code)
         if state.status in ("diverged", "failed"):
             path.parent.mkdir(parents=True, exist_ok=True)
