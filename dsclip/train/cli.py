@@ -11,6 +11,7 @@ from dsclip.command_line import Parser
 from dsclip.distributed import launched_ranks, shutdown_distributed
 from dsclip.errors import RunStopped, UserError
 from dsclip.train.accelerate_launch import refuse_without_effect
+from dsclip.train.processes import launchers
 
 EXAMPLES = """examples:
   deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's large CPU tensors
+    launchers()  # now: one that ends while the run is built is noticed later
     rank = code = 0
     try:
         rank = launched_ranks()[0]

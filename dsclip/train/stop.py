@@ -9,10 +9,9 @@ import threading
 import time
 from types import FrameType, TracebackType
 
-import psutil
-
 from dsclip.distributed import Collectives
-from dsclip.errors import RunStopped
+from dsclip.errors import RunFailed, RunStopped
+from dsclip.train.processes import alive, death_of, launchers, other_ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A launcher passes on what its ranks were sent too: a signal so soon after the first is no second request.
@@ -23,7 +22,8 @@ POLL_S = 1.0
 
 class StopSignals:
     """While entered, the first SIGTERM, SIGINT or SIGUSR1 is a note that `agreed` shows to all ranks; a later one ends
-    the process at once. A launcher that is gone counts as a signal: its ranks must not train on without it."""
+    the process at once. A launcher that is gone counts as a signal: its ranks must not train on without it. When another
+    rank of this machine is gone, this one ends: no collective would ever."""
 
     def __init__(self, group: Collectives):
         self._group = group
@@ -33,7 +33,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        threading.Thread(target=self._watch, args=(launchers(),), daemon=True, name="dsclip launcher watch").start()
+        self._launchers, self._ranks = launchers(), other_ranks()
+        threading.Thread(target=self._watch, daemon=True, name="dsclip process watch").start()
         return self
 
     def __exit__(
@@ -44,6 +45,9 @@ class StopSignals:
         if kind is not RunStopped:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+        # What a collective says of a rank that is gone names nobody.
+        if isinstance(error, RuntimeError) and (dead := self._dead(wait_s=2.0)):
+            raise RunFailed(dead) from error
 
     def agreed(self) -> str | None:
         """Why every rank stops after this step, the same on all of them; None when they go on. Collective."""
@@ -62,40 +66,30 @@ class StopSignals:
     def _ask(self, why: str) -> None:
         self._asked_at, self._asked = time.monotonic(), why
 
-    def _watch(self, watched: list[psutil.Process]) -> None:
+    def _watch(self) -> None:
         """Runs in a thread of its own: a rank that hangs in a collective would never look."""
         while not self._over.wait(POLL_S):
-            gone = next((p for p in watched if not alive(p)), None)
-            if gone is None:
-                continue
-            if self._asked is None:
+            if dead := self._dead():
+                self._end(dead, 2 * POLL_S)
+            gone = next((p for p in self._launchers if not alive(p)), None)
+            if gone is not None and self._asked is None:
                 self._ask(f"the end of its launcher, process {gone.pid}")
-            if not self._over.wait(LAUNCHER_GONE_S):
-                os.write(
-                    sys.stderr.fileno(),
-                    b"dsclip: the launcher is gone and this step doesn't end: ended without a checkpoint\n",
-                )
-                os._exit(1)
+            if gone is not None and time.monotonic() - self._asked_at > LAUNCHER_GONE_S:
+                self._end("the launcher is gone and this step doesn't end: ended without a checkpoint", 0)
 
+    def _dead(self, wait_s: float = 0) -> str | None:
+        """Which other rank of this machine has died, of what, and that this one ends; waits so long for it."""
+        until = time.monotonic() + wait_s
+        while True:
+            for rank, process in self._ranks.items():
+                if how := death_of(process):
+                    return f"rank {rank} (process {process.pid}) {how}; the other ranks can't go on. Start again with --resume auto"
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.05)
 
-def launchers() -> list[psutil.Process]:
-    """The processes that this rank must not outlive: its parent, and DeepSpeed's runner above DeepSpeed's `launch`.
-
-    Signals to the runner don't reach the ranks: it ends by itself, and `launch` and the ranks go on.
-    """
-    try:
-        parent = psutil.Process().parent()
-        if parent is None or parent.pid == 1:  # nothing to outlive, or a container's first process
-            return []
-        runner = parent.parent() if "deepspeed.launcher.launch" in parent.cmdline() else None
-        return [parent] if runner is None or runner.pid == 1 else [parent, runner]
-    except psutil.Error:
-        return []
-
-
-def alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that has ended and that nobody has waited for doesn't."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    def _end(self, why: str, wait_s: float) -> None:
+        """Ends the process, unless the loop is left within the time."""
+        if not self._over.wait(wait_s):
+            os.write(sys.stderr.fileno(), f"dsclip: {why}\n".encode())
+            os._exit(1)

@@ -134,8 +134,10 @@ def deepspeed_with_a_killed_rank(*arguments, rank: int, once: Path, timeout_s=24
         return process.wait(timeout=timeout_s)
 
 
-def deepspeed_with_a_signal(*arguments, to: str, once: Path, timeout_s=240) -> subprocess.CompletedProcess:
-    """The same, with SIGTERM to one process as soon as a file is there: DeepSpeed's `runner`, its `launch`, or `rank K`.
+def deepspeed_with_a_signal(
+    *arguments, to: str, once: Path, number: int = signal.SIGTERM, timeout_s=240
+) -> subprocess.CompletedProcess:
+    """The same, with a signal to one process as soon as a file is there: DeepSpeed's `runner`, its `launch`, or `rank K`.
 
     Raises when any process of the job is left after the time.
     """
@@ -143,12 +145,12 @@ def deepspeed_with_a_signal(*arguments, to: str, once: Path, timeout_s=240) -> s
         runner = psutil.Process(process.pid)
         job = runner.children(recursive=True)
         told = {"runner": runner, "launch": job[0]}
-        (told[to] if to in told else _rank_process(process.pid, int(to.split()[1]))).terminate()
+        (told[to] if to in told else _rank_process(process.pid, int(to.split()[1]))).send_signal(number)
         code = process.wait(timeout=timeout_s)
         _, left = psutil.wait_procs(job, timeout=60)
         output.seek(0)
         printed = output.read()
-        assert not left, f"{left} still run after SIGTERM to {to}\n{printed[-6000:]}"
+        assert not left, f"{left} still run after signal {number} to {to}\n{printed[-6000:]}"
         return subprocess.CompletedProcess(process.args, code, printed, None)
 
 
@@ -159,7 +161,7 @@ def _launched(arguments, once: Path, timeout_s: float) -> Iterator[tuple[subproc
         process = start(_under_deepspeed(arguments, 2, "zero3_bf16"), stdout=output, PATH=LAUNCHER_PATH)
         end = time.monotonic() + timeout_s
         try:
-            while not once.exists():
+            while not (once.exists() and once.stat().st_size):
                 if process.poll() is not None or time.monotonic() > end:
                     output.seek(0)
                     raise AssertionError(f"{once} never came\n{output.read()[-6000:]}")
