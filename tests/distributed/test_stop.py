@@ -17,6 +17,7 @@ def test_a_signal_to_the_launcher_or_a_rank_ends_the_job_saved_and_leaves_no_pro
         "data.workers=2",
         f"train.output={tmp_path}",
         "train.name=stopped",
+        "train.save_every=null",
         "eval.every_steps=null",
     ]
     run = tmp_path / "stopped"
