@@ -113,18 +113,28 @@ def test_no_rank_ever_holds_the_features_of_all(name, hard):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_every_block_passes_every_rank_and_two_are_allocated(world_size):
     def passed(group):
-        mine = torch.full((4, 2), group.rank)
+        mine, sends = torch.full((4, 2), group.rank), []
+        pass_on, group.pass_on = group.pass_on, lambda *tensors: (sends.append(1), pass_on(*tensors))[1]
         seen, places = [], set()
         for rank, (block,) in blocks([mine], group):
             assert (block == rank).all()
             seen.append(rank)
             places.add(block.data_ptr())
         assert (mine == group.rank).all()
-        return seen, len(places)
+        return seen, len(places), len(sends)
 
-    for rank, (seen, places) in enumerate(ThreadRanks(world_size, in_ring=True).run(passed)):
+    for rank, (seen, places, sends) in enumerate(ThreadRanks(world_size, in_ring=True).run(passed)):
         assert seen == [(rank - distance) % world_size for distance in range(world_size)]
         assert places == min(3, world_size), "this rank's own and two others"
+        assert sends == world_size - 1
+
+
+def test_all_at_once_is_one_block():
+    def gathered(group):
+        return [(rank, *tensors) for rank, tensors in blocks([torch.full((2,), group.rank)], group)]
+
+    for ((rank, block),) in ThreadRanks(3).run(gathered):
+        assert rank == 0 and block.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("size", [3, 8, 11, 30])

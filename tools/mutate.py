@@ -30,7 +30,11 @@ from dsclip.errors import RunFailed, UserError
 ROOT = Path(__file__).parent.parent
 # The test files of a module, those of the longest fitting prefix, the quick ones first.
 TESTS = {
-    "dsclip/losses": ["test_losses", "test_losses_info_nce", "test_losses_dense", "test_losses_tile_size", "test_losses_fused"],
+    "dsclip/losses": ["test_losses", "test_losses_info_nce", "test_losses_dense", "test_losses_registry", "test_losses_tile_size", "test_losses_fused"],
+    "dsclip/losses/blocks": ["test_losses_ring"],
+    "dsclip/losses/debiased": ["test_losses_debiased", "test_losses"],
+    "dsclip/losses/gathering": ["test_losses_ring", "test_losses"],
+    "dsclip/losses/products": ["test_losses_products"],
     "dsclip/losses/feature_statistics": ["test_engine_negatives"],
     "dsclip/data/order": ["test_data_order", "test_data_order_resampled", "test_data_order_elastic", "test_data_shards_identity"],
     "dsclip/checkpoint": ["test_checkpoint_lineage", "test_checkpoint_manifest", "test_checkpoint_store", "test_train_run_folder", "distributed/test_checkpoint", "distributed/test_runs"],
