@@ -17,6 +17,7 @@ from dsclip.convert.hf_folder import open_hf_folder, read_hf_config, training_da
 from dsclip.convert.weights import Named, from_openclip
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
+from dsclip.model.config import OF_THE_RUN
 
 # What shapes of weights don't show: models that differ in it alone load without a word and compute something else.
 HIDDEN = (
@@ -24,7 +25,6 @@ HIDDEN = (
 )  # fmt: skip
 TAKEN = (*HIDDEN, "vision_pool")  # what a model takes over from its weights' source
 OWN_CHOICE = ("image_size", "context_length")  # what it may have otherwise
-UNSAID = ("patch_dropout", "attention")  # of a training, not of a model
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,13 @@ def said_config(path: str | Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     known = {f.name for f in fields(ClipConfig)}
-    return {k: v for k, v in read_manifest(find_checkpoint(path))["model"].items() if k in known and k not in UNSAID}
+    return {
+        k: v for k, v in read_manifest(find_checkpoint(path))["model"].items() if k in known and k not in OF_THE_RUN
+    }
 
 
 def _said(config: ClipConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if name not in UNSAID}
+    return {name: value for name, value in asdict(config).items() if name not in OF_THE_RUN}
 
 
 def _is_hf(path: Path) -> bool:
