@@ -14,6 +14,7 @@ from transformers import CLIPModel, CLIPProcessor, pipeline
 
 from dsclip.checkpoint import Checkpoint
 from dsclip.convert import export_hf, load_hf_folder, load_init
+from dsclip.convert.cli import check_bias
 from dsclip.convert.weights import from_hf, from_openclip, to_hf
 from dsclip.data import load_tokenizer
 from dsclip.data.decoding.transforms import eval_image
@@ -130,6 +131,16 @@ def test_processor_and_pipeline_work_offline_and_agree(demo, tmp_path):
         features, text = model(ours[None], tokenizer([f"a {x}" for x in labels], 32))
     for label, probability in zip(labels, (SCALE * features @ text.T).softmax(dim=1)[0], strict=True):
         assert answers[label] == pytest.approx(probability.item(), abs=1e-4)
+
+
+def test_the_bias_of_a_sigmoid_loss_is_not_dropped_without_a_word(demo, tmp_path):
+    checkpoint = replace(checkpoint_of(perturbed(small("demo")), demo), logit_bias=-9.5)
+    with pytest.raises(UserError, match="has the bias -9.5 of a sigmoid loss.*--without-bias"):
+        check_bias(checkpoint, left_out=False)
+    check_bias(checkpoint, left_out=True)
+    check_bias(replace(checkpoint, logit_bias=None), left_out=False)
+    export_hf(checkpoint, tmp_path / "hf")
+    assert "whose bias -9.5 has no place in a CLIPModel" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_an_existing_folder_is_not_overwritten(demo, tmp_path):

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import threading
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from dsclip.create import create_model
 from dsclip.data import build_eval_dataset, load_tokenizer
 from dsclip.errors import UserError
 from dsclip.evaluate import Embedder, classification_metrics, hard_negatives, retrieval_metrics, zeroshot
+from dsclip.evaluate.features import AHEAD
 from dsclip.evaluate.templates import CIFAR, OPENAI, load_classnames, load_templates
 from dsclip.evaluate.zeroshot import build_classifier
 from dsclip.losses import SingleRank
@@ -129,6 +132,34 @@ def test_metrics_are_json(demo):
     tokenizer, dataset = load_tokenizer("demo"), build_eval_dataset("demo:val", image_size=64, max_samples=8)
     metrics = zeroshot(Embedder(Constant(), Constant(), tokenizer, SingleRank(), 32, batch_size=3), dataset)
     assert json.loads(json.dumps(metrics))["samples"] == 4
+
+
+class Counted:
+    """Images that are counted while they are alive."""
+
+    def __init__(self, images):
+        self.images, self.broken, self.alive, self.most, self.lock = images, {}, 0, 0, threading.Lock()
+
+    def image(self, index):
+        image = torch.full((3, 8, 8), index % 256, dtype=torch.uint8)
+        with self.lock:
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+        weakref.finalize(image, self._gone)
+        return image
+
+    def _gone(self):
+        with self.lock:
+            self.alive -= 1
+
+
+def test_no_more_than_a_few_batches_of_images_are_decoded_ahead():
+    """Whatever their number: these are 50 batches."""
+    dataset = Counted(200)
+    embedder = Embedder(lambda images: images[:, 0, 0, :1].float(), Constant(), None, SingleRank(), 32, batch_size=4)
+    features, indices = embedder.images(dataset, list(range(200)))
+    assert features[:, 0].tolist() == indices == list(range(200))
+    assert dataset.most <= 4 * (AHEAD + 2)
 
 
 class WrittenByHand:

@@ -39,6 +39,11 @@ def main(argv: list[str] | None = None) -> None:
         "--max-shard-gb", type=float, default=MAX_SHARD_GB,
         help="largest weight file, in 10⁹ bytes: one at a time is in memory (default: %(default)s)",
     )  # fmt: skip
+    p.add_argument(
+        "--without-bias",
+        action="store_true",
+        help="leave the bias of a sigmoid loss out, which CLIPModel has no place for",
+    )
     sys.exit(run_tool(_convert, p.parse_args(argv)))
 
 
@@ -47,6 +52,7 @@ def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise UserError(f"--max-shard-gb is {arguments.max_shard_gb}; it must be more than 0")
     checkpoint = read_checkpoint(arguments.checkpoint)
     say(f"read {checkpoint.path}: step {checkpoint.step}, verified")
+    check_bias(checkpoint, left_out=arguments.without_bias)
     metrics, data = results_of_run(checkpoint)
     options = dict(metrics=metrics, data=data, max_shard_gb=arguments.max_shard_gb)
     export_hf(checkpoint, arguments.out, dtype=arguments.dtype, **options)
@@ -68,6 +74,16 @@ def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"  python launchers/evaluate.py --model {arguments.out} --task zeroshot --data SHARDS"
     )
     return result, text
+
+
+def check_bias(checkpoint: Checkpoint, *, left_out: bool) -> None:
+    """Raises UserError for a model with a sigmoid loss's bias, unless it is to be left out."""
+    if checkpoint.logit_bias is not None and not left_out:
+        raise UserError(
+            f"{checkpoint.path} has the bias {checkpoint.logit_bias:.4g} of a sigmoid loss, which CLIPModel has no place for, and "
+            "SiglipModel is another architecture. Zero-shot classes and retrieval don't depend on it, the probability of a single pair does. "
+            "Leave it out with --without-bias, or keep it with tools/convert_openclip.py"
+        )
 
 
 @torch.no_grad()

@@ -35,6 +35,14 @@ def model_card(checkpoint: Checkpoint, metrics: dict[str, dict[str, float]], dat
         f"| {t} | {data.get(t, 'unknown')} | {n} | {f'{v:.4f}' if isinstance(v, float) else v} |" for t, n, v in rows
     )
     measured = f"| task | data | metric | value |\n|---|---|---|---|\n{table}" if rows else "Not measured."
+    without = (
+        ""
+        if checkpoint.logit_bias is None
+        else (
+            f"\nThe model was trained with a sigmoid loss, whose bias {checkpoint.logit_bias:.4g} has no place in a CLIPModel: add it to the "
+            "logits for probabilities of single pairs. The order of similarities doesn't depend on it.\n"
+        )
+    )
     trained_on, batch, optim = recipe.get("data", {}), recipe.get("batch", {}), recipe.get("optim", {})
     return f"""---
 library_name: transformers
@@ -68,4 +76,4 @@ Images {c.image_size} px in patches of {c.patch_size}: {c.vision_layers} layers 
 ## Limits
 The model repeats the biases and errors of its training captions. Zero-shot results depend on the wording of the
 prompts. It has not been checked for any use that affects people.
-"""
+{without}"""

@@ -105,11 +105,18 @@ def finish(inputs: RunInputs, engine: ContrastiveEngine, watch: Watch, outcome: 
     engine.close()
     if group.rank == 0:
         if inputs.recipe.train.export_hf:
-            watch.message(f"converting {outcome.checkpoint} to a HuggingFace folder")
+            checkpoint = read_checkpoint(outcome.checkpoint)
+            without = (
+                "" if checkpoint.logit_bias is None else ", without the loss's bias, which CLIPModel has no place for"
+            )
+            watch.message(f"converting {outcome.checkpoint} to a HuggingFace folder{without}")
             export_hf(
-                read_checkpoint(outcome.checkpoint), inputs.run_dir / "hf", metrics=outcome.evaluation,
-                data=inputs.evaluation.names, overwrite=True,
-            )  # fmt: skip
+                checkpoint,
+                inputs.run_dir / "hf",
+                metrics=outcome.evaluation,
+                data=inputs.evaluation.names,
+                overwrite=True,
+            )
         watch.close()
         summary = summarise(inputs, outcome, totals, planned_mb)
         write_summary(inputs.run_dir, summary)
