@@ -47,7 +47,7 @@ def test_the_tool_writes_table_json_and_log(tmp_path):
     assert all(phase["status"] == "done" for phase in result["phases"])
     page = out.read_text()
     assert "| N = 512: loss against dense |" in page and "| not installed |" in page and "tiny" in page
-    assert all(f"| N = 512, d = 64, tiled {precision} |" in page for precision in ("plain", "tf32", "split"))
+    assert all(f"| N = 512, d = 64, tiled {precision} |" in page for precision in ("plain", "tf32", "split", "bf16"))
     assert "== loss" in out.with_suffix(".log").read_text()
 
 

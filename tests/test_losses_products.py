@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsclip.losses import Pairs, sigmoid, softmax
 from dsclip.losses.cross_entropy import CrossEntropy
@@ -61,6 +62,35 @@ def test_what_is_high_and_low_gives_the_whole_compiled_or_not():
     for high, low in (split(x), torch.compile(split.__globals__["_split"])(x)):
         assert high.dtype == low.dtype == torch.bfloat16 and torch.equal(high, x.bfloat16())
         assert ((high.double() + low.double() - x).abs() <= 2**-17 * x.abs()).all()
+
+
+class Counted(TorchDispatchMode):
+    """Multiplications and additions of matrix products in this thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.mm:
+            self.operations += args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "similarity"), [("softmax", Cosine), ("filip", LateInteraction)])
+def test_features_that_travelled_in_bf16_take_two_products_for_three_and_lose_nothing(name, similarity):
+    case = Case(name, 1, 30, width=8, extras=False, dtype=torch.bfloat16)
+    case.log_scale = case.log_scale.float()
+    pairs = case.pairs(0)
+    wide = replace(pairs, image=pairs.image.float(), text=pairs.text.float())
+    exact = loss(replace(wide, image=wide.image.double(), text=wide.text.double()), "plain", similarity)
+    operations = []
+    for features in (pairs, wide):
+        with Counted() as counted:
+            found = loss(features, "split", similarity)
+        operations.append(counted.operations)
+        assert all(error(found, exact, field) <= 20 * BOUND for field in ("d_image", "d_text", "d_log_scale"))
+    assert 3 * operations[0] == 2 * operations[1]
 
 
 def test_products_are_added_to_what_is_there():

@@ -49,6 +49,11 @@ def tiled_in(precision: Precision) -> Callable[[torch.Tensor, torch.Tensor, torc
     return run
 
 
+def tiled_bf16(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> LossGrads:
+    """dsclip's loss of features that travelled in bf16, in the device's precision."""
+    return softmax(Pairs(image.bfloat16(), text.bfloat16(), log_scale))
+
+
 def tiled_sigmoid(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> LossGrads:
     """dsclip's SigLIP loss, in tiles."""
     return sigmoid(Pairs(image, text, log_scale, bias=torch.full_like(log_scale, -10.0)))
@@ -73,7 +78,7 @@ def siglip_kernel(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tens
 
 
 VARIANTS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]] = {
-    "tiled": tiled, "dense": dense, "tiled_sigmoid": tiled_sigmoid, "memeff": memeff, "siglip_kernel": siglip_kernel,
+    "tiled": tiled, "dense": dense, "tiled_sigmoid": tiled_sigmoid, "tiled_bf16": tiled_bf16, "memeff": memeff, "siglip_kernel": siglip_kernel,
     **{f"tiled_{precision}": tiled_in(precision) for precision in get_args(Precision)},
 }  # fmt: skip
 

@@ -70,14 +70,20 @@ class Gathered:
         else:
             features = [widen(gather(x)) for x in (pairs.image, pairs.text)]
             logits = list(paired_logits(*(Samples(f, v) for f, v in zip(features, valid, strict=True))))
-        image, text = (Samples(f, v, 0, keys, None, p) for f, v, p in zip(features, valid, logits, strict=True))
+        rounded = [x.dtype == torch.bfloat16 for x in (pairs.image, pairs.text)]
+        image, text = (
+            Samples(f, v, 0, keys, None, p, is_bf16=r)
+            for f, v, p, r in zip(features, valid, logits, rounded, strict=True)
+        )
         return Block(image, text)
 
     def _gather_hard(self, pairs: Pairs, hard_text: Tensor, first: int) -> None:
         if pairs.hard_owner is None:
             raise UserError("hard_text is given without hard_owner, the rows whose hard negatives they are")
         group, owner = self._group, pairs.hard_owner + first
-        self.local = replace(self.local, hard=Samples(widen(hard_text), pairs.hard_valid, owner=owner))
+        rounded = hard_text.dtype == torch.bfloat16
+        hard = Samples(widen(hard_text), pairs.hard_valid, owner=owner, is_bf16=rounded)
+        self.local = replace(self.local, hard=hard)
         counts = [len(hard_text)]
         if group.world_size > 1:
             counts = group.all_gather(torch.tensor(counts, device=hard_text.device)).tolist()
@@ -89,7 +95,7 @@ class Gathered:
             features = self.local.image.features.new_empty(sum(counts), 0)
         else:
             features = widen(_gather_ragged(hard_text, counts, group))
-        self._everyone = replace(self._everyone, hard=Samples(features, valid, owner=owners))
+        self._everyone = replace(self._everyone, hard=Samples(features, valid, owner=owners, is_bf16=rounded))
 
     def add_statistics(self, image: dict[str, Tensor], text: dict[str, Tensor]) -> None:
         """What the gradient needs of this rank's queries, [n] a name, and by one all-gather of all ranks'. Collective."""

@@ -54,7 +54,7 @@ class LateInteraction:
         (r, row_tokens, width), (c, col_tokens, _) = rows.features.shape, cols.features.shape
         x, y = (rows.features * scale).reshape(-1, width), cols.features.reshape(-1, width)
         products = self._products
-        tokens = products.multiply(products.operand(x), products.operand(y).T)
+        tokens = products.multiply(products.operand(x), products.operand(y, is_bf16=cols.is_bf16).T)
         tokens_rTcT = tokens.view(r, row_tokens, c, col_tokens)
         by_row_rTc, best_col_rTc = _hide(tokens_rTcT, cols.valid, (1, 1, c, col_tokens)).max(dim=3)
         by_col_rcT, best_row_rcT = _hide(tokens_rTcT, rows.valid, (r, row_tokens, 1, 1)).max(dim=1)
@@ -90,9 +90,10 @@ class LateInteraction:
             spread_rTcT.scatter_add_(1, tile.best_row_token[:, None], spread[:, None])
         products = self._products
         matches = products.operand(spread_rTcT.view(r * row_tokens, c * col_tokens))
-        d_rows += products.multiply(matches, products.operand(cols.features.reshape(-1, width))).view(d_rows.shape)
+        col_tokens_D = products.operand(cols.features.reshape(-1, width), is_bf16=cols.is_bf16)
+        d_rows += products.multiply(matches, col_tokens_D).view(d_rows.shape)
         if d_cols is not None:
-            row_tokens_D = products.operand(rows.features.reshape(-1, width))
+            row_tokens_D = products.operand(rows.features.reshape(-1, width), is_bf16=rows.is_bf16)
             d_cols += products.multiply(matches.T, row_tokens_D).view(d_cols.shape)
 
 

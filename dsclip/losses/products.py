@@ -6,7 +6,7 @@
 
 and all by what the float32 sum rounds. Features rounded to bf16 err by up to 2⁻⁷·Σ|x·y|, as those of towers in bf16 do anyway:
 8 times as much as tf32 and 256 times as much as split. For unit rows Σ|x·y| is at most 1, and a logit errs by s times that.
-float64 is never rounded.
+float64 is never rounded. Features that travelled in bf16 have no low part, and their products with others are two instead of three.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Precision = Literal["plain", "tf32", "split"]
 
 
 class Split(NamedTuple):
-    """high + low [r, c], both bf16."""
+    """high + low [r, c], both bf16; low None: nothing."""
 
     high: Tensor
-    low: Tensor
+    low: Tensor | None
 
     @property
     def T(self) -> Split:
         """Transposed."""
-        return Split(self.high.T, self.low.T)
+        return Split(self.high.T, None if self.low is None else self.low.T)
 
 
 Operand = Tensor | Split
@@ -48,11 +48,11 @@ class Products:
     def __init__(self, precision: Precision | None = None):
         self._precision = precision
 
-    def operand(self, x: Tensor) -> Operand:
-        """A matrix [r, c] as the products take it."""
-        if x.dtype == torch.float32 and (self._precision or best_precision(x.device)) == "split":
-            return Split(*split(x))
-        return x
+    def operand(self, x: Tensor, *, is_bf16: bool = False) -> Operand:
+        """A matrix [r, c] as the products take it. is_bf16: its numbers are bf16's, so that there is no low part."""
+        if x.dtype != torch.float32 or (self._precision or best_precision(x.device)) != "split":
+            return x
+        return Split(x.bfloat16(), None) if is_bf16 else Split(*split(x))
 
     def multiply(self, x: Operand, y: Operand, out: Tensor | None = None) -> Tensor:
         """x·y, [r, k] times [k, c], into `out` where it is given."""
@@ -93,11 +93,15 @@ def best_precision(device: torch.device) -> Precision:
 
 def _multiply_split(x: Split, y: Split, out: Tensor | None) -> Tensor:
     rows, inner, cols = *x.high.shape, y.high.shape[1]
+    terms = [(x.high, y.high)]
+    terms += [] if y.low is None else [(x.high, y.low)]
+    terms += [] if x.low is None else [(x.low, y.high)]
     if inner <= min(rows, cols):  # a large result of short sums: one product of longer sums writes it once
-        return _wide(torch.cat([x.high, x.high, x.low], 1), torch.cat([y.high, y.low, y.high], 0), out)
-    result = _wide(x.high, y.high, out)
-    result += _wide(x.high, y.low)
-    result += _wide(x.low, y.high)
+        lefts, rights = zip(*terms, strict=True)
+        return _wide(torch.cat(lefts, 1), torch.cat(rights, 0), out)
+    result = _wide(*terms[0], out)
+    for left, right in terms[1:]:
+        result += _wide(left, right)
     return result
 
 

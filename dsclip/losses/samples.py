@@ -15,7 +15,7 @@ class Samples:
     first: index of the first sample in the global batch; None for samples that are no part of it (queue, hard
     negatives). key [r]. owner [r]: hard negatives only, the global index of the image they belong to. positive_logit
     [r]: the logit of the sample with its partner. statistics: what the gradient of its own loss needs, when it is a
-    query, one tensor [r] a name.
+    query, one tensor [r] a name. is_bf16: the features are numbers of bf16, in whatever dtype.
     """
 
     features: Tensor
@@ -25,6 +25,7 @@ class Samples:
     owner: Tensor | None = None
     positive_logit: Tensor | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    is_bf16: bool = False
 
     def __len__(self) -> int:
         return len(self.features)
@@ -43,6 +44,7 @@ class Samples:
             cut(self.owner),
             cut(self.positive_logit),
             {name: x[start:stop] for name, x in self.statistics.items()},
+            self.is_bf16,
         )
 
     def with_statistics(self, statistics: dict[str, Tensor]) -> Samples:

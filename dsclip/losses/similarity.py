@@ -72,7 +72,9 @@ class Cosine:
         torch.mul(rows.features, scale, out=scaled_rD)
         logits_rc = self._scratch("logits", len(rows), len(cols), rows.features)
         products = self._products
-        products.multiply(products.operand(scaled_rD), products.operand(cols.features).T, out=logits_rc)
+        products.multiply(
+            products.operand(scaled_rD), products.operand(cols.features, is_bf16=cols.is_bf16).T, out=logits_rc
+        )
         return Tile(logits_rc, logits_rc)
 
     def paired_logits(self, rows: Samples, cols: Samples, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,9 +100,9 @@ class Cosine:
             return
         products = self._products
         weights = products.operand(weights_rc)
-        products.add(d_rows, weights, products.operand(cols.features))
+        products.add(d_rows, weights, products.operand(cols.features, is_bf16=cols.is_bf16))
         if d_cols is not None:
-            products.add(d_cols, weights.T, products.operand(rows.features))
+            products.add(d_cols, weights.T, products.operand(rows.features, is_bf16=rows.is_bf16))
 
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from dsclip.bench.loss import measure as measure_loss
 from dsclip.losses.products import Precision
 
 SIZES = ((32_768, 768), (65_536, 768), (131_072, 768), (262_144, 1024))
-PRECISIONS = [f"tiled_{precision}" for precision in get_args(Precision)]  # `tiled` takes the device's
+# `tiled` takes the device's precision; `tiled_bf16` does, of features that travelled in bf16.
+PRECISIONS = [*(f"tiled_{precision}" for precision in get_args(Precision)), "tiled_bf16"]
 LINE_N, LINE_MS, LINE_MB = 65_536, 50, 1_400
 
 
