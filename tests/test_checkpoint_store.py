@@ -1,13 +1,17 @@
 """A checkpoint of one rank: what its manifest says, what of it stays, and which engines may continue it."""
 
+from dataclasses import replace
+
 import pytest
 
 from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint, read_checkpoint, read_manifest
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints
 from dsclip.config.schema import LossSection
+from dsclip.convert import load_init
 from dsclip.errors import UserError
+from dsclip.model.config import OF_THE_RUN
 from tests.distributed.checkpoint_worker import NoTokenizer
-from tests.distributed.exactness_worker import GLOBAL_BATCH, build, global_batch
+from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, build, global_batch
 from tests.distributed.launch import alone
 
 OPTIONS = dict(micro_batches=1, chunks=1, patch_dropout=0.0, bf16=False)
@@ -87,9 +91,17 @@ def test_what_does_not_fit_is_refused_with_what_to_do(stage, loss, world_size, m
     engine.close()
 
 
+def test_weights_start_a_model_that_is_trained_otherwise(saved):
+    trained = dict(patch_dropout=0.5, attention="math", fp8=True)
+    assert set(trained) == set(OF_THE_RUN)
+    weights, _ = load_init(find_checkpoint(saved[0]), replace(CONFIG, **trained))
+    assert weights.keys() == read_checkpoint(saved[0]).state_dict.keys()
+
+
 def test_another_model_is_refused_but_not_for_how_it_is_trained(saved, group):
     engine = build(1, **OPTIONS | {"patch_dropout": 0.5}, group=group)
     object.__setattr__(engine.config, "attention", "math")
+    object.__setattr__(engine.config, "fp8", True)
     load_checkpoint(engine, find_checkpoint(saved[0]), world_size=1)
     object.__setattr__(engine.config, "layer_norm_eps", 1e-3)
     with pytest.raises(UserError, match="holds another model: layer_norm_eps differ"):

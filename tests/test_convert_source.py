@@ -18,7 +18,6 @@ from dsclip.create import create_model
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.evaluate.cli import _parser, evaluate
-from dsclip.model.config import OF_THE_RUN
 from tests.test_checkpoint_manifest import STATE
 from tests.test_convert import SCALE, checkpoint_of, inputs, perturbed, small
 from tests.test_train_evaluation import OFF, plan
@@ -61,12 +60,6 @@ def difference(ours, theirs) -> float:
     output = theirs.eval()(input_ids=tokens, pixel_values=images)
     image, text = ours(images, tokens)
     return max((image - output.image_embeds).abs().max().item(), (text - output.text_embeds).abs().max().item())
-
-
-def test_how_a_model_is_trained_is_nothing_that_its_weights_say(model, folder):
-    trained = dict(patch_dropout=0.5, attention="math", fp8=True)
-    assert set(trained) == set(OF_THE_RUN)
-    load_init(folder, replace(model.config, **trained))  # isn't refused
 
 
 def test_what_shapes_do_not_show_comes_from_the_folder_on_every_way_in(model, folder, tmp_path):
