@@ -1,10 +1,13 @@
 """A checkpoint of one rank: what its manifest says, what of it stays, and which engines may continue it."""
 
+import os
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
 
-from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint, read_checkpoint, read_manifest
+from dsclip.checkpoint import CheckpointStore, NoRoom, find_checkpoint, load_checkpoint, read_checkpoint, read_manifest
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints
 from dsclip.config.schema import LossSection
 from dsclip.convert import load_init
@@ -106,4 +109,36 @@ def test_another_model_is_refused_but_not_for_how_it_is_trained(saved, group):
     object.__setattr__(engine.config, "layer_norm_eps", 1e-3)
     with pytest.raises(UserError, match="holds another model: layer_norm_eps differ"):
         load_checkpoint(engine, find_checkpoint(saved[0]), world_size=1)
+    engine.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("a small file system can't be mounted here")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_disk_that_is_too_full_is_found_before_anything_is_written(small_disk, group):
+    engine = build(1, **OPTIONS, group=group)
+    engine.train_step(global_batch(0))
+    store = CheckpointStore(small_disk, keep=2, tokenizer=NoTokenizer(), lineage=Lineage("this"))
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - engine.bytes_to_save() // 2)))
+    with pytest.raises(NoRoom, match=r"a checkpoint takes \S+ GB and \S+ GB are free in .*; make room there"):
+        store.save(engine, {"position": 0}, {})
+    assert not list((small_disk / "checkpoints").iterdir())
+    filler.unlink()
+    engine.close()
+
+
+@pytest.mark.parametrize("options", [{"bf16": False}, {"bf16": True}], ids=str)
+def test_the_size_of_a_checkpoint_is_known_beforehand(options, group, tmp_path):
+    engine = build(1, **OPTIONS | options, group=group)
+    engine.train_step(global_batch(0))
+    saved = CheckpointStore(tmp_path, keep=2, tokenizer=NoTokenizer()).save(engine, {"position": 0}, {})
+    size = sum(path.stat().st_size for path in saved.rglob("*.pt"))
+    assert 0.8 < engine.bytes_to_save() / size <= 1.25, size
     engine.close()

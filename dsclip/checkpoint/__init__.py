@@ -3,13 +3,14 @@
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint
 from dsclip.checkpoint.manifest import Manifest, read_manifest
 from dsclip.checkpoint.read import Checkpoint, read_checkpoint
-from dsclip.checkpoint.store import CheckpointStore, find_checkpoint, load_checkpoint, load_verified
+from dsclip.checkpoint.store import CheckpointStore, NoRoom, find_checkpoint, load_checkpoint, load_verified
 
 __all__ = [
     "Checkpoint",
     "CheckpointStore",
     "Lineage",
     "Manifest",
+    "NoRoom",
     "complete_checkpoints",
     "find_checkpoint",
     "load_checkpoint",

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint, step_of
 from dsclip.checkpoint.manifest import MANIFEST, LaterRunState, Manifest, read_manifest, verify, write_manifest
 from dsclip.distributed import Collectives
-from dsclip.errors import UserError
+from dsclip.errors import RunFailed, UserError
 from dsclip.files import on_disk
 from dsclip.model.config import OF_THE_RUN, ClipConfig
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
     from dsclip.engine.contrastive import ContrastiveEngine
+
+
+ROOM = 1.05  # beside the tensors: containers, tokenizer, manifest
 
 
 class SavedTokenizer(Protocol):
@@ -31,6 +34,10 @@ class Lock(Protocol):
 
     def held(self) -> bool:
         """Whether no other run has taken the folder over."""
+
+
+class NoRoom(RunFailed):
+    """The disk is too full for a checkpoint. Raised on all ranks alike; those that are there are untouched."""
 
 
 class CheckpointStore:
@@ -59,7 +66,7 @@ class CheckpointStore:
         """Saves step `engine.step`, with what the run counted so far. Collective: every rank writes its ZeRO shards.
 
         data_state: the position of this rank in the data after that step. Raises UserError when another run has taken over
-        the folder.
+        the folder, and NoRoom, before anything is written, when the disk is too full.
         """
         group = engine.group
         self._check_lock(group)
@@ -68,6 +75,8 @@ class CheckpointStore:
         if group.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+        self._check_room(engine, temporary)
+        if group.rank == 0:
             self._tokenizer.save(temporary / "tokenizer")
         group.barrier()
         state: LaterRunState = {
@@ -101,6 +110,18 @@ class CheckpointStore:
         if lost:
             raise UserError(
                 f"another run took over {self.folder.parent} while this one was stopped; nothing more is written there"
+            )
+
+    def _check_room(self, engine: ContrastiveEngine, temporary: Path) -> None:
+        """DeepSpeed's writers fail on a full disk rank by rank, and the others wait for them."""
+        needed = engine.bytes_to_save() * ROOM
+        free = engine.group.broadcast_object(shutil.disk_usage(temporary).free if temporary.exists() else 0)
+        if free < needed:
+            if engine.group.rank == 0:
+                temporary.rmdir()
+            raise NoRoom(
+                f"a checkpoint takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {self.folder}; make room there, or set "
+                "train.keep_checkpoints lower"
             )
 
     def _remove_old(self) -> None:

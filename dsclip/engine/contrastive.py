@@ -28,7 +28,7 @@ from dsclip.engine.host_copy import HostCopy
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, needed, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
-from dsclip.engine.state import EngineState
+from dsclip.engine.state import EngineState, saved_bytes
 from dsclip.engine.step_metrics import StepMetrics
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss, with_prefixes
@@ -262,6 +262,13 @@ class ContrastiveEngine:
         """Unit features [b, D] of tokens [b, L]. Collective under ZeRO-3: every rank calls it equally often."""
         features: Tensor = self.deepspeed(None, cut_captions(tokens, self.config, None, self.device))[1]
         return features
+
+    def bytes_to_save(self) -> int:
+        """About what `save` writes, on all ranks together."""
+        extra = 0 if self.queue is None else self.queue.bytes
+        if self._momentum is not None:
+            extra += self._momentum.bytes * self.group.world_size
+        return saved_bytes(self.module.parameters()) + extra
 
     def save(self, folder: Path) -> EngineState:
         """Writes the sharded weights and optimizer below `folder`; returns the rest of the state, ready for JSON.

@@ -43,6 +43,11 @@ class FeatureQueue:
             self._tensors["text_valid"] = torch.zeros(self.size, shape_text[0], dtype=torch.bool, device=device)
         self.filled = self._next = 0
 
+    @property
+    def bytes(self) -> int:
+        """As `save` writes them."""
+        return sum(x.numel() * x.element_size() for x in self._tensors.values())
+
     def negatives(self, step: int) -> dict[str, Tensor]:
         """The queue as fields of `Pairs`; nothing during the warm-up. step: optimizer steps done."""
         ready = self.filled == self.size if self._warmup_steps is None else step >= self._warmup_steps

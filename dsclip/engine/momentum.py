@@ -56,6 +56,11 @@ class MomentumEncoder:
         for parameter, average in zip(self._parameters, self._average, strict=True):
             _shard(parameter).copy_(average)
 
+    @property
+    def bytes(self) -> int:
+        """Of this rank's shards of the average, as `save` writes them."""
+        return sum(4 * x.numel() for x in self._average)
+
     def save(self, folder: Path, rank: int) -> None:
         """Writes this rank's shards of the average."""
         save_file({str(i): x for i, x in enumerate(self._average)}, str(folder / _file(rank)))

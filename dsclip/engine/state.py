@@ -1,8 +1,11 @@
-"""What an engine saves beside its tensors, as JSON holds it. Imports no DeepSpeed."""
+"""What an engine saves: how many bytes, and what there is beside its tensors, as JSON holds it. Imports no DeepSpeed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypedDict
+
+from torch import nn
 
 
 class QueueState(TypedDict):
@@ -18,3 +21,8 @@ class EngineState(TypedDict):
     step: int
     scalars: dict[str, dict[str, float]]
     queue: QueueState | None
+
+
+def saved_bytes(weights: Iterable[nn.Parameter]) -> int:
+    """About what all ranks together write of these weights: themselves, their float32 copies, and AdamW's two moments."""
+    return sum(getattr(w, "ds_numel", w.numel()) * (w.element_size() + 3 * 4) for w in weights)

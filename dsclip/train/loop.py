@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsclip.checkpoint import CheckpointStore
+from dsclip.checkpoint import CheckpointStore, NoRoom
 from dsclip.config import Recipe
 from dsclip.data.loader import Loader
 from dsclip.distributed import Collectives
@@ -59,10 +59,17 @@ def train(
     def save() -> Path:
         if data_state is None:
             raise RuntimeError(f"step {engine.step}: the loader's batches don't say their position in the data")
-        folder = store.save(engine, data_state, asdict(recipe), watch.counted())
         clock.restart()
+        folder = store.save(engine, data_state, asdict(recipe), watch.counted())
         watch.message(f"step {engine.step}: saved {folder}")
         return folder
+
+    def save_on_the_way() -> Path | None:
+        try:
+            return save()
+        except NoRoom as error:
+            watch.message(f"step {engine.step}: NOT saved, and the run goes on: {error}")
+            return checkpoint
 
     def measure() -> Results:
         measured, error = evaluate(evaluation, engine, watch)
@@ -80,9 +87,12 @@ def train(
             watch.step(metrics, batch, waited, time.monotonic() - started)
 
             last, stop = engine.step == settings.steps, signals.agreed()
+            ends = last or stop is not None or watch.fails()
             # Saved before it is evaluated: an evaluation that fails must not cost the run.
-            if last or stop or watch.fails() or _due(engine.step, settings.save_every) or clock.due(engine.step):
+            if ends:
                 checkpoint = save()
+            elif _due(engine.step, settings.save_every) or clock.due(engine.step):
+                checkpoint = save_on_the_way()
             if watch.fails():
                 watch.check_applied()
             if stop:

@@ -1,6 +1,8 @@
 """Runs that are stopped, extended, rewound, continued elsewhere or refused, and evaluations that fail, on two ranks."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,18 @@ def folder(demo, tmp_path_factory):
     for name in ("003", "011", "019", "027"):
         members[name]["jpg"] = b"no picture"
     (folder / "shards").mkdir()
+    full = folder / "runs" / "full"
+    full.mkdir(parents=True)
+    mounted = (
+        os.geteuid() == 0 and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", full]).returncode
+    )
     write_tar(folder / "shards" / "0.tar", members)
-    run_ranks(WORKERS / "runs_worker.py", 2, folder / "results.json", folder, timeout_s=900)
-    return folder
+    try:
+        run_ranks(WORKERS / "runs_worker.py", 2, folder / "results.json", folder, timeout_s=900)
+        yield folder
+    finally:
+        if mounted:
+            subprocess.run(["umount", full], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +184,16 @@ def test_checkpoints_are_saved_by_the_clock(results):
 
 def test_ranks_meet_or_find_that_others_are_elsewhere(results):
     assert results["meetings"] == [None, ["rank 0", "rank 1"]]
+
+
+def test_a_disk_that_is_full_for_now_stops_no_run_before_its_end(results):
+    full = results["full"]
+    if full is None:
+        pytest.skip("a small file system can't be mounted here")
+    assert full["checkpoints"] == names(1)
+    assert "step 2: NOT saved, and the run goes on: a checkpoint takes" in full["shown"]
+    assert list(steps(full)) == [1, 2, 3]
+    assert all(error.startswith("NoRoom: a checkpoint takes") for error in full["ranks"]), full
 
 
 def test_no_lock_stays_behind(folder, results):
