@@ -63,6 +63,19 @@ def test_families_are_compared_at_equal_compute(two_families):
     assert (first["leads"], last["leads"]) == ("early", "late") and min(first["confidence"], last["confidence"]) > 0.99
 
 
+def test_the_study_of_2025_needs_a_law_that_saturates_at_both_ends_and_mammut_overtakes_clip():
+    code, found = run(
+        "published2025", "--task", "imagenet1k", "--form", "best", "--compare", "clip", "mammut", "--draws", "200"
+    )
+    assert code == 0 and {fit["form"] for fit in found["fits"]} == {"double"}
+    for fit in found["fits"]:
+        laws = fit["alternatives"]
+        assert laws["double"]["aicc"] < laws["power"]["aicc"] - 50 and laws["double"]["irreducible_ci95"][0] > 0
+    crossing = found["compare"][0]["crossing"]
+    assert crossing["overtakes"] == "mammut" and 1e10 < crossing["compute"] < 1e11
+    assert crossing["behind_with_95_until"] < crossing["compute"] < crossing["ahead_with_95_from"]
+
+
 def test_a_budget_buys_the_model_with_the_lowest_predicted_error(tmp_path):
     rows = []
     for arch, gmacs in (("ViT-B-32", 7.4), ("ViT-B-16", 20.57), ("ViT-L-14", 87.73), ("ViT-H-14", 190.97)):
@@ -109,6 +122,10 @@ def test_figures_and_a_page_are_written(two_families, tmp_path):
         (["published", "--budget", "1", "--gpu", "H100", "--gpus", "3"], "3 GPUs can't share evenly"),
         (["published", "--budget", "1", "--gpu", "B9000"], "B9000 is not known here"),
         (["published", "--draws", "3"], "95% of fewer than 40 draws"),
+        (
+            ["published", "--form", "double"],
+            "openai has 3 runs on imagenet1k, too few of them for that law; take power",
+        ),
         (["tests"], "tests holds no runs"),
     ],
 )

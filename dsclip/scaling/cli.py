@@ -20,6 +20,7 @@ from dsclip.scaling.compare import compare
 from dsclip.scaling.drawing import Drawing
 from dsclip.scaling.figures import bottleneck_figure, scaling_figure
 from dsclip.scaling.frontier import Method
+from dsclip.scaling.law import PARAMETERS
 from dsclip.scaling.page import page
 from dsclip.scaling.points import PUBLISHED, Point, Table, groups, read_csv
 from dsclip.scaling.report import as_json, budget_text, comparison_text, text
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     """tools/scaling_laws.py."""
     p = parser("Scaling laws of runs: error against compute, with intervals, and what to train next.", EXAMPLE)
     p.add_argument(
-        "sources", nargs="*", default=[PUBLISHED], metavar="SOURCE",
-        help="CSV files, run folders or folders of runs; `published`: the points of Cherti et al. 2023 (default)",
+        "sources", nargs="*", default=[PUBLISHED[0]], metavar="SOURCE",
+        help="CSV files, run folders or folders of runs; `published`: Cherti et al. 2023 (default); `published2025`: Nezhurina et al. 2025",
     )  # fmt: skip
     p.add_argument("--task", help="only points of this test set")
     p.add_argument("--metric", help="only this metric, such as acc1")
@@ -47,6 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "--at", type=float, nargs="+", default=[], metavar="GMACS", help="predict the error at these computes"
     )
+    p.add_argument(
+        "--form", choices=(*PARAMETERS, "best"), default="power",
+        help="law that predictions, comparisons and figures use; best: of the lowest AICc (default: power)",
+    )  # fmt: skip
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two families at equal compute")
     p.add_argument(
         "--budget", type=float, metavar="GPU_HOURS", help="what to train with so many GPU hours; needs --gpu"
@@ -69,7 +74,7 @@ def scaling_laws(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     fits: list[FamilyFit] = []
     unfitted = []
     for (task, metric, family), runs in found.items():
-        fit = fit_family(runs, method=a.method, draws=a.draws, seed=a.seed)
+        fit = fit_family(runs, method=a.method, form=a.form, draws=a.draws, seed=a.seed)
         if fit is None:
             reason = f"{len(runs)} points of one compute: two different ones make a law"
             unfitted.append({"task": task, "metric": metric, "family": family, "reason": reason})
@@ -77,7 +82,7 @@ def scaling_laws(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
             fits.append(fit)
     rows = {_name(f): series(f.runs) for f in fits}
     result: dict[str, Any] = {
-        "sources": a.sources, "points": len(table.points), "fits": [as_json(f, a.at, a.method) for f in fits],
+        "sources": a.sources, "points": len(table.points), "fits": [as_json(f, a.at, a.method, a.form) for f in fits],
         "unfitted": unfitted, "left_out": [asdict(left) for left in table.left_out],
         "bottlenecks": [{"of": _name(f), **s.described(f.power.law.alpha)} for f in fits for s in rows[_name(f)]],
     }  # fmt: skip
@@ -116,7 +121,7 @@ def _check(a: argparse.Namespace) -> None:
 def _read(a: argparse.Namespace) -> Table:
     table = Table()
     for source in a.sources:
-        folder = source != PUBLISHED and Path(source).is_dir()
+        folder = source not in PUBLISHED and Path(source).is_dir()
         table.extend(read_runs(Path(source), a.family) if folder else read_csv(source))
     for name, attribute in (("--task", "task"), ("--metric", "metric")):
         wanted, known = getattr(a, attribute), sorted({getattr(p, attribute) for p in table.points})

@@ -36,53 +36,62 @@ def _spread(ends: tuple[float, float], count: int) -> Array:
 
 def ahead(a: FamilyFit, b: FamilyFit, compute: Array) -> Array:
     """[m]: the share of draws in which b's error is below a's at each compute."""
-    x = np.log10(compute)[None, :]
+    return np.asarray((_differences(a, b, compute) < 0).mean(0))
+
+
+def _differences(a: FamilyFit, b: FamilyFit, compute: Array) -> Array:
+    """[d, m]: ln E of b − ln E of a in each pair of draws."""
     count = min(len(a.draws), len(b.draws))
-    lines = [f.draws[:count, :1] * x + f.draws[:count, 1:] for f in (a, b)]
-    return np.asarray((lines[1] < lines[0]).mean(0))
+    return b.drawn(compute)[:count] - a.drawn(compute)[:count]
 
 
 def _at(a: FamilyFit, b: FamilyFit, compute: float, both: tuple[float, float]) -> dict[str, Any]:
     at = np.array([compute])
-    errors = [float(f.power.law.error(at)[0]) for f in (a, b)]
+    errors = [float(f.law.law.error(at)[0]) for f in (a, b)]
     share = float(ahead(a, b, at)[0])
-    leads = b.family if share >= 0.5 else a.family
-    count = min(len(a.draws), len(b.draws))
-    difference = (b.draws[:count] - a.draws[:count]) @ np.array([np.log10(compute), 1.0])
-    low, high = (float(10**v) for v in np.percentile(difference, [2.5, 97.5]))
+    low, high = (float(np.exp(v)) for v in np.percentile(_differences(a, b, at)[:, 0], [2.5, 97.5]))
     return {
         "compute": float(compute), "error": {a.family: errors[0], b.family: errors[1]}, "ratio": errors[1] / errors[0],
-        "ratio_ci95": [low, high], "leads": leads, "confidence": max(share, 1 - share),
+        "ratio_ci95": [low, high], "leads": b.family if share >= 0.5 else a.family, "confidence": max(share, 1 - share),
         "extrapolated": bool(not both[0] * (1 - 1e-9) <= compute <= both[1] * (1 + 1e-9)),
     }  # fmt: skip
 
 
 def _crossing(a: FamilyFit, b: FamilyFit, outer: tuple[float, float], both: tuple[float, float]) -> dict[str, Any]:
-    """Where the laws meet; who is ahead above it; from which compute with confidence, None if nowhere looked at."""
-    slope = a.power.law.alpha - b.power.law.alpha
-    steeper = b if slope > 0 else a
-    other = a if steeper is b else b
-    met = float((np.log10(b.power.law.beta) - np.log10(a.power.law.beta)) / slope) if slope else np.inf
+    """Where the laws meet last, within a thousandth to a thousand times what was run; who is ahead from there on, how surely.
+
+    Where they don't meet the compute is None, and the one that `overtakes` is ahead everywhere.
+    """
     grid = _spread((outer[0] / BEYOND, outer[1] * BEYOND), STEPS)
-    sure = ahead(other, steeper, grid) >= CONFIDENCE
-    # From there on for good: a draw-wise share may dip again far out, where slopes alone decide.
-    unsure = np.flatnonzero(~sure)
-    start = 0 if len(unsure) == 0 else int(unsure[-1]) + 1
-    from_compute = float(grid[start]) if start < len(grid) else None
-    before = ahead(steeper, other, grid) >= CONFIDENCE
-    until = float(grid[np.flatnonzero(before)[-1]]) if before.any() else None
-    count = min(len(a.draws), len(b.draws))
-    slopes = other.draws[:count, 0] - steeper.draws[:count, 0]
-    overtakes = slopes > 0
-    places = (steeper.draws[:count, 1] - other.draws[:count, 1])[overtakes] / slopes[overtakes]
-    ends = [_power(v) for v in np.percentile(places, [2.5, 97.5])] if overtakes.any() else None
+    difference = np.log(b.law.law.error(grid)) - np.log(a.law.law.error(grid))
+    winner, loser = (b, a) if difference[-1] < 0 else (a, b)
+    drawn = _differences(loser, winner, grid)
+    met = _last_meeting(np.log10(grid), (difference if winner is b else -difference)[None])[0]
+    places = _last_meeting(np.log10(grid), drawn)
+    found = places[np.isfinite(places)]
+    ends = [float(10**v) for v in np.percentile(found, [2.5, 97.5])] if len(found) else None
+    sure, behind = (drawn < 0).mean(0) >= CONFIDENCE, (drawn > 0).mean(0) >= CONFIDENCE
+    # Within the runs of either: far out the slopes of single draws alone decide.
+    near = (grid >= outer[0] * (1 - 1e-9)) & (grid <= outer[1] * (1 + 1e-9))
+    unsure = np.flatnonzero(near & ~sure)
+    start = int(unsure[-1]) + 1 if len(unsure) else int(np.flatnonzero(near)[0])
+    from_compute = float(grid[start]) if near[min(start, len(grid) - 1)] else None
+    until = float(grid[np.flatnonzero(near & behind)[-1]]) if (near & behind).any() else None
     return {
-        "compute": _power(met), "compute_ci95": ends, "overtakes": steeper.family, "overtaken": other.family,
-        "confidence_that_it_ever_does": float(overtakes.mean()), "ahead_with_95_from": from_compute,
-        "behind_with_95_until": until, "extrapolated": bool(not both[0] <= 10 ** min(met, 300.0) <= both[1]),
+        "compute": float(10**met) if np.isfinite(met) else None, "compute_ci95": ends, "overtakes": winner.family,
+        "overtaken": loser.family, "confidence": float((drawn[:, near][:, -1] < 0).mean()), "ahead_with_95_from": from_compute,
+        "behind_with_95_until": until, "extrapolated": bool(np.isfinite(met) and not both[0] <= 10**met <= both[1]),
     }  # fmt: skip
 
 
-def _power(exponent: float) -> float | None:
-    """10^exponent; None where that is no compute that anybody could spend or name."""
-    return float(10**exponent) if -30 < exponent < 60 else None
+def _last_meeting(x: Array, difference: Array) -> Array:
+    """[d]: the x from which on difference [d, m] stays below 0, between the grid's points by a line; NaN where it never changes."""
+    below = difference < 0
+    above = ~below
+    last = np.where(above.any(-1), difference.shape[-1] - 1 - above[:, ::-1].argmax(-1), -1)
+    found = np.full(len(difference), np.nan)
+    for row, i in enumerate(last):
+        if 0 <= i < len(x) - 1:
+            d0, d1 = difference[row, i], difference[row, i + 1]
+            found[row] = x[i] + (x[i + 1] - x[i]) * d0 / (d0 - d1)
+    return found

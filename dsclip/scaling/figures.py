@@ -71,7 +71,7 @@ def scaling_figure(fits: Sequence[FamilyFit]) -> Drawing:
     computes = [p.compute for f in fits for p in f.runs]
     errors = [p.error for f in fits for p in f.runs]
     ends = min(computes) / 1.6, max(computes) * AHEAD
-    lowest = min([*errors, *(float(f.power.law.error(ends[1])) for f in fits)])
+    lowest = min([*errors, *(float(f.law.law.error(ends[1])) for f in fits)])
     axes = Axes(d, (LEFT, TOP), (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM), ends, (lowest / 1.1, max(errors) * 1.15))
     first = fits[0]
     axes.frame(
@@ -80,6 +80,7 @@ def scaling_figure(fits: Sequence[FamilyFit]) -> Drawing:
         percent=_shares(first),
     )
     d.text((WIDTH / 2, 16), f"{first.task}, {first.metric}", 14, "middle")
+    legend = WIDTH - (350 if any(f.law.law.form != "power" for f in fits) else 262)
     for number, fit in enumerate(fits):
         colour = COLOURS[number % len(COLOURS)]
         _band(d, axes, fit, colour, ends[1])
@@ -87,10 +88,12 @@ def scaling_figure(fits: Sequence[FamilyFit]) -> Drawing:
         for p in fit.runs:
             on = (p.compute, p.error) in front
             d.dot(axes.at(p.compute, p.error), colour, 4 if on else 3, 1.0 if on else 0.45)
-        law = fit.power.law
-        words = f"{fit.family}: E = {law.beta:.2f} · C^{law.alpha:.2f}"
-        d.line([(WIDTH - 262, TOP + 12 + 18 * number), (WIDTH - 240, TOP + 12 + 18 * number)], colour, 2.5)
-        d.text((WIDTH - 234, TOP + 16 + 18 * number), words, 12)
+        law = fit.law.law
+        base = f"(C + {law.offset:.1e})" if law.offset else "C"
+        irreducible = "" if law.form == "power" else f"{law.irreducible:.2f} + "
+        words = f"{fit.family}: E = {irreducible}{law.beta:.2f} · {base}^{law.alpha:.2f}"
+        d.line([(legend, TOP + 12 + 18 * number), (legend + 22, TOP + 12 + 18 * number)], colour, 2.5)
+        d.text((legend + 28, TOP + 16 + 18 * number), words, 12)
     return d
 
 
@@ -101,10 +104,10 @@ def _band(d: Drawing, axes: Axes, fit: FamilyFit, colour: str, end: float) -> No
     upper = [axes.at(a, b) for a, b in zip(x, high, strict=True)]
     lower = [axes.at(a, b) for a, b in zip(x, low, strict=True)]
     d.area([*upper, *reversed(lower)], colour, 0.13)
-    errors = fit.power.law.error(x)
-    inside = x <= last
-    d.line([axes.at(a, b) for a, b in zip(x[inside], errors[inside], strict=True)], colour, 2)
-    d.line([axes.at(a, b) for a, b in zip(x[~inside], errors[~inside], strict=True)], colour, 2, dashed=True)
+    errors = fit.law.law.error(x)
+    count = int((x <= last).sum())
+    d.line([axes.at(a, b) for a, b in zip(x[:count], errors[:count], strict=True)], colour, 2)
+    d.line([axes.at(a, b) for a, b in zip(x[count - 1 :], errors[count - 1 :], strict=True)], colour, 2, dashed=True)
 
 
 def bottleneck_figure(title: str, series: Sequence[Series], *, percent: bool) -> Drawing:

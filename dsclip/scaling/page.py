@@ -47,7 +47,7 @@ def fit_rows(fits: Sequence[dict[str, Any]]) -> list[list[str]]:
         held = fit["largest_held_out"]
         said = "-" if held is None else f"{held['error']:.3f} {between(held['error_ci95'])}, {held['measured']:.3f}"
         rows.append([
-            f"{fit['task']}, {fit['metric']}", fit["family"], str(fit["runs"]), fit["method"],
+            f"{fit['task']}, {fit['metric']}", fit["family"], str(fit["runs"]), _method(fit),
             f"{fit['alpha']:.3f} {between(fit['alpha_ci95'])}", f"{fit['beta']:.2f} {between(fit['beta_ci95'], 2)}", said,
         ])  # fmt: skip
     return rows
@@ -70,3 +70,7 @@ def alternative_rows(fits: Sequence[dict[str, Any]]) -> list[list[str]]:
 def between(ends: Sequence[float] | None, digits: int = 3) -> str:
     """An interval as people read it; empty where there is none."""
     return "" if ends is None else f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+
+
+def _method(fit: dict[str, Any]) -> str:
+    return str(fit["method"]) if fit["form"] == "power" else f"{fit['method']}, {fit['form']}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dsclip.errors import UserError
 
-PUBLISHED = "published"  # a source's name for the points that come with dsclip
+PUBLISHED = ("published", "published2025")  # sources that come with dsclip: their CSV files' names
 NUMBERS = ("samples_seen", "gmacs_per_sample", "gmacs_total", "train_samples", "lr", "seconds", "seed", "steps")
 WORDS = ("family", "arch", "train_data", "test_data", "run", "status", "reason")
 KNOWN = (*WORDS, *NUMBERS)
@@ -68,10 +68,10 @@ class Table:
 
 
 def read_csv(path: Path | str) -> Table:
-    """The points of a CSV, or of `published`. Raises UserError that names file, line and column."""
-    if str(path) == PUBLISHED:
-        text = (resources.files("dsclip.scaling") / "published.csv").read_text(encoding="utf-8")
-        return parse(text.splitlines(), PUBLISHED)
+    """The points of a CSV, or of a published study by name. Raises UserError that names file, line and column."""
+    if str(path) in PUBLISHED:
+        text = (resources.files("dsclip.scaling") / f"{path}.csv").read_text(encoding="utf-8")
+        return parse(text.splitlines(), str(path))
     try:
         return parse(Path(path).read_text(encoding="utf-8-sig").splitlines(), str(path))
     except UnicodeDecodeError as error:

@@ -13,18 +13,21 @@ from dsclip.scaling.page import alternative_rows, between, fit_rows
 from dsclip.scaling.study import AHEAD, FamilyFit, Fit, extrapolate, hold_out_largest
 
 
-def as_json(fit: FamilyFit, at: Sequence[float], method: Method | None = None) -> dict[str, Any]:
-    """One entry of `fits`. at: computes to predict, beside multiples of the largest; method: None where it follows the runs."""
-    ends = [[float(v) for v in np.percentile(fit.draws[:, j], [2.5, 97.5])] for j in (0, 1)]
+def as_json(fit: FamilyFit, at: Sequence[float], method: Method | None, form: Any) -> dict[str, Any]:
+    """One entry of `fits`. at: computes to predict, beside multiples of the largest; method, form: as they were asked for."""
+    logs = fit.draws[:, 0] - fit.draws[:, 1] * fit.law.fitted.origin  # ln β, which may be far beyond any number as β
+    ends = [
+        [float(v) for v in np.percentile(values, [2.5, 97.5])] for values in (fit.draws[:, 1], logs.clip(-700, 700))
+    ]
     largest = fit.range[1]
     return {
         "task": fit.task, "metric": fit.metric, "family": fit.family, "method": fit.method, "runs": len(fit.runs),
-        **_numbers(fit.power), "compute_range": list(fit.range),
-        "drawn": {"from": fit.draws_from, "alpha_ci95": ends[0], "beta_ci95": [10**v for v in ends[1]]},
+        **_numbers(fit.law), "compute_range": list(fit.range),
+        "drawn": {"from": fit.draws_from, "alpha_ci95": ends[0], "beta_ci95": [float(np.exp(v)) for v in ends[1]]},
         "pareto": [{"run": p.run, "model": p.model, "compute": p.compute, "error": p.error} for p in fit.front],
         "alternatives": {form: _numbers(law) for form, law in fit.alternatives.items()},
         "predictions": extrapolate(fit, [*at, *(largest * times for times in AHEAD)]),
-        "largest_held_out": hold_out_largest(fit.runs, method),
+        "largest_held_out": hold_out_largest(fit.runs, method, form),
     }  # fmt: skip
 
 
@@ -81,17 +84,15 @@ def comparison_text(found: dict[str, Any]) -> str:
             at["leads"], f"{at['confidence']:.0%}", "extrapolated" if at["extrapolated"] else "",
         ])  # fmt: skip
     lines += columns(rows)
-    place = "nowhere that counts" if c["compute"] is None else f"at {c['compute']:.2e} GMACs"
-    interval = ""
-    if c["compute_ci95"] and None not in c["compute_ci95"]:
-        interval = f" (95%: {c['compute_ci95'][0]:.1e} to {c['compute_ci95'][1]:.1e})"
+    place = "nowhere near" if c["compute"] is None else f"at {c['compute']:.2e} GMACs"
+    interval = "" if c["compute_ci95"] is None else f" (95%: {c['compute_ci95'][0]:.1e} to {c['compute_ci95'][1]:.1e})"
     beyond = ", which is extrapolated" if c["extrapolated"] else ""
     lines.append(
-        f"the laws meet {place}{interval}{beyond}; {c['overtakes']} is the steeper in {c['confidence_that_it_ever_does']:.0%} of draws"
+        f"the laws meet {place}{interval}{beyond}; at the largest compute of either {c['overtakes']} is ahead in {c['confidence']:.0%} of draws"
     )
     sure = c["ahead_with_95_from"]
     lines.append(
-        f"{c['overtakes']} is ahead with 95% confidence " + ("at no compute looked at" if sure is None else f"from {sure:.1e} GMACs on")
+        f"{c['overtakes']} is ahead with 95% confidence " + ("at no compute of the runs" if sure is None else f"from {sure:.1e} GMACs on")
     )  # fmt: skip
     return "\n".join(lines)
 

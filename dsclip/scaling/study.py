@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from dsclip.errors import UserError
 from dsclip.scaling.frontier import Method, method_for, pareto, select, selected
 from dsclip.scaling.intervals import (
     Fitted,
@@ -17,10 +18,11 @@ from dsclip.scaling.intervals import (
     irreducible_interval,
     prediction,
 )
-from dsclip.scaling.law import PARAMETERS, Array, Form, Law, law_of, line
+from dsclip.scaling.law import PARAMETERS, Array, Form, Law, fit, law_of, log_error, settle
 from dsclip.scaling.points import Point
 
 MIN_RESAMPLED = 8  # runs, below which resamples hold too few different ones: then draws come from Student's t
+RESAMPLED_STEPS = 30  # from the estimate, which resamples are near
 AHEAD = (2.0, 5.0, 10.0)  # of the largest compute: where every fit is extrapolated to
 
 
@@ -55,7 +57,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class FamilyFit:
-    """All that is said of one family on one task. draws [d, 2]: (α, log10 β) as they might as well be."""
+    """All that is said of one family on one task. law: of the form that was asked for, which predictions are made from.
+
+    draws: θ [d, p] of that form about `origin`, as they might as well be.
+    """
 
     task: str
     metric: str
@@ -63,6 +68,7 @@ class FamilyFit:
     method: Method
     runs: list[Point]
     power: Fit
+    law: Fit
     draws: Array
     draws_from: str
     front: list[Point] = field(default_factory=list)
@@ -74,17 +80,25 @@ class FamilyFit:
         computes = [p.compute for p in self.runs]
         return min(computes), max(computes)
 
+    def drawn(self, compute: Array) -> Array:
+        """[d, m]: ln E of every draw's law at each compute."""
+        return log_error(self.draws, np.log(compute) - self.law.fitted.origin)[0]
+
     def band(self, compute: Array) -> tuple[Array, Array]:
         """(low, high) [m]: 95% of the draws' laws at each compute."""
-        errors = 10 ** (self.draws[:, :1] * np.log10(compute)[None, :] + self.draws[:, 1:])
-        low, high = np.percentile(errors, [2.5, 97.5], axis=0)
+        low, high = np.exp(np.percentile(self.drawn(compute), [2.5, 97.5], axis=0))
         return low, high
 
 
 def fit_family(
-    runs: Sequence[Point], *, method: Method | None = None, draws: int = 1000, seed: int = 0, alternatives: bool = True
-) -> FamilyFit | None:
-    """The fits of runs of one family on one task; None where fewer than two different computes are left to fit."""
+    runs: Sequence[Point], *, method: Method | None = None, form: Form | Literal["best"] = "power", draws: int = 1000, seed: int = 0,
+    alternatives: bool = True,
+) -> FamilyFit | None:  # fmt: skip
+    """The fits of runs of one family on one task; None where fewer than two different computes are left to fit.
+
+    form: of the law that predictions are made from; `best`: of the lowest AICc through the same runs. Raises UserError where the
+    runs are too few for it.
+    """
     compute, error = np.array([p.compute for p in runs]), np.array([p.error for p in runs])
     method = method or method_for(len(runs))
     x, y = selected(compute, error, method)
@@ -92,18 +106,32 @@ def fit_family(
         return None
     front = [runs[i] for i in pareto(compute, error)]
     power = _fit("power", x, y)
-    drawn, source = coefficients(compute, error, method, power, draws, np.random.default_rng(seed))
+    # Bins are too few for three numbers: the front has all that no other run beats.
+    through: Method = "pareto" if method == "study" else method
     others: dict[str, Fit] = {}
-    if alternatives:
-        # Bins are too few for three numbers: the front has all that no other run beats.
-        cx, cy = selected(compute, error, "pareto") if method == "study" else (x, y)
-        for form in PARAMETERS:
-            if len(cx) >= PARAMETERS[form] + 2 and len(np.unique(cx)) > PARAMETERS[form]:
-                others[form] = _fit(form, cx, cy)
+    if alternatives or form != "power":
+        cx, cy = selected(compute, error, through)
+        for other in PARAMETERS:
+            if len(cx) >= PARAMETERS[other] + 2 and len(np.unique(cx)) > PARAMETERS[other]:
+                others[other] = _fit(other, cx, cy)
+    law = power if form == "power" else _chosen(others, form, runs)
+    rng = np.random.default_rng(seed)
+    drawn, source = coefficients(compute, error, method if law is power else through, law, draws, rng)
     first = runs[0]
     return FamilyFit(
-        first.task, first.metric, first.family, method, list(runs), power, drawn, source, front, others
+        first.task, first.metric, first.family, method if law is power else through, list(runs), power, law, drawn, source, front,
+        others,
     )  # fmt: skip
+
+
+def _chosen(laws: dict[str, Fit], form: str, runs: Sequence[Point]) -> Fit:
+    criteria = {name: fit.aicc for name, fit in laws.items() if fit.aicc is not None}
+    name = min(criteria, key=lambda n: criteria[n] or 0.0) if form == "best" and criteria else form
+    if name not in laws or len(runs) < MIN_RESAMPLED:
+        raise UserError(
+            f"--form {form}: {runs[0].family} has {len(runs)} runs on {runs[0].task}, too few of them for that law; take power"
+        )
+    return laws[name]
 
 
 def _fit(form: Form, compute: Array, error: Array) -> Fit:
@@ -120,41 +148,40 @@ def _pair(ends: Array) -> tuple[float, float]:
 
 
 def coefficients(
-    compute: Array, error: Array, method: Method, power: Fit, draws: int, rng: np.random.Generator
+    compute: Array, error: Array, method: Method, law: Fit, draws: int, rng: np.random.Generator
 ) -> tuple[Array, str]:
-    """([d, 2] of (α, log10 β), what they were drawn from): resamples of the runs, each fitted with the whole method."""
+    """(θ [d, p] about the law's origin, what they were drawn from): resamples of the runs, each fitted with the whole method."""
     if len(compute) < MIN_RESAMPLED:
-        return _student_draws(power, draws, rng), "Student's t of the least squares"
+        return _student_draws(law.fitted, draws, rng), "Student's t of the least squares"
     picked = rng.integers(len(compute), size=(draws, len(compute)))
     x, y, weights = select(np.log10(compute)[picked], np.log10(error)[picked], method)
     ends = [np.where(weights > 0, x, far) for far in (np.inf, -np.inf)]
     several = ends[0].min(-1) < ends[1].max(-1)  # otherwise all of one compute, or in one bin: no line
-    slope, intercept = line(x[several], y[several], weights[several])
-    return np.stack([slope, intercept], -1), "resampled runs"
+    x, y, weights = x[several] * np.log(10) - law.fitted.origin, y[several] * np.log(10), weights[several]
+    if law.law.form == "power":
+        return fit("power", x, y, weights)[0], "resampled runs"
+    start = np.repeat(law.fitted.theta, len(y), axis=0)
+    return settle(start, x, y, weights=weights, steps=RESAMPLED_STEPS)[0], "resampled runs"
 
 
-def _student_draws(power: Fit, draws: int, rng: np.random.Generator) -> Array:
-    """Lines as far off as n points with normal noise allow: (α, log10 β) around the estimate, with n − 2 degrees."""
-    fitted, base = power.fitted, np.log(10)
-    x, y = fitted.x[0] / base, fitted.y[0] / base
-    slope, intercept = line(x, y)
+def _student_draws(fitted: Fitted, draws: int, rng: np.random.Generator) -> Array:
+    """Lines as far off as n points with normal noise allow, with n − 2 degrees of freedom; θ [d, 2]."""
+    x = fitted.x[0] - fitted.origin
     if fitted.degrees < 1:  # two points: no noise can be seen
-        return np.tile([float(slope), float(intercept)], (draws, 1))
-    noise = np.sqrt(fitted.squares[0] / fitted.degrees) / base
+        return np.repeat(fitted.theta, draws, axis=0)
+    noise = np.sqrt(fitted.squares[0] / fitted.degrees)
     t = rng.standard_normal((draws, 2)) / np.sqrt(rng.chisquare(fitted.degrees, (draws, 1)) / fitted.degrees)
-    spread = np.sqrt(((x - x.mean()) ** 2).sum())
-    slopes = slope + noise * t[:, 0] / spread
-    middle = slope * x.mean() + intercept + noise * t[:, 1] / np.sqrt(len(x))
-    return np.stack([slopes, middle - slopes * x.mean()], -1)
+    # About the mean of x, where the origin is, intercept and slope are independent.
+    return np.asarray(fitted.theta[0] + noise * t / np.sqrt(np.array([len(x), (x**2).sum()])))
 
 
 def extrapolate(fit: FamilyFit, compute: Sequence[float]) -> list[dict[str, Any]]:
-    """[{"compute", "error", "error_ci95", "extrapolated"}] of a new run on the power law; no interval without spare points."""
+    """[{"compute", "error", "error_ci95", "extrapolated"}] of a new run; no interval without spare points."""
     at = np.asarray(compute, dtype=np.float64)
-    errors = fit.power.law.error(at)
+    errors = fit.law.law.error(at)
     ends: list[list[float] | None] = [None] * len(at)
-    if fit.power.fitted.degrees > 0:
-        _, low, high = prediction(fit.power.fitted, at)
+    if fit.law.fitted.degrees > 0:
+        _, low, high = prediction(fit.law.fitted, at)
         ends = [[float(a), float(b)] for a, b in zip(low[0], high[0], strict=True)]
     low_end, high_end = fit.range
     return [
@@ -168,12 +195,17 @@ def extrapolate(fit: FamilyFit, compute: Sequence[float]) -> list[dict[str, Any]
     ]
 
 
-def hold_out_largest(runs: Sequence[Point], method: Method | None = None) -> dict[str, Any] | None:
+def hold_out_largest(
+    runs: Sequence[Point], method: Method | None = None, form: Form | Literal["best"] = "power"
+) -> dict[str, Any] | None:
     """What the fit from all but the largest run says of that run, and whether it lies within the interval; None with too few."""
     largest = max(runs, key=lambda p: p.compute)
     rest = [p for p in runs if p.compute < largest.compute]
-    fit = fit_family(rest, method=method, draws=2, alternatives=False) if len(rest) > 2 else None
-    if fit is None or fit.power.fitted.degrees < 1:
+    try:
+        fit = fit_family(rest, method=method, form=form, draws=2, alternatives=False) if len(rest) > 2 else None
+    except UserError:  # one run fewer is too few for the form
+        return None
+    if fit is None or fit.law.fitted.degrees < 1:
         return None
     said = extrapolate(fit, [largest.compute])[0]
     low, high = said["error_ci95"]
