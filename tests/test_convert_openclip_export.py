@@ -17,7 +17,7 @@ from dsclip.convert.weights import from_openclip, to_openclip
 from dsclip.create import create_model
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
-from dsclip.model.config import PRESETS
+from dsclip.model.config import PRESETS, VARIANTS, resolve_preset
 from tests.test_convert import SCALE, checkpoint_of, openclip_weights, perturbed, small
 from tests.test_convert_openclip import SHAPES, UNUSUAL
 
@@ -43,10 +43,10 @@ def test_there_and_back_is_bit_identical(case, demo, tmp_path):
     check_read_back(checkpoint, tmp_path / "oc", torch.float32)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PRESETS | VARIANTS)
 def test_every_presets_configuration_reads_back(preset, tmp_path):
     """Also heads of 80, 88 and 104, and the MLPs of g and bigG, whose ratio to the width is no short number."""
-    config = PRESETS[preset]
+    config = resolve_preset(preset)
     content = openclip_config(config, None, "tokenizer")
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     said, preprocessing = read_openclip_config(tmp_path / "open_clip_config.json")

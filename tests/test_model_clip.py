@@ -10,9 +10,14 @@ from dsclip.model.blocks import Block
 from dsclip.model.patch_dropout import visible_patches
 from dsclip.model.towers import per_channel
 
-PARAMETERS_IN_MILLIONS = {
-    "ViT-S/32": 63.09, "ViT-B/32": 151.28, "ViT-B/16": 149.62, "ViT-L/14": 427.62,
-    "ViT-L/14-336": 427.94, "ViT-H/14": 986.11, "ViT-g/14": 1366.68, "ViT-bigG/14": 2539.57,
+# Of both towers and the logit scale: counted in OpenCLIP 3.3.0's own models, built from its model_configs.
+PARAMETERS = {
+    "ViT-S/32": 63_085_825, "ViT-S/16": 62_257_537, "ViT-M/32": 103_119_873, "ViT-M/16": 102_015_489,
+    "ViT-B/32": 151_277_313, "ViT-B/32-256": 151_288_833, "ViT-B/16": 149_620_737, "ViT-B/32-plus-256": 210_297_473,
+    "ViT-B/16-plus": 208_351_361, "ViT-B/16-plus-240": 208_377_345, "ViT-L/16": 427_739_393, "ViT-L/16-320": 427_948_289,
+    "ViT-L/14": 427_616_513, "ViT-L/14-280": 427_763_969, "ViT-L/14-336": 427_944_193, "ViT-H/16": 986_263_041,
+    "ViT-H/14": 986_109_441, "ViT-H/14-378-quickgelu": 986_714_881, "ViT-g/14": 1_366_678_273,
+    "ViT-bigG/14": 2_539_567_105, "ViT-e/14": 4_581_086_465,
 }  # fmt: skip
 SMALL = dict(vocab_size=60, eot_token_id=59, context_length=24, vision_layers=2)
 
@@ -25,16 +30,19 @@ def pairs(n=7, size=64, context=24):
     return images, tokens
 
 
-@pytest.mark.parametrize("preset", PARAMETERS_IN_MILLIONS)
+@pytest.mark.parametrize("preset", PARAMETERS)
 def test_parameter_count_on_the_meta_device(preset):
     with torch.device("meta"):
         model = create_model(preset)
     logit_scale = 1
-    assert round((model.parameter_count() + logit_scale) / 1e6, 2) == PARAMETERS_IN_MILLIONS[preset]
+    assert model.parameter_count() + logit_scale == PARAMETERS[preset]
 
 
 def test_quickgelu_suffix_and_unknown_names():
     assert resolve_preset("ViT-B/32-quickgelu").activation == "quick_gelu"
+    assert resolve_preset("ViT-B/32-quickgelu", activation=None).activation == "quick_gelu", "as a recipe gives it"
+    with pytest.raises(UserError, match="model.preset is ViT-B-32-quickgelu and model.activation is gelu"):
+        resolve_preset("ViT-B-32-quickgelu", activation="gelu")
     with pytest.raises(UserError, match="Did you mean `ViT-B-32`"):
         resolve_preset("ViT-B-23")
     with pytest.raises(UserError, match="Did you mean `vision_width`"):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dsclip.errors import UserError
-from dsclip.model.config import CLIP_MEAN, CLIP_STD, PRESETS
+from dsclip.model.config import CLIP_MEAN, CLIP_STD, PRESETS, VARIANTS
 
 CONFIG = "open_clip_config.json"
 WEIGHT_FILES = (
@@ -198,7 +198,7 @@ def fields_shown(weights: dict[str, Tensor]) -> dict[str, Any]:
 def assumed_fields(shown: dict[str, Any]) -> dict[str, Any]:
     """What a bare state dict leaves open, as OpenCLIP's own models of these shapes have it, or heads 64 wide. Raises UserError."""
     shapes = ("vision_width", "vision_layers", "vision_mlp_width", "text_width", "text_layers", "text_mlp_width")
-    for preset in PRESETS.values():
+    for preset in (PRESETS | VARIANTS).values():
         if all(getattr(preset, name) == shown[name] for name in shapes):
             heads = dict(vision_heads=preset.vision_heads, text_heads=preset.text_heads)
             break

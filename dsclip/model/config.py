@@ -116,6 +116,23 @@ PRESETS: dict[str, ClipConfig] = {
     "demo": replace(_vit(128, 64, 16, (128, 4, 4, 512), (128, 2, 4)), context_length=32),
 }
 
+# More of OpenCLIP's plain image towers. Searches over models (tools/scaling_laws.py, the GPU bench) leave them out.
+VARIANTS: dict[str, ClipConfig] = {
+    "ViT-S-16": _vit(384, 224, 16, (384, 12, 6, 1536), (384, 12, 6)),
+    "ViT-M-32": _vit(512, 224, 32, (512, 12, 8, 2048), (512, 12, 8)),
+    "ViT-M-16": _vit(512, 224, 16, (512, 12, 8, 2048), (512, 12, 8)),
+    "ViT-B-32-256": _vit(512, 256, 32, (768, 12, 12, 3072), (512, 12, 8)),
+    "ViT-B-32-plus-256": _vit(640, 256, 32, (896, 12, 14, 3584), (640, 12, 10)),
+    "ViT-B-16-plus": _vit(640, 224, 16, (896, 12, 14, 3584), (640, 12, 10)),
+    "ViT-B-16-plus-240": _vit(640, 240, 16, (896, 12, 14, 3584), (640, 12, 10)),
+    "ViT-L-16": _vit(768, 224, 16, (1024, 24, 16, 4096), (768, 12, 12)),
+    "ViT-L-16-320": _vit(768, 320, 16, (1024, 24, 16, 4096), (768, 12, 12)),
+    "ViT-L-14-280": _vit(768, 280, 14, (1024, 24, 16, 4096), (768, 12, 12)),
+    "ViT-H-16": _vit(1024, 224, 16, (1280, 32, 16, 5120), (1024, 24, 16)),
+    "ViT-H-14-378": _vit(1024, 378, 14, (1280, 32, 16, 5120), (1024, 24, 16)),
+    "ViT-e-14": _vit(1280, 224, 14, (1792, 56, 16, 15360), (1280, 36, 20)),
+}
+
 
 def resolve_preset(preset: str, **overrides: Any) -> ClipConfig:
     """The configuration of a preset, with every override that is not None applied.
@@ -126,13 +143,18 @@ def resolve_preset(preset: str, **overrides: Any) -> ClipConfig:
     name = preset.replace("/", "-")
     if name.endswith("-quickgelu"):
         name = name.removesuffix("-quickgelu")
-        overrides.setdefault("activation", "quick_gelu")
-    if name not in PRESETS:
+        if overrides.get("activation") not in (None, "quick_gelu"):  # a recipe gives None for what it leaves open
+            raise UserError(
+                f"model.preset is {preset} and model.activation is {overrides['activation']}; leave one of them out"
+            )
+        overrides["activation"] = "quick_gelu"
+    models = PRESETS | VARIANTS
+    if name not in models:
         raise UserError(
-            f"unknown model preset `{preset}`.{did_you_mean(name, list(PRESETS))} Known: {', '.join(PRESETS)}"
+            f"unknown model preset `{preset}`.{did_you_mean(name, list(models))} Known: {', '.join(models)}"
         )
     known = [f.name for f in fields(ClipConfig)]
     for key in overrides:
         if key not in known:
             raise UserError(f"a model has no field `{key}`.{did_you_mean(key, known)}")
-    return replace(PRESETS[name], **{k: v for k, v in overrides.items() if v is not None})
+    return replace(models[name], **{k: v for k, v in overrides.items() if v is not None})
