@@ -103,7 +103,9 @@ def test_splits_that_do_not_divide_are_refused_with_those_that_do():
     check_split(96, 96, 3, 0)
     with pytest.raises(UserError, match=r"5 ranks can't share 96.*1, 2, 3, 4, 6, 8"):
         check_split(96, 96, 5, 0)
-    with pytest.raises(UserError, match=r"data.workers to one of 0, 1, 2, 4"):
+    with pytest.raises(
+        UserError, match=r"a rank's 4 of 8 data streams equally; set data.workers to one of 0, 1, 2, 4$"
+    ):
         check_split(8, 8, 2, 3)
     with pytest.raises(UserError, match="must divide"):
         check_split(5, 8, 1, 0)
