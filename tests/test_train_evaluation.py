@@ -111,6 +111,7 @@ def test_labelled_images_without_captions_and_broken_ones_take_no_part_in_retrie
 def test_every_number_says_what_it_was_measured_on(tmp_path):
     """Log, TensorBoard's tags, console, and the card of a model that is converted later."""
     watch = object.__new__(Watch)
+    watch._unwritten = None
     watch._log, shown = MetricsLog(tmp_path, True), []
     watch._progress = SimpleNamespace(message=shown.append)
     names = {
@@ -135,7 +136,13 @@ def test_every_number_says_what_it_was_measured_on(tmp_path):
     assert "step 10: retrieval on train (training pairs): image_to_text_recall@1 25.0%" in shown
     config = create_model("demo").config
     checkpoint = SimpleNamespace(
-        path=tmp_path / "checkpoints" / "step_00000010", step=10, samples=80, config=config, recipe={}, logit_scale=1.0
+        path=tmp_path / "checkpoints" / "step_00000010",
+        step=10,
+        samples=80,
+        config=config,
+        recipe={},
+        logit_scale=1.0,
+        logit_bias=None,
     )
     found = results_of_run(checkpoint)
     assert found == (results, names)
