@@ -48,6 +48,29 @@ def test_fits_have_the_keys_that_others_rely_on():
     assert set(fits["openclip"]["alternatives"]) == {"power", "saturating", "double"}
 
 
+def test_few_runs_say_little_and_break_nothing(tmp_path):
+    """Two runs have no noise to be seen; three that contradict each other leave every law possible. Numbers stay numbers."""
+    two = run(
+        write(tmp_path / "two.csv", ["f,m,1e9,7,d,t,0.5", "f,m,4e9,7,d,t,0.6"]),
+        "--out",
+        tmp_path / "out",
+        "--form",
+        "best",
+    )
+    fit = two[1]["fits"][0]
+    assert two[0] == 0 and fit["alpha_ci95"] is None and fit["predictions"][0]["error_ci95"] is None
+    wild = [f"f,m,{seen},7,d,t,{1 - error}" for seen, error in ((1e9, 0.9), (1.1e9, 1e-6), (1.2e9, 0.9))]
+    done = run_program(TOOL, write(tmp_path / "wild.csv", wild), "--json")
+    assert done.returncode == 0 and "Infinity" not in done.stdout and "NaN" not in done.stdout
+
+
+def test_families_may_be_the_training_data():
+    _, found = run("published", "--task", "imagenet1k", "--by-data", "--draws", "40", "--form", "best")
+    exponents = {fit["family"]: fit["alpha"] for fit in found["fits"]}
+    assert set(exponents) == {"LAION-80M", "LAION-400M", "LAION-2B", "CLIP-WIT"}
+    assert exponents["LAION-2B"] < exponents["LAION-400M"] < exponents["LAION-80M"], "more data, a steeper law"
+
+
 def test_equal_calls_give_equal_tables(two_families):
     assert run(two_families, "--method", "all") == run(two_families, "--method", "all")
 
@@ -124,7 +147,7 @@ def test_figures_and_a_page_are_written(two_families, tmp_path):
         (["published", "--draws", "3"], "95% of fewer than 40 draws"),
         (
             ["published", "--form", "double"],
-            "openai has 3 runs on imagenet1k, too few of them for that law; take power",
+            "openai has 3 runs on imagenet1k, too few of them for that law; take power or best",
         ),
         (["tests"], "tests holds no runs"),
     ],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsclip.scaling.law import ALPHA, PARAMETERS, Array, Form, fit, line, log_error, settle
+from dsclip.scaling.law import ALPHA, PARAMETERS, Array, Form, bounded_exp, fit, line, log_error, settle
 from dsclip.scaling.quantile import fisher, student
 
 LEVEL = 0.95
@@ -62,14 +62,14 @@ def alpha_interval(found: Fitted) -> Array:
 def beta_interval(found: Fitted) -> Array:
     """[b, 2]: of the factor, the error at 1 GMAC without its irreducible part."""
     if found.form == "power":
-        return np.exp(_line_interval(found)[1])
+        return bounded_exp(_line_interval(found)[1])
     # About C = 1 the first number of θ is ln β itself.
     at_one = found.theta.copy()
     at_one[:, 0] -= at_one[:, 1] * found.origin
     if found.form == "double":
         at_one[:, 3] += found.origin
     moved = Fitted(found.form, at_one, found.squares, found.x, found.y, 0.0)
-    return np.exp(_ends(moved, 0, at_one[:, :1] + np.array([-LOG_BETA, LOG_BETA])))
+    return bounded_exp(_ends(moved, 0, at_one[:, :1] + np.array([-LOG_BETA, LOG_BETA])))
 
 
 def irreducible_interval(found: Fitted) -> Array:
@@ -93,7 +93,7 @@ def prediction(found: Fitted, compute: Array, *, new_run: bool = True) -> tuple[
     spread = np.einsum("bmi,bij,bmj->bm", there[1], inverse, there[1])
     variance = (found.squares / found.degrees)[:, None] * (spread + (1.0 if new_run else 0.0))
     width = student(LEVEL, found.degrees) * np.sqrt(variance)
-    return np.exp(there[0]), np.exp(there[0] - width), np.exp(there[0] + width)
+    return bounded_exp(there[0]), bounded_exp(there[0] - width), bounded_exp(there[0] + width)
 
 
 def _line_interval(found: Fitted) -> tuple[Array, Array]:

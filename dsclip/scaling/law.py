@@ -24,6 +24,7 @@ PARAMETERS: dict[Form, int] = {"power": 2, "saturating": 3, "double": 4}
 
 STEPS = 80  # of Levenberg and Marquardt; draws of twelve points settle within thirty
 STARTS = (0.0, 0.5, 0.9)  # the irreducible error, as a share of the smallest error
+LARGEST = 700.0  # exponent of e that is still a number, and whose inverse is
 ALPHA = (-10.0, -1e-3)  # of saturating laws: an error that doesn't fall has no irreducible part
 
 
@@ -40,7 +41,12 @@ class Law:
     def error(self, compute: Array | float) -> Array:
         """E at each compute."""
         shifted = np.log(np.asarray(compute, dtype=np.float64) + self.offset)
-        return np.asarray(self.irreducible + np.exp(np.log(self.beta) + self.alpha * shifted))
+        return np.asarray(self.irreducible + bounded_exp(np.log(self.beta) + self.alpha * shifted))
+
+
+def bounded_exp(x: Array) -> Array:
+    """e^x, within what a number can hold: contradictory points allow laws far beyond it."""
+    return np.asarray(np.exp(np.clip(x, -LARGEST, LARGEST)))
 
 
 def line(x: Array, y: Array, weights: Array | None = None) -> tuple[Array, Array]:
@@ -159,6 +165,6 @@ def fit(form: Form, x: Array, y: Array, weights: Array | None = None) -> tuple[A
 
 def law_of(theta: Array, origin: float, form: Form) -> Law:
     """The law of one θ [p] about an origin."""
-    beta = float(np.exp(theta[0] - theta[1] * origin))
+    beta = float(bounded_exp(theta[0] - theta[1] * origin))
     irreducible = float(theta[2]) if len(theta) > 2 else 0.0
     return Law(form, float(theta[1]), beta, irreducible, float(np.exp(theta[3] + origin)) if len(theta) > 3 else 0.0)

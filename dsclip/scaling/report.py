@@ -9,6 +9,7 @@ import numpy as np
 
 from dsclip.scaling.bottleneck import Series, short
 from dsclip.scaling.frontier import Method
+from dsclip.scaling.law import bounded_exp
 from dsclip.scaling.page import alternative_rows, between, fit_rows
 from dsclip.scaling.study import AHEAD, FamilyFit, Fit, extrapolate, hold_out_largest
 
@@ -16,14 +17,12 @@ from dsclip.scaling.study import AHEAD, FamilyFit, Fit, extrapolate, hold_out_la
 def as_json(fit: FamilyFit, at: Sequence[float], method: Method | None, form: Any) -> dict[str, Any]:
     """One entry of `fits`. at: computes to predict, beside multiples of the largest; method, form: as they were asked for."""
     logs = fit.draws[:, 0] - fit.draws[:, 1] * fit.law.fitted.origin  # ln β, which may be far beyond any number as β
-    ends = [
-        [float(v) for v in np.percentile(values, [2.5, 97.5])] for values in (fit.draws[:, 1], logs.clip(-700, 700))
-    ]
+    ends = [[float(v) for v in np.percentile(values, [2.5, 97.5])] for values in (fit.draws[:, 1], logs)]
     largest = fit.range[1]
     return {
         "task": fit.task, "metric": fit.metric, "family": fit.family, "method": fit.method, "runs": len(fit.runs),
         **_numbers(fit.law), "compute_range": list(fit.range),
-        "drawn": {"from": fit.draws_from, "alpha_ci95": ends[0], "beta_ci95": [float(np.exp(v)) for v in ends[1]]},
+        "drawn": {"from": fit.draws_from, "alpha_ci95": ends[0], "beta_ci95": [float(v) for v in bounded_exp(np.array(ends[1]))]},
         "pareto": [{"run": p.run, "model": p.model, "compute": p.compute, "error": p.error} for p in fit.front],
         "alternatives": {form: _numbers(law) for form, law in fit.alternatives.items()},
         "predictions": extrapolate(fit, [*at, *(largest * times for times in AHEAD)]),

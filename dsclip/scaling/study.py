@@ -18,7 +18,7 @@ from dsclip.scaling.intervals import (
     irreducible_interval,
     prediction,
 )
-from dsclip.scaling.law import PARAMETERS, Array, Form, Law, fit, law_of, log_error, settle
+from dsclip.scaling.law import PARAMETERS, Array, Form, Law, bounded_exp, fit, law_of, log_error, settle
 from dsclip.scaling.points import Point
 
 MIN_RESAMPLED = 8  # runs, below which resamples hold too few different ones: then draws come from Student's t
@@ -86,7 +86,7 @@ class FamilyFit:
 
     def band(self, compute: Array) -> tuple[Array, Array]:
         """(low, high) [m]: 95% of the draws' laws at each compute."""
-        low, high = np.exp(np.percentile(self.drawn(compute), [2.5, 97.5], axis=0))
+        low, high = bounded_exp(np.percentile(self.drawn(compute), [2.5, 97.5], axis=0))
         return low, high
 
 
@@ -114,7 +114,7 @@ def fit_family(
         for other in PARAMETERS:
             if len(cx) >= PARAMETERS[other] + 2 and len(np.unique(cx)) > PARAMETERS[other]:
                 others[other] = _fit(other, cx, cy)
-    law = power if form == "power" else _chosen(others, form, runs)
+    law = _chosen(power, others, form, runs)
     rng = np.random.default_rng(seed)
     drawn, source = coefficients(compute, error, method if law is power else through, law, draws, rng)
     first = runs[0]
@@ -124,14 +124,19 @@ def fit_family(
     )  # fmt: skip
 
 
-def _chosen(laws: dict[str, Fit], form: str, runs: Sequence[Point]) -> Fit:
-    criteria = {name: fit.aicc for name, fit in laws.items() if fit.aicc is not None}
-    name = min(criteria, key=lambda n: criteria[n] or 0.0) if form == "best" and criteria else form
-    if name not in laws or len(runs) < MIN_RESAMPLED:
+def _chosen(power: Fit, laws: dict[str, Fit], form: str, runs: Sequence[Point]) -> Fit:
+    """The law that predictions are made from; of `best` the power law where the runs are too few for another."""
+    if form == "best":
+        criteria = {name: fit.aicc for name, fit in laws.items() if fit.aicc is not None}
+        enough = criteria and len(runs) >= MIN_RESAMPLED
+        form = min(criteria, key=lambda name: criteria[name] or 0.0) if enough else "power"
+    if form == "power":
+        return power
+    if form not in laws or len(runs) < MIN_RESAMPLED:
         raise UserError(
-            f"--form {form}: {runs[0].family} has {len(runs)} runs on {runs[0].task}, too few of them for that law; take power"
+            f"--form {form}: {runs[0].family} has {len(runs)} runs on {runs[0].task}, too few of them for that law; take power or best"
         )
-    return laws[name]
+    return laws[form]
 
 
 def _fit(form: Form, compute: Array, error: Array) -> Fit:
