@@ -166,4 +166,4 @@ def test_a_budget_needs_runs_that_vary(two_families, tmp_path):
     flat = run(tmp_path / "few.csv")[1]
     assert flat["fits"][0]["alpha"] == 0 and flat["bottlenecks"][0]["bottleneck"]
     one = run(write(tmp_path / "one.csv", ["f,m,1e9,7.4,d,t,0.5"]))[1]
-    assert not one["fits"] and "two different ones make a law" in one["unfitted"][0]["reason"]
+    assert not one["fits"] and "a law needs two different computes" in one["unfitted"][0]["reason"]

@@ -76,7 +76,7 @@ def scaling_laws(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for (task, metric, family), runs in found.items():
         fit = fit_family(runs, method=a.method, form=a.form, draws=a.draws, seed=a.seed)
         if fit is None:
-            reason = f"{len(runs)} points of one compute: two different ones make a law"
+            reason = f"a law needs two different computes; points: {len(runs)}"
             unfitted.append({"task": task, "metric": metric, "family": family, "reason": reason})
         else:
             fits.append(fit)
