@@ -20,7 +20,8 @@ from tests.distributed.launch import REPOSITORY, SMALL, metrics, start, train
 
 def test_a_run_that_is_done_or_has_wrong_input_is_not_started_again():
     policy = Policy(crashes_a_day=50, crashes_a_step=3)
-    assert policy.after(0, 10, 0.0).delay_s is None
+    assert policy.after(0, 10, 0.0, done=True).delay_s is None
+    assert policy.after(0, 10, 0.0, done=False).delay_s == 1.0, "DeepSpeed's runner ends so when its launch is killed"
     assert policy.after(2, 0, 0.0).delay_s is None
     assert policy.after(75, 5, 0.0).delay_s == 1.0, "stopped by a signal and saved"
 
@@ -76,8 +77,8 @@ def test_useful_seconds_are_those_of_the_steps_that_stand(tmp_path):
 
 
 def test_the_command_resumes_its_run_or_is_refused(tmp_path):
-    command, run_dir = resuming(["torchrun", "launchers/train.py", "train.name=x", f"train.output={tmp_path}"])
-    assert command[-2:] == ["--resume", "auto"] and run_dir == tmp_path / "x"
+    command, settings = resuming(["torchrun", "launchers/train.py", "train.name=x", f"train.output={tmp_path}"])
+    assert command[-2:] == ["--resume", "auto"] and (settings.name, settings.output) == ("x", str(tmp_path))
     assert resuming([*command])[0] == command
     with pytest.raises(UserError, match="doesn't call launchers/train.py: sleep 5"):
         resuming(["sleep", "5"])

@@ -12,10 +12,11 @@ from types import FrameType
 
 from dsclip.command_line import Parser
 from dsclip.config import load_recipe
+from dsclip.config.schema import TrainSection
 from dsclip.errors import RunStopped, UserError
 from dsclip.train.cli import parse_arguments
 from dsclip.train.supervisor.job import Job
-from dsclip.train.supervisor.journal import Journal, Launch, Record, last_step
+from dsclip.train.supervisor.journal import Journal, Launch, Record, is_done, last_step
 from dsclip.train.supervisor.policy import Decision, Policy
 
 TRAINER = "train.py"
@@ -54,7 +55,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def supervise(arguments: argparse.Namespace) -> int:
     """Launches until the run is done or given up; the exit code. Raises UserError for a command that can't be supervised."""
-    command, run_dir = resuming(arguments.command)
+    command, train = resuming(arguments.command)
+    run_dir = Path(train.output) / train.name
     journal, policy = Journal(run_dir), Policy(arguments.crashes_a_day, arguments.crashes_a_step)
     stop = Stop()
     while True:
@@ -65,7 +67,7 @@ def supervise(arguments: argparse.Namespace) -> int:
             raise UserError(f"{command[0]} can't be started ({error.strerror}); give a command after --") from error
         code = job.wait(stop.asked, arguments.grace)
         ended, step = time.time(), last_step(run_dir)
-        decision = policy.after(code, step, ended)
+        decision = policy.after(code, step, ended, done=is_done(run_dir, train.steps))
         if stop.asked():
             decision = Decision(None, f"the supervisor was stopped after step {step}")
         record = journal.add(Launch(started, ended, code, step, decision.why), decision.delay_s or 0.0)
@@ -80,8 +82,8 @@ def supervise(arguments: argparse.Namespace) -> int:
             return RunStopped.exit_code
 
 
-def resuming(command: list[str]) -> tuple[list[str], Path]:
-    """(the command with `--resume auto`, the folder of its run). Raises UserError."""
+def resuming(command: list[str]) -> tuple[list[str], TrainSection]:
+    """(the command with `--resume auto`, the recipe's section on its run). Raises UserError."""
     place = next((i for i, word in enumerate(command) if Path(word).name == TRAINER), None)
     if place is None:
         raise UserError(
@@ -95,8 +97,7 @@ def resuming(command: list[str]) -> tuple[list[str], Path]:
             f"--resume {given.resume} would begin there again after each crash. Start it so once by hand, then supervise it "
             "with --resume auto"
         )
-    recipe = load_recipe(given.config or "demo", given.overrides)
-    return command, Path(recipe.train.output) / recipe.train.name
+    return command, load_recipe(given.config or "demo", given.overrides).train
 
 
 class Stop:

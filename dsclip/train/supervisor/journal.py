@@ -75,6 +75,14 @@ def last_step(run_dir: Path) -> int:
     return max((int(line["step"]) for line in _read(run_dir / "metrics.jsonl")), default=0)
 
 
+def is_done(run_dir: Path, steps: int) -> bool:
+    """Whether a run's summary says that it made all its steps."""
+    try:
+        return bool(json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["steps"] >= steps)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def useful_seconds(run_dir: Path, after_step: int) -> float:
     """Seconds of the steps after `after_step` in metrics.jsonl, where each stands once, however often it was made."""
     seconds, step = 0.0, after_step

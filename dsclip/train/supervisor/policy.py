@@ -29,9 +29,13 @@ class Policy:
         self._step: int | None = None  # of the last crash
         self._in_a_row = 0
 
-    def after(self, code: int, step: int, now_s: float) -> Decision:
-        """What follows a launch that ended with this exit code; step: the last one it logged; now_s: on any clock."""
-        if code == 0:
+    def after(self, code: int, step: int, now_s: float, *, done: bool = False) -> Decision:
+        """What follows a launch that ended with this exit code.
+
+        step: the last one it logged; now_s: on any clock; done: whether the run's summary is there. DeepSpeed 0.19.8's runner
+        ends with 0 when its `launch` was killed.
+        """
+        if code == 0 and done:
             return Decision(None, "the run is done")
         if code == UserError.exit_code:
             return Decision(
@@ -44,7 +48,7 @@ class Policy:
         self._crashes.append(now_s)
         while now_s - self._crashes[0] > DAY_S:
             self._crashes.popleft()
-        what = f"it ended with {describe(code)} after step {step}"
+        what = f"it ended with {describe(code)} after step {step}" + (", before its last step" if code == 0 else "")
         if self._in_a_row >= self._crashes_a_step:
             return Decision(None, f"{what}, for the {self._in_a_row}. time in a row: the same step fails each time")
         if len(self._crashes) > self._crashes_a_day:
