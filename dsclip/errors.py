@@ -13,6 +13,12 @@ class RunFailed(UserError):
     exit_code = 1
 
 
+class RunDiverged(RunFailed):
+    """A run whose steps are skipped because their numbers are not finite: starting it again as it is would not mend it."""
+
+    exit_code = 3
+
+
 class RunStopped(UserError):
     """A run that was asked to stop, saved, and can go on where it was: EX_TEMPFAIL of sysexits.h, "try again"."""
 

@@ -13,7 +13,7 @@ import pytest
 
 from dsclip.errors import UserError
 from dsclip.train.supervisor.cli import parse, resuming, supervise
-from dsclip.train.supervisor.journal import JOURNAL, RECORD, Journal, Launch, last_step, useful_seconds
+from dsclip.train.supervisor.journal import JOURNAL, RECORD, Journal, last_step, useful_seconds
 from dsclip.train.supervisor.policy import DAY_S, LONGEST_DELAY_S, Policy
 from tests.distributed.launch import REPOSITORY, SMALL, metrics, start, train
 
@@ -30,7 +30,8 @@ def test_a_step_that_fails_three_times_in_a_row_ends_it_and_is_named():
     policy = Policy(crashes_a_day=50, crashes_a_step=3)
     assert [policy.after(1, step, 0.0).delay_s for step in (7, 8, 8)] == [1.0, 1.0, 4.0]
     given_up = policy.after(-9, 8, 0.0)
-    assert given_up.delay_s is None and "signal 9 after step 8, for the 3. time in a row" in given_up.why
+    assert given_up.delay_s is None and "signal 9 after step 8, 3 times in a row" in given_up.why
+    assert "no longer finite" in policy.after(3, 9, 0.0).why
 
 
 def test_delays_grow_to_five_minutes_and_crashes_of_the_last_day_count():
@@ -66,13 +67,16 @@ def test_useful_seconds_are_those_of_the_steps_that_stand(tmp_path):
     assert useful_seconds(tmp_path, 0) == 10 + 5 + 20
     assert useful_seconds(tmp_path, 15) == 2.5 + 20, "steps that were made before the supervisor came count for nothing"
     journal = Journal(tmp_path)
-    assert journal.step == 30
-    record = journal.add(Launch(0.0, 9.0, 1, 30, "crash"), delay_s=1.0)
+    journal.begin(100.0)
+    record = journal.end(110.0, exit_code=1, step=30, decision="crash")
     assert record == {"launches": 1, "restarts": 0, "useful_seconds": 0.0, "wall_seconds": 10.0, "ettr": 0.0}
+    Journal(tmp_path).begin(110.0)  # whose supervisor was killed
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write("\n" + line(40, 64))
-    record = Journal(tmp_path).add(Launch(10.0, 20.0, 0, 40, "done"), delay_s=0.0)
-    assert record == {"launches": 2, "restarts": 1, "useful_seconds": 10.0, "wall_seconds": 20.0, "ettr": 0.5}
+        file.write("\n{}\n" + line(40, 64))
+    journal = Journal(tmp_path)
+    journal.begin(115.0)
+    record = journal.end(120.0, exit_code=0, step=40, decision="done")
+    assert record == {"launches": 3, "restarts": 2, "useful_seconds": 10.0, "wall_seconds": 20.0, "ettr": 0.5}
     assert json.loads((tmp_path / RECORD).read_text()) == record
 
 
@@ -84,6 +88,10 @@ def test_the_command_resumes_its_run_or_is_refused(tmp_path):
         resuming(["sleep", "5"])
     with pytest.raises(UserError, match="--resume none would begin there again after each crash"):
         resuming(["python", "launchers/train.py", "--resume", "none"])
+    with pytest.raises(UserError, match="--dry-run trains nothing"):
+        resuming(["python", "launchers/train.py", "--dry-run"])
+    with pytest.raises(UserError, match="--grace is -5 and must be above 0"):
+        supervise(parse(["--grace=-5", "--", *command]))
     with pytest.raises(UserError, match="no-such-launcher can't be started"):
         supervise(parse(["--", "no-such-launcher", "launchers/train.py", f"train.output={tmp_path}"]))
 
@@ -152,7 +160,7 @@ def test_a_supervised_run_that_is_killed_at_random_ends_as_if_nothing_had_been(d
     record = json.loads((run / RECORD).read_text())
     assert (record["launches"], record["restarts"]) == (3, 2) and 0 < record["ettr"] < 1
     entries = [json.loads(text) for text in (run / JOURNAL).read_text().splitlines()]
-    assert [entry["exit_code"] for entry in entries] == [-9, -9, 0]
+    assert [entry["exit_code"] for entry in entries if "ended" in entry] == [-9, -9, 0]
     assert "3 launches, 2 restarts" in printed and "effective training time ratio" in printed
 
 

@@ -120,9 +120,12 @@ class CheckpointStore:
             if engine.group.rank == 0:
                 temporary.rmdir()
             raise NoRoom(
-                f"a checkpoint takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {self.folder}; make room there, or set "
-                "train.keep_checkpoints lower"
+                f"a checkpoint takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {self.folder}; make room there. The "
+                f"newest checkpoint is {self._newest()}"
             )
+
+    def _newest(self) -> str:
+        return f"that of step {max(self._lineage.steps)}" if self._lineage.steps else "none: nothing is saved yet"
 
     def _remove_old(self) -> None:
         """Only checkpoints that lead to the present state count and are removed."""

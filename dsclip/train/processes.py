@@ -9,34 +9,70 @@ from pathlib import Path
 
 import psutil
 
+JOB = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")  # ranks of one job have these in common
 
-@lru_cache(maxsize=1)
-def launchers() -> list[psutil.Process]:
+
+class Launchers:
     """The processes that this rank must not outlive: its parent, and DeepSpeed's runner above DeepSpeed's `launch`.
 
-    As they are at the first call. Signals to the runner don't reach the ranks: it ends, and `launch` and the ranks go on.
+    Signals to the runner don't reach the ranks: it ends, and `launch` and the ranks go on. A rank that no launcher started
+    has none: its shell may go.
     """
-    try:
-        parent = psutil.Process().parent()
-        if parent is None or parent.pid == 1:  # nothing to outlive, or a container's first process
-            return []
-        runner = parent.parent() if "deepspeed.launcher.launch" in parent.cmdline() else None
-        return [parent] if runner is None or runner.pid == 1 else [parent, runner]
-    except psutil.Error:
-        return []
+
+    def __init__(self) -> None:
+        self._watched: list[psutil.Process] = []
+        self._lost = False  # the runner was gone before this rank began
+        parent = _parent(psutil.Process()) if "RANK" in os.environ else None
+        if parent is None or parent.pid == 1:  # pid 1: a container's first process
+            return
+        self._watched.append(parent)
+        if "deepspeed.launcher.launch" in _command_line(parent) and (runner := _parent(parent)):
+            line = _command_line(runner)
+            if any(Path(word).name == "deepspeed" for word in line[:2]) or "deepspeed.launcher" in " ".join(line):
+                self._watched.append(runner)
+            else:  # who takes the place of a parent that has died: the first process, or a supervisor
+                self._lost = runner.pid == 1 or any(word.endswith("supervise.py") for word in line[:3])
+
+    def gone(self) -> str | None:
+        """What has ended, in words; None while all are there."""
+        if self._lost:
+            return "the end of its launcher"
+        return next((f"the end of its launcher, process {p.pid}" for p in self._watched if not alive(p)), None)
+
+
+@lru_cache(maxsize=1)
+def launchers() -> Launchers:
+    """This rank's launchers as they are at the first call."""
+    return Launchers()
 
 
 def other_ranks() -> dict[str, psutil.Process]:
-    """{rank: process} of the other ranks that this rank's launcher started on this machine."""
+    """{rank: process} of the other ranks of this job that this rank's launcher started on this machine."""
+    parent = _parent(psutil.Process())
     found = {}
-    try:
-        for process in psutil.Process().parent().children():
-            rank = process.environ().get("RANK")
-            if rank is not None and process.pid != os.getpid():
-                found[rank] = process
-    except (psutil.Error, AttributeError):  # no parent, or one of another user
-        return {}
+    for process in [] if parent is None else parent.children():
+        try:
+            theirs = process.environ()
+        except psutil.Error:  # ended, or of another user
+            continue
+        if "RANK" in theirs and process.pid != os.getpid() and all(theirs.get(k) == os.environ.get(k) for k in JOB):
+            found[theirs["RANK"]] = process
     return found
+
+
+def _parent(process: psutil.Process) -> psutil.Process | None:
+    try:
+        return process.parent()
+    except psutil.Error:
+        return None
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        line: list[str] = process.cmdline()
+        return line
+    except psutil.Error:
+        return []
 
 
 def alive(process: psutil.Process) -> bool:

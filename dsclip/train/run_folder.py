@@ -24,7 +24,7 @@ from dsclip.train.run_lock import LOCK, RunLock
 T = TypeVar("T")
 ARCHIVE = "archive"
 # What a run leaves that ended before its first logged step.
-BEGUN = {"config.yaml", "ds_config.json", "metrics.jsonl", "tb", LOCK, RUN_FILE}
+BEGUN = {"config.yaml", "ds_config.json", "metrics.jsonl", "tb", LOCK, RUN_FILE, "supervisor.json", "supervisor.jsonl"}
 
 
 def find_resume(resume: str, run_dir: Path) -> Path | None:

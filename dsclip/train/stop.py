@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import sys
 import threading
 import time
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from dsclip.distributed import Collectives
 from dsclip.errors import RunFailed, RunStopped
-from dsclip.train.processes import alive, death_of, launchers, other_ranks
+from dsclip.train.processes import death_of, launchers, other_ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A launcher passes on what its ranks were sent too: a signal so soon after the first is no second request.
@@ -32,8 +34,12 @@ class StopSignals:
         self._over = threading.Event()
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         self._launchers, self._ranks = launchers(), other_ranks()
+        # Python runs a handler between its own instructions: a rank that hangs in a collective would never come to it.
+        self._pipe, write = os.pipe()
+        os.set_blocking(write, False)
+        self._before_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         threading.Thread(target=self._watch, daemon=True, name="dsclip process watch").start()
         return self
 
@@ -41,6 +47,7 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
+        signal.set_wakeup_fd(self._before_fd)
         # A rank that stops is still saving, while its launcher may send it what another rank was sent.
         if kind is not RunStopped:
             for number, handler in self._before.items():
@@ -53,43 +60,49 @@ class StopSignals:
         """Why every rank stops after this step, the same on all of them; None when they go on. Collective."""
         return self._group.decide(self._asked)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _watch(self) -> None:
+        """Runs in a thread of its own, until the loop is left."""
+        while not self._over.is_set():
+            if select.select([self._pipe], [], [], POLL_S)[0]:
+                for number in os.read(self._pipe, 64):
+                    self._note(number)
+            if dead := self._dead():
+                self._end(dead, 1, wait_s=2 * POLL_S)
+            gone = self._launchers.gone()
+            if gone is not None and self._asked is None:
+                self._ask(gone)
+            if gone is not None and time.monotonic() - self._asked_at > LAUNCHER_GONE_S:
+                self._end("the launcher is gone and this step doesn't end: ended without a checkpoint", 1)
+
+    def _note(self, number: int) -> None:
+        if number not in SIGNALS:
+            return
         if self._asked is None:
             name = signal.Signals(number).name
             self._ask(name if self._group.world_size == 1 else f"{name} to rank {self._group.rank}")
         elif time.monotonic() - self._asked_at > ECHO_S:
-            os.write(
-                sys.stderr.fileno(), b"dsclip: a second signal: ended at once, without a checkpoint of this step\n"
-            )
-            os._exit(128 + number)
+            self._end("a second signal: ended at once, without a checkpoint of this step", 128 + number)
 
     def _ask(self, why: str) -> None:
         self._asked_at, self._asked = time.monotonic(), why
 
-    def _watch(self) -> None:
-        """Runs in a thread of its own: a rank that hangs in a collective would never look."""
-        while not self._over.wait(POLL_S):
-            if dead := self._dead():
-                self._end(dead, 2 * POLL_S)
-            gone = next((p for p in self._launchers if not alive(p)), None)
-            if gone is not None and self._asked is None:
-                self._ask(f"the end of its launcher, process {gone.pid}")
-            if gone is not None and time.monotonic() - self._asked_at > LAUNCHER_GONE_S:
-                self._end("the launcher is gone and this step doesn't end: ended without a checkpoint", 0)
-
     def _dead(self, wait_s: float = 0) -> str | None:
-        """Which other rank of this machine has died, of what, and that this one ends; waits so long for it."""
+        """Which other rank of this machine has died, of what, and what to do; waits so long for it."""
         until = time.monotonic() + wait_s
         while True:
             for rank, process in self._ranks.items():
                 if how := death_of(process):
-                    return f"rank {rank} (process {process.pid}) {how}; the other ranks can't go on. Start again with --resume auto"
+                    return (
+                        f"rank {rank} (process {process.pid}) {how}; the other ranks can't go on. Start again with "
+                        "--resume auto"
+                    )
             if time.monotonic() >= until:
                 return None
             time.sleep(0.05)
 
-    def _end(self, why: str, wait_s: float) -> None:
+    def _end(self, why: str, code: int, wait_s: float = 0) -> None:
         """Ends the process, unless the loop is left within the time."""
         if not self._over.wait(wait_s):
-            os.write(sys.stderr.fileno(), f"dsclip: {why}\n".encode())
-            os._exit(1)
+            with contextlib.suppress(OSError):  # who read it may be gone
+                os.write(sys.stderr.fileno(), f"dsclip: {why}\n".encode())
+            os._exit(code)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dsclip.config import dump_recipe
 from dsclip.data.batch import Batch
 from dsclip.data.shards.overlap import ALL, PART
-from dsclip.errors import RunFailed
+from dsclip.errors import RunDiverged
 from dsclip.files import sha256
 from dsclip.train.counters import Counters
 from dsclip.train.metrics_log import MetricsLog
@@ -201,11 +201,11 @@ class Watch:
         return limit is not None and self._skipped_in_a_row >= limit
 
     def check_applied(self) -> None:
-        """Raises RunFailed, on all ranks alike, when steps were made and none, or none of the last, was applied."""
+        """Raises RunDiverged, on all ranks alike, when steps were made and none, or none of the last, was applied."""
         if not self.fails() and (not self._steps or self._skipped_in_a_row < min(self._steps, SKIPPED_AT_THE_END)):
             return
         whole = self._skipped_in_a_row == self._steps
-        raise RunFailed(
+        raise RunDiverged(
             f"{'all' if whole else 'the last'} {self._skipped_in_a_row} steps were skipped, because something in them was "
             "not finite (`skip_reason` in metrics.jsonl says what); the weights are those from before, and saved. Lower optim.lr, "
             "or look at the data, and go on with --resume auto, or from an earlier checkpoint with --resume PATH"

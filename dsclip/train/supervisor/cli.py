@@ -16,7 +16,7 @@ from dsclip.config.schema import TrainSection
 from dsclip.errors import RunStopped, UserError
 from dsclip.train.cli import parse_arguments
 from dsclip.train.supervisor.job import Job
-from dsclip.train.supervisor.journal import Journal, Launch, Record, is_done, last_step
+from dsclip.train.supervisor.journal import Journal, Record, is_done, last_step
 from dsclip.train.supervisor.policy import Decision, Policy
 
 TRAINER = "train.py"
@@ -55,22 +55,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def supervise(arguments: argparse.Namespace) -> int:
     """Launches until the run is done or given up; the exit code. Raises UserError for a command that can't be supervised."""
+    for name in ("crashes_a_day", "crashes_a_step", "grace"):
+        if getattr(arguments, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name):g} and must be above 0")
     command, train = resuming(arguments.command)
     run_dir = Path(train.output) / train.name
     journal, policy = Journal(run_dir), Policy(arguments.crashes_a_day, arguments.crashes_a_step)
     stop = Stop()
     while True:
-        started = time.time()
+        journal.begin(time.time())
         try:
             job = Job(command)
         except OSError as error:
             raise UserError(f"{command[0]} can't be started ({error.strerror}); give a command after --") from error
         code = job.wait(stop.asked, arguments.grace)
-        ended, step = time.time(), last_step(run_dir)
-        decision = policy.after(code, step, ended, done=is_done(run_dir, train.steps))
+        step = last_step(run_dir)
+        decision = policy.after(code, step, time.time(), done=is_done(run_dir, train.steps))
         if stop.asked():
             decision = Decision(None, f"the supervisor was stopped after step {step}")
-        record = journal.add(Launch(started, ended, code, step, decision.why), decision.delay_s or 0.0)
+        record = journal.end(time.time(), exit_code=code, step=step, decision=decision.why)
         if decision.delay_s is None:
             say(f"{decision.why}. {summary(record)}")
             if stop.asked() and code:
@@ -92,6 +95,8 @@ def resuming(command: list[str]) -> tuple[list[str], TrainSection]:
     given = parse_arguments(command[place + 1 :])
     if not any(word.partition("=")[0] == "--resume" for word in command[place + 1 :]):
         command, given.resume = [*command, "--resume", "auto"], "auto"
+    if given.dry_run:
+        raise UserError("--dry-run trains nothing; call it without the supervisor")
     if given.resume != "auto":
         raise UserError(
             f"--resume {given.resume} would begin there again after each crash. Start it so once by hand, then supervise it "

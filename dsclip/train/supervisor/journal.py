@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from dsclip.errors import UserError
 from dsclip.files import write_whole
 
 JOURNAL, RECORD = "supervisor.jsonl", "supervisor.json"
@@ -15,8 +15,9 @@ JOURNAL, RECORD = "supervisor.jsonl", "supervisor.json"
 class Record(TypedDict):
     """`supervisor.json`, over all of the run's supervised launches.
 
-    useful_seconds: of the steps that the run now consists of, each counted once at the rate it was made at; ettr: their
-    share of wall_seconds, the effective training time ratio.
+    useful_seconds: of the steps since the first of them that the run now consists of, each counted once at the rate it was
+    made at; wall_seconds: since that launch began, whatever happened in between; ettr: the share of the one in the other,
+    the effective training time ratio.
     """
 
     launches: int
@@ -26,53 +27,53 @@ class Record(TypedDict):
     ettr: float
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch. started, ended: seconds since 1970; step: the last one that was logged when it ended."""
-
-    started: float
-    ended: float
-    exit_code: int
-    step: int
-    decision: str
-
-
 class Journal:
-    """Of one run, over all its supervisors."""
+    """Of one run, over all its supervisors: a line when a launch begins, and another when it has ended."""
 
     def __init__(self, run_dir: Path):
         self._run_dir = run_dir
-        self.step = last_step(run_dir)
-        self._earlier = _read(run_dir / JOURNAL)
+        earlier = [entry for entry in _read(run_dir / JOURNAL) if "began" in entry and "first_step" in entry]
+        self._launches = len(earlier)
         # Steps from before the first supervised launch are nothing that its time was spent on.
-        self._first_step = min((int(entry["first_step"]) for entry in self._earlier), default=self.step)
-        self._launches = len(self._earlier)
-        self._wall_s = sum(entry["ended"] - entry["started"] + entry["delay_s"] for entry in self._earlier)
+        self._began: float | None = earlier[0]["began"] if earlier else None
+        self._first_step: int = earlier[0]["first_step"] if earlier else last_step(run_dir)
 
-    def add(self, launch: Launch, delay_s: float) -> Record:
-        """Notes a launch, and the time until the next one, and writes the record."""
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        entry = asdict(launch) | {"delay_s": delay_s, "first_step": self._first_step}
-        with (self._run_dir / JOURNAL).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        self.step = launch.step
+    def begin(self, now_s: float) -> None:
+        """A launch begins; now_s: seconds since 1970. Raises UserError when the folder can't be written to."""
+        self._began = now_s if self._began is None else self._began
         self._launches += 1
-        self._wall_s += launch.ended - launch.started + delay_s
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._write({"launch": self._launches, "began": now_s, "first_step": self._first_step})
+        except OSError as error:
+            raise UserError(
+                f"{self._run_dir} can't be written to ({error}); choose another place with train.output=DIR"
+            ) from error
+
+    def end(self, now_s: float, *, exit_code: int, step: int, decision: str) -> Record:
+        """That launch has ended; step: the last one that it logged."""
+        ended = {"launch": self._launches, "ended": now_s, "exit_code": exit_code, "step": step, "decision": decision}
+        self._write(ended)
         useful = useful_seconds(self._run_dir, self._first_step)
+        wall = now_s - (now_s if self._began is None else self._began)
         record: Record = {
             "launches": self._launches,
             "restarts": self._launches - 1,
             "useful_seconds": round(useful, 3),
-            "wall_seconds": round(self._wall_s, 3),
-            "ettr": round(useful / self._wall_s, 4) if self._wall_s else 0.0,
+            "wall_seconds": round(wall, 3),
+            "ettr": round(useful / wall, 4) if wall else 0.0,
         }
         write_whole(self._run_dir / RECORD, json.dumps(record, indent=1) + "\n")
         return record
 
+    def _write(self, entry: dict[str, Any]) -> None:
+        with (self._run_dir / JOURNAL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
 
 def last_step(run_dir: Path) -> int:
     """The last step that a run logged; 0 before the first."""
-    return max((int(line["step"]) for line in _read(run_dir / "metrics.jsonl")), default=0)
+    return max((line["step"] for line in _metrics(run_dir)), default=0)
 
 
 def is_done(run_dir: Path, steps: int) -> bool:
@@ -86,12 +87,16 @@ def is_done(run_dir: Path, steps: int) -> bool:
 def useful_seconds(run_dir: Path, after_step: int) -> float:
     """Seconds of the steps after `after_step` in metrics.jsonl, where each stands once, however often it was made."""
     seconds, step = 0.0, after_step
-    for line in _read(run_dir / "metrics.jsonl"):
+    for line in _metrics(run_dir):
         if line["step"] > step and line.get("samples_per_second"):
             batch = line["samples"] / line["step"]
             seconds += (line["step"] - step) * batch / line["samples_per_second"]
             step = line["step"]
     return seconds
+
+
+def _metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [line for line in _read(run_dir / "metrics.jsonl") if isinstance(line.get("step"), int)]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

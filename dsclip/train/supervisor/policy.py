@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from dsclip.errors import RunStopped, UserError
+from dsclip.errors import RunDiverged, RunStopped, UserError
 
 DAY_S = 24 * 3600.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 300.0
@@ -41,6 +41,8 @@ class Policy:
             return Decision(
                 None, "the input is wrong, and starting again would not mend it: its lines above say what to change"
             )
+        if code == RunDiverged.exit_code:
+            return Decision(None, "its numbers are no longer finite, and starting again would not mend it")
         if code == RunStopped.exit_code:
             return Decision(FIRST_DELAY_S, "it was stopped by a signal, and saved")
         self._in_a_row = self._in_a_row + 1 if step == self._step else 1
@@ -50,7 +52,7 @@ class Policy:
             self._crashes.popleft()
         what = f"it ended with {describe(code)} after step {step}" + (", before its last step" if code == 0 else "")
         if self._in_a_row >= self._crashes_a_step:
-            return Decision(None, f"{what}, for the {self._in_a_row}. time in a row: the same step fails each time")
+            return Decision(None, f"{what}, {self._in_a_row} times in a row without a step logged in between")
         if len(self._crashes) > self._crashes_a_day:
             return Decision(None, f"{what}, and crashed {len(self._crashes)} times within a day")
         return Decision(min(LONGEST_DELAY_S, FIRST_DELAY_S * 4 ** (self._in_a_row - 1)), what)
