@@ -73,20 +73,25 @@ def by_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_fp8(config: ClipConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError, in one line, where `model.fp8` can't be had."""
-    if not config.fp8:
-        return
-    problem = _problem(config, device, dtype)
-    if problem is not None:
+    check_fp8_shapes(config)
+    if config.fp8 and (problem := _problem_of_device(device, dtype)):
         raise UserError(f"model.fp8: {problem}. Set model.fp8=false")
 
 
-def _problem(config: ClipConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+def check_fp8_shapes(config: ClipConfig) -> None:
+    """The part of it that needs no device."""
+    problem = None
     if config.vision_layers < 3:
-        return (
+        problem = (
             f"the image tower has {config.vision_layers} blocks, and the first and the last stay in bf16: none is left"
         )
-    if config.vision_width % MULTIPLE or config.vision_mlp_width % MULTIPLE:
-        return f"model.vision_width and model.vision_mlp_width must be multiples of {MULTIPLE}"
+    elif config.vision_width % MULTIPLE or config.vision_mlp_width % MULTIPLE:
+        problem = f"model.vision_width and model.vision_mlp_width must be multiples of {MULTIPLE}"
+    if config.fp8 and problem:
+        raise UserError(f"model.fp8: {problem}. Set model.fp8=false")
+
+
+def _problem_of_device(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"fp8 products need an NVIDIA GPU of compute capability {'.'.join(map(str, CAPABILITY))} or later, and this is a CPU"
     if dtype != torch.bfloat16:

@@ -19,6 +19,7 @@ from dsclip.errors import UserError
 from dsclip.evaluate.tasks import TASKS
 from dsclip.losses import check_options, find_loss, with_prefixes
 from dsclip.model import ClipConfig
+from dsclip.model.fp8 import check_fp8_shapes
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.resume import check_length
 from dsclip.train.run_folder import find_resume
@@ -65,6 +66,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     # A resumed run goes on with the model of its checkpoint, whether the weights it began with are still there or not.
     model = starting_config(resume or recipe.model.init, recipe.model.preset, **overrides, **vocabulary)
     with_prefixes(loss, recipe.loss, model.embed_dim)
+    check_fp8_shapes(model)
     if recipe.train.export_hf:  # now, not after the training
         try:
             check_expressible(model)
