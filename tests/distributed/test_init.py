@@ -42,4 +42,5 @@ shutdown_distributed()
 def test_no_shared_memory_of_deepspeeds_keeps_its_name(tmp_path):
     """It would outlive the run: 69 MB a rank."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    assert run_ranks(tmp_path / "script.py", 2).stdout.splitlines()[-2:] == ["[]", "[]"]
+    printed = run_ranks(tmp_path / "script.py", 2).stdout
+    assert printed.replace("\n", "").endswith("[][]"), printed  # the ranks' lines may run into each other
