@@ -31,23 +31,30 @@ TEMPLATES = ["a {}", "a picture of a {}", "there is a {}"]
 def demo_folder(root: Path | None = None) -> Path:
     """The folder with `train/`, `val/` and `tokenizer/`, written on first use.
 
-    root: where data sets are kept; the environment variable DSCLIP_CACHE, or ~/.cache/dsclip. Several processes may
-    ask at once: each writes aside, the first to finish is kept.
+    root: where data sets are kept; the environment variable DSCLIP_CACHE, or ~/.cache/dsclip.
     """
     root = root or Path(os.environ.get("DSCLIP_CACHE") or Path.home() / ".cache" / "dsclip")
-    final = root / f"demo-v{VERSION}-seed{SEED}"
-    if not final.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=final.name + ".", dir=root))
-        try:
-            write_demo(temporary, SEED)
-            os.rename(temporary, final)
-        except OSError:
-            if not final.is_dir():  # otherwise another process was faster
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return final
+    return demo_once(root / f"demo-v{VERSION}-seed{SEED}")
+
+
+def demo_once(folder: Path, train_samples: int = TRAIN_SAMPLES, val_samples: int = VAL_SAMPLES) -> Path:
+    """The folder, with the demo's data of so many samples, which are the first of more; written if it isn't there.
+
+    Several processes may ask at once: each writes aside, the first to finish is kept.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        write_demo(temporary, SEED, train_samples, val_samples)
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was faster
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def write_demo(folder: Path, seed: int, train_samples: int = TRAIN_SAMPLES, val_samples: int = VAL_SAMPLES) -> None:

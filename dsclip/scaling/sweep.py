@@ -10,16 +10,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsclip.config import Grid, GridRun, dump_recipe, load_recipe
-from dsclip.datasets.demo import SEED, write_demo
+from dsclip.datasets.demo import demo_once
 from dsclip.errors import RunStopped, UserError
 from dsclip.files import write_whole
 from dsclip.scaling.child import run_child
@@ -92,7 +89,7 @@ class Sweep:
     def train(self, run: GridRun, launch: Sequence[str], ds_config: str) -> State:
         """Runs or continues one run. Raises RunStopped when it was asked to stop."""
         if run.demo_samples is not None:
-            write_data(self.folder / "data" / f"demo-{run.demo_samples}", run.demo_samples)
+            demo_once(self.folder / "data" / f"demo-{run.demo_samples}", run.demo_samples, VALIDATION_SAMPLES)
         command = [
             *launch,
             "launchers/train.py",
@@ -201,22 +198,6 @@ def slurm_script(sweep: Sweep, command: Sequence[str], at_a_time: int) -> str:
         f"#SBATCH --output={sweep.folder}/slurm-%a.out", "#SBATCH --requeue", "set -e",
         f"{shlex.join(command)} --only \"$SLURM_ARRAY_TASK_ID\"", "",
     ])  # fmt: skip
-
-
-def write_data(folder: Path, samples: int) -> None:
-    """The embedded generator's first `samples` training samples, so that the smaller set is a part of the larger."""
-    if folder.is_dir():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    try:
-        write_demo(temporary, SEED, samples, VALIDATION_SAMPLES)
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another task of the sweep was faster
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _difference(before: Any, after: Any) -> str:
