@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ from dsclip.errors import UserError
 T = TypeVar("T")
 _meetings = itertools.count()  # of this process group; the same on all ranks
 _decisions = itertools.count()
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask a run to stop: its ranks agree and save
 DECISIONS_KEPT = 1000  # steps that rank 0's host may be ahead of another rank's: collectives allow fewer
 
 

@@ -33,6 +33,7 @@ from dsclip.data.shards.identity import check_sizes
 from dsclip.data.shards.shard_set import ShardSet, named_shards, open_shards, told_apart
 from dsclip.data.shards.specification import resolve_shards
 from dsclip.data.sources.storage import Storage
+from dsclip.distributed import STOP_SIGNALS
 from dsclip.errors import UserError
 
 
@@ -278,7 +279,7 @@ def _as_it_is(part: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     # A launcher stops the whole tree of processes: the rank decides when its workers end, and they notice when it is gone.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

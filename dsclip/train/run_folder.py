@@ -20,11 +20,12 @@ from dsclip.errors import UserError
 from dsclip.files import sha256
 from dsclip.train.metrics_log import drop_entries_after
 from dsclip.train.run_lock import LOCK, RunLock
+from dsclip.train.supervisor.journal import JOURNAL, RECORD
 
 T = TypeVar("T")
 ARCHIVE = "archive"
 # What a run leaves that ended before its first logged step.
-BEGUN = {"config.yaml", "ds_config.json", "metrics.jsonl", "tb", LOCK, RUN_FILE, "supervisor.json", "supervisor.jsonl"}
+BEGUN = {"config.yaml", "ds_config.json", "metrics.jsonl", "tb", LOCK, RUN_FILE, JOURNAL, RECORD}
 
 
 def find_resume(resume: str, run_dir: Path) -> Path | None:

@@ -11,11 +11,10 @@ import threading
 import time
 from types import TracebackType
 
-from dsclip.distributed import Collectives
+from dsclip.distributed import STOP_SIGNALS, Collectives
 from dsclip.errors import RunFailed, RunStopped
 from dsclip.train.processes import death_of, launchers, other_ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A launcher passes on what its ranks were sent too: a signal so soon after the first is no second request.
 ECHO_S = 5.0
 LAUNCHER_GONE_S = 600.0  # a rank that can't finish its step then ends without it
@@ -36,10 +35,10 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._launchers, self._ranks = launchers(), other_ranks()
         # Python runs a handler between its own instructions: a rank that hangs in a collective would never come to it.
-        self._pipe, write = os.pipe()
-        os.set_blocking(write, False)
-        self._before_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._pipe, self._pipe_end = os.pipe()
+        os.set_blocking(self._pipe_end, False)
+        self._before_fd = signal.set_wakeup_fd(self._pipe_end, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         threading.Thread(target=self._watch, daemon=True, name="dsclip process watch").start()
         return self
 
@@ -48,6 +47,7 @@ class StopSignals:
     ) -> None:
         self._over.set()
         signal.set_wakeup_fd(self._before_fd)
+        os.close(self._pipe_end)  # which wakes the thread, and it closes the other end
         # A rank that stops is still saving, while its launcher may send it what another rank was sent.
         if kind is not RunStopped:
             for number, handler in self._before.items():
@@ -73,9 +73,10 @@ class StopSignals:
                 self._ask(gone)
             if gone is not None and time.monotonic() - self._asked_at > LAUNCHER_GONE_S:
                 self._end("the launcher is gone and this step doesn't end: ended without a checkpoint", 1)
+        os.close(self._pipe)
 
     def _note(self, number: int) -> None:
-        if number not in SIGNALS:
+        if number not in STOP_SIGNALS:
             return
         if self._asked is None:
             name = signal.Signals(number).name

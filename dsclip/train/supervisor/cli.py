@@ -13,6 +13,7 @@ from types import FrameType
 from dsclip.command_line import Parser
 from dsclip.config import load_recipe
 from dsclip.config.schema import TrainSection
+from dsclip.distributed import STOP_SIGNALS
 from dsclip.errors import RunStopped, UserError
 from dsclip.train.cli import parse_arguments
 from dsclip.train.supervisor.job import Job
@@ -106,11 +107,11 @@ def resuming(command: list[str]) -> tuple[list[str], TrainSection]:
 
 
 class Stop:
-    """Whether this process was asked to stop, by SIGTERM, SIGINT or SIGUSR1."""
+    """Whether this process was asked to stop, by one of STOP_SIGNALS."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
