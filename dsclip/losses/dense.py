@@ -86,9 +86,9 @@ def check_options(loss: RegisteredLoss, settings: LossSection) -> None:
 def _refuse(pairs: Pairs, negatives: Negatives, group: Group) -> None:
     if group.in_ring:
         _refuse_option("gather=ring", "gather=all")
-    for name in ("duplicates", "label_smoothing", "beta", "filter_margin", "debiased"):
-        if (value := getattr(negatives, name)) != NOT_GIVEN[name]:
-            _refuse_option(f"{name}={value}", f"{name}={NOT_GIVEN[name]}")
+    for name, nothing in NOT_GIVEN.items():
+        if (value := vars(negatives).get(name, nothing)) != nothing:
+            _refuse_option(f"{name}={value}", f"{name}={nothing}")
     for name, x in (("hard negatives", pairs.hard_text), ("a queue", pairs.queue_image)):
         if x is not None and len(x):
             _refuse_option(name, "none")
