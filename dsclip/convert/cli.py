@@ -15,6 +15,7 @@ from dsclip.checkpoint import Checkpoint, read_checkpoint
 from dsclip.command_line import parser, run_tool, say
 from dsclip.convert.hf import DTYPES, MAX_SHARD_GB, export_hf
 from dsclip.convert.model_card import results_of_run
+from dsclip.convert.probe import probe_inputs
 from dsclip.convert.streamed import spread_clip
 from dsclip.errors import UserError
 
@@ -93,11 +94,7 @@ def largest_difference(checkpoint: Checkpoint, folder: Path, samples: int = 4) -
     One of the two models is in memory at a time, and only what fits of it.
     """
     c = checkpoint.config
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(samples, 3, c.image_size, c.image_size, generator=generator)
-    tokens = torch.randint(0, c.vocab_size, (samples, c.context_length), generator=generator)
-    tokens[tokens == c.eot_token_id] = 0
-    tokens[torch.arange(samples), torch.arange(samples) % (c.context_length - 1) + 1] = c.eot_token_id
+    images, tokens = probe_inputs(c, c.vocab_size, samples)
     with tempfile.TemporaryDirectory(prefix="dsclip-offload-") as offload:
         ours, _ = spread_clip(c, checkpoint.state_dict.items(), torch.float32, Path(offload) / "ours", gpus=False)
         image, text = ours(images, tokens)

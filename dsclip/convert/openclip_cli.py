@@ -13,6 +13,7 @@ from dsclip.checkpoint import Checkpoint, read_checkpoint
 from dsclip.command_line import parser, run_tool, say
 from dsclip.convert.hf import DTYPES
 from dsclip.convert.openclip_export import export_openclip
+from dsclip.convert.probe import probe_inputs
 from dsclip.convert.source import open_source
 from dsclip.convert.streamed import loaded_clip
 from dsclip.errors import UserError
@@ -77,10 +78,7 @@ def difference_in_openclip(checkpoint: Checkpoint, folder: Path, samples: int = 
     except ImportError:
         return None
     c = checkpoint.config
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(samples, 3, c.image_size, c.image_size, generator=generator)
-    tokens = torch.randint(0, c.eot_token_id, (samples, c.context_length), generator=generator)
-    tokens[torch.arange(samples), torch.arange(samples) % (c.context_length - 1) + 1] = c.eot_token_id
+    images, tokens = probe_inputs(c, c.eot_token_id, samples)  # OpenCLIP may pool at the largest id
     ours = loaded_clip(c, checkpoint.state_dict.items(), torch.device("cpu"), torch.float32)
     image, text = ours(images, tokens)
     del ours
