@@ -115,8 +115,8 @@ class Collectives:
             return None
         return [store.get(key).decode() for key in keys]
 
-    def decide(self, word: str | None) -> str | None:
-        """A word that some rank has, by rank 0's choice; None while no rank has one. The same on all ranks.
+    def decide(self, word: str | None, subject: str) -> str | None:
+        """A word that some rank has had on the subject, by rank 0's choice; None while none had. The same on all ranks.
 
         Through the launcher's store: no device is read, and no rank waits for another than rank 0. What another rank says
         may count only the next time. All ranks call it equally often.
@@ -125,12 +125,10 @@ class Collectives:
             return word
         store, number = dist.distributed_c10d._get_default_store(), next(_decisions)
         if word is not None:
-            store.set("dsclip/word", word)
+            store.set(f"dsclip/word/{subject}", word)
         if self.rank == 0:
-            decision = ""
-            if store.check(["dsclip/word"]):
-                decision = store.get("dsclip/word").decode()
-                store.delete_key("dsclip/word")
+            key = f"dsclip/word/{subject}"
+            decision = store.get(key).decode() if store.check([key]) else ""
             store.set(f"dsclip/decision/{number}", decision)
             store.delete_key(f"dsclip/decision/{number - DECISIONS_KEPT}")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import signal
@@ -19,6 +20,7 @@ from dsclip.train.processes import death_of, launchers, other_ranks
 ECHO_S = 5.0
 LAUNCHER_GONE_S = 600.0  # a rank that can't finish its step then ends without it
 POLL_S = 1.0
+_loops = itertools.count()  # of this process; the same on all ranks
 
 
 class StopSignals:
@@ -31,6 +33,7 @@ class StopSignals:
         self._asked: str | None = None
         self._asked_at = 0.0
         self._over = threading.Event()
+        self._subject = f"stop {next(_loops)}"  # what was said of an earlier loop of these ranks counts no more
 
     def __enter__(self) -> StopSignals:
         self._launchers, self._ranks = launchers(), other_ranks()
@@ -58,7 +61,7 @@ class StopSignals:
 
     def agreed(self) -> str | None:
         """Why every rank stops after this step, the same on all of them; None when they go on. Collective."""
-        return self._group.decide(self._asked)
+        return self._group.decide(self._asked, self._subject)
 
     def _watch(self) -> None:
         """Runs in a thread of its own, until the loop is left."""
