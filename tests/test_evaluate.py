@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from dsclip.create import create_model
 from dsclip.data import build_eval_dataset, load_tokenizer
 from dsclip.errors import UserError
-from dsclip.evaluate import Embedder, classification_metrics, hard_negatives, retrieval_metrics, zeroshot
+from dsclip.evaluate import Embedder, Options, measure_classification, measure_retrieval, run_task
 from dsclip.evaluate.features import AHEAD
 from dsclip.evaluate.templates import CIFAR, OPENAI, load_classnames, load_templates
-from dsclip.evaluate.zeroshot import build_classifier
+from dsclip.evaluate.zeroshot import classifier, prompts
 from dsclip.losses import SingleRank
 
 
@@ -44,7 +44,7 @@ def brute_force(image, text, owner) -> dict[str, float]:
 )
 def test_images_without_captions_are_refused_where_features_are_given(owner, message):
     with pytest.raises(UserError, match=message):
-        retrieval_metrics(torch.eye(3), torch.eye(3), torch.tensor(owner))
+        measure_retrieval(torch.eye(3), torch.eye(3), torch.tensor(owner))
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,7 +55,7 @@ def test_recall_equals_brute_force_with_ties_and_several_captions(images, extra,
     # Few integer levels in two dimensions: many exact ties.
     image = torch.randint(-levels, levels + 1, (images, 2), generator=generator).float()
     text = torch.randint(-levels, levels + 1, (len(owner), 2), generator=generator).float()
-    metrics = retrieval_metrics(image, text, owner)
+    metrics = measure_retrieval(image, text, owner).metrics
     expected = brute_force(image, text, owner.tolist())
     assert metrics.keys() - expected.keys() == {"images", "captions"}
     for name, value in expected.items():
@@ -67,17 +67,17 @@ def test_chunks_do_not_change_recall(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     image, text = torch.randn(23, 4, generator=generator), torch.randn(50, 4, generator=generator)
     owner = torch.arange(50) % 23
-    whole = retrieval_metrics(image, text, owner)
+    whole = measure_retrieval(image, text, owner).metrics
     monkeypatch.setattr(importlib.import_module("dsclip.evaluate.retrieval"), "ROWS_AT_ONCE", 7)
-    assert retrieval_metrics(image, text, owner) == whole
+    assert measure_retrieval(image, text, owner).metrics == whole
 
 
 def test_classification_metrics_of_a_hand_made_case():
     logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0, 5, 4, 3, 2, 1], [5, 4, 3, 2, 1, 0], [9, 4, 3, 2, 1, 0]])
-    metrics = classification_metrics(logits, torch.tensor([0, 1, 4, 5]))
+    metrics = measure_classification(logits, torch.tensor([0, 1, 4, 5])).metrics
     assert metrics["top1"] == 0.5 and metrics["top5"] == 0.75
     assert metrics["mean_per_class_recall"] == 0.5
-    balanced = classification_metrics(torch.eye(6)[[0, 0, 0, 1]], torch.tensor([0, 0, 0, 2]))
+    balanced = measure_classification(torch.eye(6)[[0, 0, 0, 1]], torch.tensor([0, 0, 0, 2])).metrics
     assert balanced["top1"] == 0.75 and balanced["mean_per_class_recall"] == 0.5
 
 
@@ -87,7 +87,7 @@ def test_a_classifier_averages_unit_embeddings_over_templates(demo):
     names, templates = ["red ring", "blue star", "green cross"], ["a {}", "there is a {}"]
     with torch.no_grad():
         embedder = Embedder(Constant(), lambda t: model(None, t)[1], tokenizer, SingleRank(), 32, batch_size=4)
-        ours = build_classifier(embedder, names, templates)
+        ours = classifier(embedder.texts(prompts(names, templates)), len(names))
         for name, row in zip(names, ours, strict=True):
             each = model(None, tokenizer([t.replace("{}", name) for t in templates], 32))[1]
             mean = each.double().mean(dim=0)
@@ -122,15 +122,16 @@ def test_missing_labels_and_names_are_explained(demo):
     tokenizer, dataset = load_tokenizer("demo"), build_eval_dataset("demo:val", image_size=64, max_samples=8)
     embedder = Embedder(Constant(), Constant(), tokenizer, SingleRank(), context_length=32, batch_size=4)
     with pytest.raises(UserError, match="there are 2 class names"):
-        zeroshot(embedder, dataset, classnames=["a", "b"])
+        run_task("zeroshot", embedder, dataset, Options(classnames=["a", "b"]))
     dataset.classes = None
     with pytest.raises(UserError, match="needs class names"):
-        zeroshot(embedder, dataset)
+        run_task("zeroshot", embedder, dataset)
 
 
 def test_metrics_are_json(demo):
     tokenizer, dataset = load_tokenizer("demo"), build_eval_dataset("demo:val", image_size=64, max_samples=8)
-    metrics = zeroshot(Embedder(Constant(), Constant(), tokenizer, SingleRank(), 32, batch_size=3), dataset)
+    embedder = Embedder(Constant(), Constant(), tokenizer, SingleRank(), 32, batch_size=3)
+    metrics = run_task("zeroshot", embedder, dataset).metrics
     assert json.loads(json.dumps(metrics))["samples"] == 4
 
 
@@ -181,4 +182,4 @@ class WrittenByHand:
 def test_hard_negatives_count_pairs_of_the_same_image(batch_size):
     """The first image wins all four pairs; the third looks south-east, so that its own caption `west` loses."""
     embedder = Embedder(lambda x: x, lambda x: x, WrittenByHand.tokenize, SingleRank(), 4, batch_size)
-    assert hard_negatives(embedder, WrittenByHand()) == {"accuracy": 4 / 5, "images": 2, "pairs": 5}
+    assert run_task("hard_negatives", embedder, WrittenByHand()).metrics == {"accuracy": 4 / 5, "images": 2, "pairs": 5}

@@ -7,7 +7,7 @@ import torch
 
 from dsclip.distributed import Collectives
 from dsclip.errors import RunFailed, UserError
-from dsclip.evaluate import Embedder, classification_metrics, retrieval_metrics
+from dsclip.evaluate import Embedder, measure_classification, measure_retrieval
 from dsclip.train.watch import Watch
 
 
@@ -32,9 +32,9 @@ def test_metrics_of_features_that_are_not_finite_are_refused(side):
     features = {"image": torch.eye(3), "text": torch.eye(3)}
     features[side][1, 2] = torch.nan
     with pytest.raises(UserError, match=f"{side} features are not finite"):
-        retrieval_metrics(features["image"], features["text"], torch.arange(3))
+        measure_retrieval(features["image"], features["text"], torch.arange(3))
     with pytest.raises(UserError, match="logits are not finite"):
-        classification_metrics(features["image"] @ features["text"].T, torch.arange(3))
+        measure_classification(features["image"] @ features["text"].T, torch.arange(3))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Evaluation: zero-shot classification, retrieval, hard negatives; the same on any number of ranks."""
 
 from dsclip.evaluate.features import Embedder
-from dsclip.evaluate.hard_negatives import hard_negatives
-from dsclip.evaluate.retrieval import retrieval, retrieval_metrics
-from dsclip.evaluate.tasks import TASKS, check_task, run_task
-from dsclip.evaluate.zeroshot import classification_metrics, zeroshot
+from dsclip.evaluate.result import Measured, Outcomes
+from dsclip.evaluate.retrieval import measure_retrieval
+from dsclip.evaluate.task import Options, Task, TaskKind
+from dsclip.evaluate.tasks import IN_TRAINING, TASKS, prepare_task, run_task
+from dsclip.evaluate.zeroshot import measure_classification
 
 __all__ = [
-    "Embedder", "TASKS", "check_task", "classification_metrics", "hard_negatives", "retrieval", "retrieval_metrics", "run_task",
-    "zeroshot",
+    "Embedder", "IN_TRAINING", "Measured", "Options", "Outcomes", "TASKS", "Task", "TaskKind", "measure_classification",
+    "measure_retrieval", "prepare_task", "run_task",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from dsclip.data.sources.storage import Storage
 from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
-from dsclip.evaluate import TASKS, Embedder, run_task
+from dsclip.evaluate import TASKS, Embedder, Options, run_task
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.captions import cut_captions
 
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="checkpoint, run, HuggingFace CLIP folder, OpenCLIP folder or state dict",
     )
-    p.add_argument("--task", required=True, choices=TASKS)
+    p.add_argument("--task", required=True, choices=list(TASKS))
     p.add_argument("--data", required=True, help="shards: a folder, glob or brace expression, or demo:val")
     p.add_argument("--tokenizer", help="folder or hub name (default: the model's own)")
     p.add_argument("--classnames", help="file with one class name a line (default: those of the shards)")
@@ -164,11 +164,10 @@ def _measure(
         return features
 
     embedder = Embedder(encode_image, encode_text, tokenizer, group, config.context_length, arguments.batch_size)
-    metrics = run_task(
-        arguments.task, embedder, dataset, classnames=arguments.classnames, templates=arguments.templates
-    )
+    options = Options(arguments.classnames, arguments.templates)
+    measured = run_task(arguments.task, embedder, dataset, options)
     return {
-        "task": arguments.task, "metrics": metrics, "model": str(arguments.model), "data": arguments.data,
+        "task": arguments.task, "metrics": measured.metrics, "model": str(arguments.model), "data": arguments.data,
         "training_pairs": _training_pairs(arguments.data, source.train_shards, storage_of(arguments)), "bad_samples": dict(dataset.bad),
     }  # fmt: skip
 

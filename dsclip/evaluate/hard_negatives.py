@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.features import Embedder
+from dsclip.evaluate.result import Measured, Outcomes
+from dsclip.evaluate.task import Embedded, Images, Options, TaskKind
 
 
-def hard_negatives(embedder: Embedder, dataset: EvalDataset) -> dict[str, float]:
-    """{"accuracy", "images", "pairs"}: the share of pairs (own caption, hard negative of the same image) in which the
-    own caption is the more similar one; 0.5 by chance. Images without hard negatives don't count. Collective.
-    """
-    images, indices = embedder.images(dataset, hard_negative_samples(dataset))
-    texts = [t for i in indices for t in (*dataset.captions[i], *dataset.negatives[i])]
-    features = embedder.texts(texts)
-    right = pairs = start = 0
-    for row, i in enumerate(indices):
-        middle = start + len(dataset.captions[i])
-        stop = middle + len(dataset.negatives[i])
-        wins = _wins(images[row], features[start:middle], features[middle:stop])
-        right, pairs, start = right + int(wins.sum()), pairs + wins.numel(), stop
-    return {"accuracy": right / pairs, "images": len(indices), "pairs": pairs}
+class HardNegatives:
+    """`accuracy`: the share of pairs (own caption, hard negative of the same image) in which the own caption is the more
+    similar one; 0.5 by chance, and equal similarities lose. Images without hard negatives don't count."""
+
+    def __init__(self, dataset: EvalDataset, options: Options):
+        self._dataset, self._indices = dataset, hard_negative_samples(dataset)
+        self.images = (Images(dataset, self._indices),)
+        self.texts = [t for i in self._indices for t in (*dataset.captions[i], *dataset.negatives[i])]
+
+    def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
+        """{"accuracy", "images", "pairs"}."""
+        (image, decoded), dataset = images[0], self._dataset
+        row_of = {index: row for row, index in enumerate(decoded)}
+        wins, units, start = [], [], 0
+        for i in self._indices:
+            middle = start + len(dataset.captions[i])
+            stop = middle + len(dataset.negatives[i])
+            if i in row_of:
+                won = _wins(image[row_of[i]], text[start:middle], text[middle:stop]).flatten()
+                wins.append(won)
+                units.append(torch.full((len(won),), i))
+            start = stop
+        outcomes = Outcomes(torch.cat(wins).float(), torch.cat(units))
+        return Measured({"accuracy": outcomes}, {"images": len(decoded), "pairs": len(outcomes.values)})
+
+
+HARD_NEGATIVES = TaskKind("hard_negatives", HardNegatives)
 
 
 def hard_negative_samples(dataset: EvalDataset) -> list[int]:

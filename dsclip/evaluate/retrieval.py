@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.features import Embedder, check_finite
+from dsclip.evaluate.features import check_finite
+from dsclip.evaluate.result import Measured, Outcomes
+from dsclip.evaluate.task import Embedded, Images, Options, TaskKind
 
 RECALL_AT = (1, 5, 10)
 ROWS_AT_ONCE = 1024  # of the similarity matrix
 
 
-def retrieval(embedder: Embedder, dataset: EvalDataset) -> dict[str, float]:
-    """{"image_to_text_recall@k", "text_to_image_recall@k" for k = 1, 5, 10, "images", "captions"}; recalls in 0..1.
+class Retrieval:
+    """Recall@k both ways.
 
     Image to text: one of the image's own captions is among the k best of all captions, averaged over images. Text to
     image: the caption's image is among the k best, averaged over captions (as in CLIP_benchmark). Images without captions
     don't take part, also not as candidates. A k that exceeds the candidates would be 1 for every model, and is left out.
-    Collective.
     """
-    image, indices = embedder.images(dataset, retrieval_samples(dataset))
-    texts = [caption for i in indices for caption in dataset.captions[i]]
-    owner = torch.tensor([row for row, i in enumerate(indices) for _ in dataset.captions[i]])
-    text = embedder.texts(texts)
-    return retrieval_metrics(image, text, owner)
+
+    def __init__(self, dataset: EvalDataset, options: Options):
+        self._indices = retrieval_samples(dataset)
+        self._owner = torch.tensor([i for i in self._indices for _ in dataset.captions[i]])
+        self.images = (Images(dataset, self._indices),)
+        self.texts = [caption for i in self._indices for caption in dataset.captions[i]]
+
+    def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
+        """{"image_to_text_recall@k", "text_to_image_recall@k" for k = 1, 5, 10, "images", "captions"}."""
+        image, decoded = images[0]
+        rows = torch.full((self._indices[-1] + 1,), -1)
+        rows[decoded] = torch.arange(len(decoded))
+        owner = rows[self._owner]
+        return measure_retrieval(image, text[owner >= 0], owner[owner >= 0]).of_samples(decoded)
+
+
+RETRIEVAL = TaskKind("retrieval", Retrieval)
 
 
 def retrieval_samples(dataset: EvalDataset) -> list[int]:
@@ -36,8 +51,8 @@ def retrieval_samples(dataset: EvalDataset) -> list[int]:
     return indices
 
 
-def retrieval_metrics(image: Tensor, text: Tensor, owner: Tensor) -> dict[str, float]:
-    """The metrics from features: image [n, d], text [m, d], owner [m]: the image each caption belongs to.
+def measure_retrieval(image: Tensor, text: Tensor, owner: Tensor) -> Measured:
+    """The result of features: image [n, d], text [m, d], owner [m]: the image each caption belongs to.
 
     Raises UserError for features that are not finite, images without captions, and captions without an image.
     """
@@ -48,13 +63,14 @@ def retrieval_metrics(image: Tensor, text: Tensor, owner: Tensor) -> dict[str, f
         bare = (captions == 0).nonzero().flatten().tolist()
         raise UserError(
             f"{len(bare)} of {len(image)} images have no caption (the first is number {bare[0]}): leave them out of the "
-            "features, as `retrieval` does; no caption can be the right one for them"
+            "features, as the task does; no caption can be the right one for them"
         )
     text_ranks = _rank_of_positive(text, image, owner)
     image_ranks = _best_rank_of_positives(image, text, owner)
-    recalls = {f"image_to_text_recall@{k}": _share(image_ranks < k) for k in RECALL_AT if k <= len(text)}
-    recalls |= {f"text_to_image_recall@{k}": _share(text_ranks < k) for k in RECALL_AT if k <= len(image)}
-    return recalls | {"images": len(image), "captions": len(text)}
+    rows = torch.arange(len(image))
+    recalls = {f"image_to_text_recall@{k}": _hits(image_ranks < k, rows) for k in RECALL_AT if k <= len(text)}
+    recalls |= {f"text_to_image_recall@{k}": _hits(text_ranks < k, owner) for k in RECALL_AT if k <= len(image)}
+    return Measured(recalls, {"images": len(image), "captions": len(text)})
 
 
 def _captions_of_images(owner: Tensor, images: int, captions: int) -> Tensor:
@@ -64,8 +80,8 @@ def _captions_of_images(owner: Tensor, images: int, captions: int) -> Tensor:
     return owner.bincount(minlength=images)
 
 
-def _share(hits: Tensor) -> float:
-    return hits.double().mean().item()
+def _hits(hits: Tensor, units: Tensor) -> Outcomes:
+    return Outcomes(hits.float(), units)
 
 
 def _rank_of_positive(queries: Tensor, candidates: Tensor, owner: Tensor) -> Tensor:

@@ -1,37 +1,27 @@
-"""The tasks by name: what a set must hold for one, and its metrics. A new task is a file beside this one and a line in each."""
+"""The tasks by name, and one task on one set. A new task is a file beside this one and a line in `KINDS`."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from dsclip.data import EvalDataset
 from dsclip.evaluate.features import Embedder
-from dsclip.evaluate.hard_negatives import hard_negative_samples, hard_negatives
-from dsclip.evaluate.retrieval import retrieval, retrieval_samples
-from dsclip.evaluate.zeroshot import zeroshot, zeroshot_prompts, zeroshot_samples
+from dsclip.evaluate.hard_negatives import HARD_NEGATIVES
+from dsclip.evaluate.result import Measured
+from dsclip.evaluate.retrieval import RETRIEVAL
+from dsclip.evaluate.task import DEFAULTS, Embedded, Options, Task
+from dsclip.evaluate.zeroshot import ZEROSHOT
 
-Task = Literal["zeroshot", "retrieval", "hard_negatives"]
-TASKS: tuple[Task, ...] = get_args(Task)
-Words = str | list[str] | None  # a file of lines, the lines, or those of the shards' manifest
-
-
-def check_task(task: Task, dataset: EvalDataset, *, classnames: Words = None, templates: Words = None) -> None:
-    """Raises UserError when the set lacks what the task needs."""
-    if task == "zeroshot":
-        names, _ = zeroshot_prompts(dataset, classnames, templates)
-        zeroshot_samples(dataset, len(names))
-    elif task == "retrieval":
-        retrieval_samples(dataset)
-    else:
-        hard_negative_samples(dataset)
+KINDS = (ZEROSHOT, RETRIEVAL, HARD_NEGATIVES)
+TASKS = {kind.name: kind for kind in KINDS}
+IN_TRAINING = ("zeroshot", "retrieval", "hard_negatives")  # those with a key `eval.NAME_shards` in the recipe
 
 
-def run_task(
-    task: Task, embedder: Embedder, dataset: EvalDataset, *, classnames: Words = None, templates: Words = None
-) -> dict[str, float]:
-    """{metric: value} of the model on the set. classnames, templates: of `zeroshot` alone. Collective."""
-    if task == "zeroshot":
-        return zeroshot(embedder, dataset, classnames=classnames, templates=templates)
-    if task == "retrieval":
-        return retrieval(embedder, dataset)
-    return hard_negatives(embedder, dataset)
+def prepare_task(name: str, dataset: EvalDataset, options: Options = DEFAULTS) -> Task:
+    """The task on the set. Raises UserError when the set lacks what it needs."""
+    return TASKS[name].prepare(dataset, options)
+
+
+def run_task(name: str, embedder: Embedder, dataset: EvalDataset, options: Options = DEFAULTS) -> Measured:
+    """What the model does on the set, the same on every number of ranks. Collective."""
+    task = prepare_task(name, dataset, options)
+    images = [Embedded(*embedder.images(part.dataset, part.indices)) for part in task.images]
+    return task.measure(images, embedder.texts(list(task.texts)))

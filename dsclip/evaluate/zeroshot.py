@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.features import Embedder, check_finite
+from dsclip.evaluate.features import check_finite
+from dsclip.evaluate.result import Measured, Outcomes
+from dsclip.evaluate.task import Embedded, Images, Options, TaskKind, Words
 from dsclip.evaluate.templates import SIMPLE, load_classnames, load_templates
 
 
-def zeroshot(
-    embedder: Embedder,
-    dataset: EvalDataset,
-    *,
-    classnames: str | list[str] | None = None,
-    templates: str | list[str] | None = None,
-) -> dict[str, float]:
-    """{"top1", "top5" (with five classes or more), "mean_per_class_recall", "samples", "classes"}; shares in 0..1.
+class Zeroshot:
+    """Top-1, top-5 and mean per-class accuracy of the classifier that class names in sentences make.
 
-    classnames and templates default to those of the shards' manifest. Samples without a label are left out.
-    Source: Radford et al. 2021, section 3.1.4: unit embeddings averaged over templates, made unit again. Collective.
+    Names and templates default to those of the shards' manifest. Samples without a label are left out. Source: Radford et
+    al. 2021, section 3.1.4: unit embeddings averaged over templates, made unit again.
     """
-    names, sentences = zeroshot_prompts(dataset, classnames, templates)
-    classifier = build_classifier(embedder, names, sentences)
-    image, indices = embedder.images(dataset, zeroshot_samples(dataset, len(names)))
-    return classification_metrics(image @ classifier.T, torch.tensor([dataset.labels[i] for i in indices]))
+
+    def __init__(self, dataset: EvalDataset, options: Options):
+        self._names, self._templates = zeroshot_prompts(dataset, options.classnames, options.templates)
+        self._labels = dataset.labels
+        self.images = (Images(dataset, zeroshot_samples(dataset, len(self._names))),)
+        self.texts = prompts(self._names, self._templates)
+
+    def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
+        """{"top1", "top5" (with five classes or more), "mean_per_class_recall", "samples", "classes"}."""
+        image, decoded = images[0]
+        labels = torch.tensor([self._labels[i] for i in decoded])
+        return measure_classification(image @ classifier(text, len(self._names)).T, labels).of_samples(decoded)
 
 
-def zeroshot_prompts(
-    dataset: EvalDataset, classnames: str | list[str] | None, templates: str | list[str] | None
-) -> tuple[list[str], list[str]]:
+ZEROSHOT = TaskKind("zeroshot", Zeroshot, reads=("classnames", "templates"))
+
+
+def zeroshot_prompts(dataset: EvalDataset, classnames: Words, templates: Words) -> tuple[list[str], list[str]]:
     """(class names, sentences with {}), given or of the shards' manifest. Raises UserError when there are none."""
     names = load_classnames(classnames) or dataset.classes
     if not names:
@@ -54,23 +61,25 @@ def zeroshot_samples(dataset: EvalDataset, classes: int) -> list[int]:
     return indices
 
 
-def build_classifier(embedder: Embedder, names: list[str], templates: list[str]) -> Tensor:
-    """Unit class embeddings [classes, d]: the mean over templates."""
+def prompts(names: list[str], templates: list[str]) -> list[str]:
+    """Each name in each sentence, name by name."""
     # Not str.format: a class name or template is data, and braces in it are text.
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    text = embedder.texts(prompts)
-    return F.normalize(text.view(len(names), len(templates), -1).mean(dim=1), dim=-1)
+    return [template.replace("{}", name) for name in names for template in templates]
 
 
-def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Metrics of logits [n, classes] and labels [n]. Raises UserError for logits that are not finite."""
+def classifier(text: Tensor, classes: int) -> Tensor:
+    """Unit class embeddings [classes, d] of the unit features of `prompts`: the mean over templates."""
+    return F.normalize(text.view(classes, len(text) // classes, -1).mean(dim=1), dim=-1)
+
+
+def measure_classification(logits: Tensor, labels: Tensor) -> Measured:
+    """The result of logits [n, classes] and labels [n]. Raises UserError for logits that are not finite."""
     check_finite("logits", logits)
-    classes = logits.shape[1]
+    classes, rows = logits.shape[1], torch.arange(len(labels))
     ranked = logits.topk(min(5, classes), dim=1).indices
-    hits = ranked == labels[:, None]
-    recalls = [hits[labels == c, 0].double().mean() for c in labels.unique()]
-    metrics = {"top1": hits[:, 0].double().mean().item()}
+    hits = (ranked == labels[:, None]).float()
+    outcomes = {"top1": Outcomes(hits[:, 0], rows)}
     if classes >= 5:
-        metrics["top5"] = hits.any(dim=1).double().mean().item()
-    metrics["mean_per_class_recall"] = torch.stack(recalls).mean().item()
-    return metrics | {"samples": len(labels), "classes": classes}
+        outcomes["top5"] = Outcomes(hits.amax(dim=1), rows)
+    outcomes["mean_per_class_recall"] = Outcomes(hits[:, 0], rows, "mean_of_groups", labels)
+    return Measured(outcomes, {"samples": len(labels), "classes": classes})

@@ -12,9 +12,8 @@ from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.shards.overlap import data_name, training_pairs
 from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
-from dsclip.evaluate import TASKS, Embedder, check_task, run_task
+from dsclip.evaluate import IN_TRAINING, Embedder, Options, prepare_task, run_task
 from dsclip.evaluate.retrieval import retrieval_samples
-from dsclip.evaluate.tasks import Task
 from dsclip.model import ClipConfig
 from dsclip.train.pictures import retrieval_grid, similarity_matrix
 from dsclip.train.watch import Watch
@@ -35,15 +34,16 @@ class Evaluation:
     def __init__(self, recipe: Recipe, model: ClipConfig, tokenizer: Tokenizer):
         self._settings, self._data, self._model, self._tokenizer = recipe.eval, recipe.data, model, tokenizer
         self._storage = Storage(tuple(recipe.data.trusted_hosts), recipe.data.retries)
-        self.sets: dict[Task, EvalDataset] = {}
+        self._options = Options(recipe.eval.classnames, recipe.eval.templates)
+        self.sets: dict[str, EvalDataset] = {}
         self.names: dict[str, str] = {}
-        for task in TASKS:
+        for task in IN_TRAINING:
             shards = getattr(recipe.eval, f"{task}_shards")
             if shards is None:
                 continue
             try:
                 self.sets[task] = self._open(shards)
-                check_task(task, self.sets[task], classnames=recipe.eval.classnames, templates=recipe.eval.templates)
+                prepare_task(task, self.sets[task], self._options)
             except UserError as error:
                 raise UserError(f"eval.{task}_shards={data_name(shards, None)}: {error}") from error
             self.names[task] = data_name(shards, training_pairs(shards, recipe.data.train_shards, self._storage))
@@ -77,9 +77,7 @@ class Evaluation:
         results: dict[str, dict[str, float]] = {}
         for task, dataset in self.sets.items():
             watch.message(f"evaluating {task.replace('_', ' ')} on {self.names[task]}")
-            results[task] = run_task(
-                task, embedder, dataset, classnames=settings.classnames, templates=settings.templates
-            )
+            results[task] = run_task(task, embedder, dataset, self._options).metrics
             if task == "retrieval":
                 self._show_pictures(embedder, engine.step, watch)
             if dataset.bad:

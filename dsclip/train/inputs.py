@@ -16,7 +16,7 @@ from dsclip.data.loader import Loader, check_order, data_sets
 from dsclip.data.sources.storage import Storage
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import UserError
-from dsclip.evaluate.tasks import TASKS
+from dsclip.evaluate import IN_TRAINING
 from dsclip.losses import check_options, find_loss, with_prefixes
 from dsclip.model import ClipConfig
 from dsclip.model.fp8 import check_fp8_shapes
@@ -97,5 +97,5 @@ def make_loader(inputs: RunInputs, group: Collectives, state: dict[str, Any] | N
 def _named_shards(recipe: Recipe) -> list[tuple[str, str | list[str]]]:
     """(key of the recipe, shards) of the training data and of every evaluation that is on."""
     training = [("data.train_shards", shards) for shards in data_sets(recipe.data)]
-    evaluated = [(f"{task}_shards", getattr(recipe.eval, f"{task}_shards")) for task in TASKS]
+    evaluated = [(f"{task}_shards", getattr(recipe.eval, f"{task}_shards")) for task in IN_TRAINING]
     return training + [(f"eval.{key}", shards) for key, shards in evaluated if shards]

@@ -1,0 +1,68 @@
+"""What a task returns: its metrics, and the values they are made of, so that intervals and comparisons need no task's help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# How values become a metric: their mean; the mean, or the smallest, of the means of groups; the sum over groups of how far
+# the values of each are off together, a share of all (of correct - confidence, grouped by confidence: calibration error).
+Reduction = Literal["mean", "mean_of_groups", "worst_group", "gap_of_groups"]
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """One metric's values. values [n]; units [n] int64: the sample of the set that each is of; groups [n] int64, from 0.
+
+    Values of one unit are drawn together in a bootstrap: the captions of an image, the pairs of an image.
+    """
+
+    values: Tensor
+    units: Tensor
+    reduction: Reduction = "mean"
+    groups: Tensor | None = None
+
+    def value(self) -> float:
+        """The metric, in float64."""
+        columns = torch.zeros_like(self.units)  # as if there were one unit, drawn once
+        return self.statistic(torch.ones(1, 1, dtype=torch.float64), columns).item()
+
+    def statistic(self, weights: Tensor, columns: Tensor) -> Tensor:
+        """The metric [B] of B resamples: weights [units, B] say how often each unit is in, columns [n] which row is a value's.
+
+        Groups that a resample has nothing of don't count in it. NaN for a resample that has no value at all.
+        """
+        count, values = weights[columns], self.values.to(weights.dtype)[:, None]
+        if self.groups is None:
+            return (count * values).sum(dim=0) / count.sum(dim=0)
+        groups = int(self.groups.max()) + 1
+        sums = weights.new_zeros(groups, weights.shape[1]).index_add_(0, self.groups, count * values)
+        counts = weights.new_zeros(groups, weights.shape[1]).index_add_(0, self.groups, count)
+        if self.reduction == "gap_of_groups":
+            return sums.abs().sum(dim=0) / counts.sum(dim=0)
+        if self.reduction == "worst_group":
+            return (sums / counts).nan_to_num(nan=torch.inf).amin(dim=0)
+        return (sums / counts).nansum(dim=0) / (counts > 0).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A task's result. outcomes: {metric: its values}, of which `metrics` are made; counts: what has no interval, such as n."""
+
+    outcomes: Mapping[str, Outcomes]
+    counts: Mapping[str, int | float]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """{metric: value}, shares in 0..1, then the counts."""
+        return {name: outcomes.value() for name, outcomes in self.outcomes.items()} | dict(self.counts)
+
+    def of_samples(self, indices: Sequence[int]) -> Measured:
+        """The same with units that are rows of features replaced by the numbers of the samples in these rows."""
+        numbers = torch.tensor(indices, dtype=torch.int64)
+        outcomes = {name: replace(found, units=numbers[found.units]) for name, found in self.outcomes.items()}
+        return replace(self, outcomes=outcomes)

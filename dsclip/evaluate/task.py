@@ -1,0 +1,66 @@
+"""What a task is: the images and texts that it needs embedded, and what it measures of their features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from dsclip.data import EvalDataset
+from dsclip.evaluate.result import Measured
+
+Words = str | list[str] | None  # a file of lines, the lines, or those of the shards' manifest
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user says of a task; each reads what `TaskKind.reads` names."""
+
+    classnames: Words = None
+    templates: Words = None
+
+
+DEFAULTS = Options()
+
+
+class Images(NamedTuple):
+    """Images of a set by their numbers."""
+
+    dataset: EvalDataset
+    indices: list[int]
+
+
+class Embedded(NamedTuple):
+    """Features [k, d] of the k images that could be decoded, and their numbers in the set."""
+
+    features: Tensor
+    indices: list[int]
+
+
+class Task(Protocol):
+    """A task on its set. Building it checks that the set has what it needs; whoever embeds may embed for several at once."""
+
+    @property
+    def images(self) -> Sequence[Images]:
+        """What it needs embedded: one entry a set."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """What else it needs embedded; also captions of images that turn out to be broken."""
+
+    def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
+        """The result of the features of `images`, entry by entry, and of `texts` [m, d]. Not collective.
+
+        Units of the result are numbers of the set. Raises UserError for features that are not finite.
+        """
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A task by name. prepare: the task on a set, UserError when the set lacks what it needs; reads: its fields of Options."""
+
+    name: str
+    prepare: Callable[[EvalDataset, Options], Task]
+    reads: tuple[str, ...] = ()
