@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsclip.config import load_recipe
 from dsclip.convert.model_card import model_card, results_of_run
@@ -152,6 +153,31 @@ def test_every_number_says_what_it_was_measured_on(tmp_path):
     shutil.rmtree(tmp_path / "tb")
     (tmp_path / "metrics.jsonl").unlink()
     assert results_of_run(checkpoint) == ({}, {}) and "Not measured" in model_card(checkpoint, {}, {})
+
+
+def test_intervals_are_logged_beside_their_metrics(tmp_path):
+    """A list in the log, two points in TensorBoard, a column of the card."""
+    watch = object.__new__(Watch)
+    watch._unwritten = None
+    watch._log, shown = MetricsLog(tmp_path, True), []
+    watch._progress = SimpleNamespace(message=shown.append)
+    results, names = {"zeroshot": {"top1": 0.5, "top1_ci95": [0.4, 0.625], "samples": 8}}, {"zeroshot": "val"}
+    watch.evaluated(10, results, names)
+    watch._log.close()
+    assert shown == ["step 10: zeroshot on val: top1 50.0% (40.0% – 62.5%)"]
+    found = EventAccumulator(str(tmp_path / "tb")).Reload()
+    points = {tag: found.Scalars(tag)[0].value for tag in found.Tags()["scalars"]}
+    tag = "eval/zeroshot/top1"
+    assert points == {
+        tag: 0.5, f"{tag}_ci95/lower": pytest.approx(0.4), f"{tag}_ci95/upper": 0.625, "eval/zeroshot/samples": 8
+    }  # fmt: skip
+    config = create_model("demo").config
+    checkpoint = SimpleNamespace(
+        path=tmp_path / "checkpoints" / "x", step=10, samples=80, config=config, recipe={}, logit_scale=1.0, logit_bias=None
+    )  # fmt: skip
+    assert results_of_run(checkpoint) == (results, names)
+    card = model_card(checkpoint, results, names)
+    assert "| zeroshot | val | top1 | 0.5000 | 0.4000 – 0.6250 |\n| zeroshot | val | samples | 8 |  |" in card
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 from dsclip.checkpoint import Checkpoint
 from dsclip.convert.finite import finite
 from dsclip.convert.folder import whole_folder, write_json
-from dsclip.convert.model_card import model_card
+from dsclip.convert.model_card import Metrics, model_card
 from dsclip.convert.weights import Named, to_hf
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
@@ -29,7 +29,7 @@ def export_hf(
     out: Path,
     *,
     dtype: str = "fp32",
-    metrics: dict[str, dict[str, float]] | None = None,
+    metrics: Metrics | None = None,
     data: dict[str, str] | None = None,
     overwrite: bool = False,
     max_shard_gb: float = MAX_SHARD_GB,
@@ -49,7 +49,7 @@ def _write(
     checkpoint: Checkpoint,
     folder: Path,
     dtype: str,
-    metrics: dict[str, dict[str, float]],
+    metrics: Metrics,
     data: dict[str, str],
     most: int,
 ) -> None:

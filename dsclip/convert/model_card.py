@@ -6,11 +6,13 @@ import json
 
 from dsclip.checkpoint import Checkpoint
 
+Metrics = dict[str, dict[str, float | list[float]]]  # {task: {metric: value, metric_ci95: [lower, upper]}}
 
-def results_of_run(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+
+def results_of_run(checkpoint: Checkpoint) -> tuple[Metrics, dict[str, str]]:
     """(metrics {task: {metric: value}}, data {task: its name}) that the checkpoint's run measured at its step; or nothing."""
     log = checkpoint.path.parent.parent / "metrics.jsonl"
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: Metrics = {}
     data: dict[str, str] = {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
         try:
@@ -27,14 +29,18 @@ def results_of_run(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, float]],
     return metrics, data
 
 
-def model_card(checkpoint: Checkpoint, metrics: dict[str, dict[str, float]], data: dict[str, str]) -> str:
+def model_card(checkpoint: Checkpoint, metrics: Metrics, data: dict[str, str]) -> str:
     """Markdown with the front matter that the HuggingFace hub reads. metrics: {task: {metric: value}}; data: {task: name}."""
     c, recipe = checkpoint.config, checkpoint.recipe
-    rows = [(task, name, value) for task, values in metrics.items() for name, value in values.items()]
-    table = "\n".join(
-        f"| {t} | {data.get(t, 'unknown')} | {n} | {f'{v:.4f}' if isinstance(v, float) else v} |" for t, n, v in rows
-    )
-    measured = f"| task | data | metric | value |\n|---|---|---|---|\n{table}" if rows else "Not measured."
+    rows = [
+        f"| {task} | {data.get(task, 'unknown')} | {name} | {f'{value:.4f}' if isinstance(value, float) else value} | "
+        f"{_ends(values.get(f'{name}_ci95'))} |"
+        for task, values in metrics.items()
+        for name, value in values.items()
+        if not isinstance(value, list)
+    ]
+    header = "| task | data | metric | value | 95% interval |\n|---|---|---|---|---|\n"
+    measured = header + "\n".join(rows) if rows else "Not measured."
     without = (
         ""
         if checkpoint.logit_bias is None
@@ -77,3 +83,7 @@ Images {c.image_size} px in patches of {c.patch_size}: {c.vision_layers} layers 
 The model repeats the biases and errors of its training captions. Zero-shot results depend on the wording of the
 prompts. It has not been checked for any use that affects people.
 {without}"""
+
+
+def _ends(interval: float | list[float] | None) -> str:
+    return " – ".join(f"{end:.4f}" for end in interval) if isinstance(interval, list) else ""

@@ -1,6 +1,7 @@
 """Evaluation: zero-shot classification, retrieval, hard negatives; the same on any number of ranks."""
 
 from dsclip.evaluate.features import Embedder
+from dsclip.evaluate.intervals import table, with_intervals
 from dsclip.evaluate.result import Measured, Outcomes
 from dsclip.evaluate.retrieval import measure_retrieval
 from dsclip.evaluate.task import Options, Task, TaskKind
@@ -9,5 +10,5 @@ from dsclip.evaluate.zeroshot import measure_classification
 
 __all__ = [
     "Embedder", "IN_TRAINING", "Measured", "Options", "Outcomes", "TASKS", "Task", "TaskKind", "measure_classification",
-    "measure_retrieval", "prepare_task", "run_task",
+    "measure_retrieval", "prepare_task", "run_task", "table", "with_intervals",
 ]  # fmt: skip

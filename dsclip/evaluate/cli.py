@@ -19,12 +19,13 @@ from dsclip.command_line import parser, report_error, say
 from dsclip.convert.source import Source, open_source
 from dsclip.convert.streamed import loaded_clip, spread_clip
 from dsclip.data import Tokenizer, build_eval_dataset, load_tokenizer
-from dsclip.data.shards.overlap import data_name, training_pairs
+from dsclip.data.shards.overlap import training_pairs
 from dsclip.data.sources.storage import Storage
 from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
-from dsclip.evaluate import TASKS, Embedder, Options, run_task
+from dsclip.evaluate import TASKS, Embedder, Options, run_task, with_intervals
+from dsclip.evaluate.report import markdown, text
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.captions import cut_captions
 
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="with --device-map: for weights that are read again and again (default: temporary)",
     )
+    p.add_argument("--markdown", action="store_true", help="print a Markdown table")
     p.add_argument("--output", type=Path, help="also write the JSON to this file")
     add_remote(p)
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -102,6 +104,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     if arguments.output and (arguments.output.is_dir() or not os.access(arguments.output.resolve().parent, os.W_OK)):
         raise UserError(f"--output {arguments.output}: no file can be written there")
+    if arguments.json and arguments.markdown:
+        raise UserError("--json and --markdown: give one of them")
     device, group = _join_ranks(arguments)
     source = open_source(arguments.model)
     tokenizer = _tokenizer(source, arguments.tokenizer)
@@ -167,7 +171,7 @@ def _measure(
     options = Options(arguments.classnames, arguments.templates)
     measured = run_task(arguments.task, embedder, dataset, options)
     return {
-        "task": arguments.task, "metrics": measured.metrics, "model": str(arguments.model), "data": arguments.data,
+        "task": arguments.task, "metrics": with_intervals(measured), "model": str(arguments.model), "data": arguments.data,
         "training_pairs": _training_pairs(arguments.data, source.train_shards, storage_of(arguments)), "bad_samples": dict(dataset.bad),
     }  # fmt: skip
 
@@ -198,8 +202,4 @@ def _report(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result))
         return
-    print(f"{result['task']} of {result['model']} on {data_name(result['data'], result['training_pairs'])}")
-    for name, value in result["metrics"].items():
-        print(f"  {name:28} {value:.2%}" if isinstance(value, float) else f"  {name:28} {value}")
-    for reason, count in result["bad_samples"].items():
-        print(f"  left out: {count} {reason}")
+    print(markdown([result]) if arguments.markdown else text(result))

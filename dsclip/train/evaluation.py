@@ -12,10 +12,11 @@ from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.shards.overlap import data_name, training_pairs
 from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
-from dsclip.evaluate import IN_TRAINING, Embedder, Options, prepare_task, run_task
+from dsclip.evaluate import IN_TRAINING, Embedder, Options, prepare_task, run_task, with_intervals
 from dsclip.evaluate.retrieval import retrieval_samples
 from dsclip.model import ClipConfig
 from dsclip.train.pictures import retrieval_grid, similarity_matrix
+from dsclip.train.records import Results
 from dsclip.train.watch import Watch
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
@@ -64,8 +65,8 @@ class Evaluation:
         every = self._settings.every_steps
         return last or (every is not None and step % every == 0)
 
-    def run(self, engine: ContrastiveEngine, watch: Watch) -> dict[str, dict[str, float]]:
-        """{task: {metric: value}}, also written to TensorBoard with pictures of what the model retrieves.
+    def run(self, engine: ContrastiveEngine, watch: Watch) -> Results:
+        """{task: {metric: value, metric_ci95: [lower, upper]}}, also written to TensorBoard with pictures of what the model retrieves.
 
         Collective: ZeRO-3 gathers weights in each forward.
         """
@@ -74,10 +75,10 @@ class Evaluation:
             engine.encode_image, engine.encode_text, self._tokenizer, engine.group, self._model.context_length,
             settings.batch_size,
         )  # fmt: skip
-        results: dict[str, dict[str, float]] = {}
+        results: Results = {}
         for task, dataset in self.sets.items():
             watch.message(f"evaluating {task.replace('_', ' ')} on {self.names[task]}")
-            results[task] = run_task(task, embedder, dataset, self._options).metrics
+            results[task] = with_intervals(run_task(task, embedder, dataset, self._options))
             if task == "retrieval":
                 self._show_pictures(embedder, engine.step, watch)
             if dataset.bad:

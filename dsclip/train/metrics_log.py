@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
@@ -56,16 +58,28 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(Path(run_dir) / "tb"), purge_step=start_step + 1)
 
-    def log(self, step: int, scalars: dict[str, float], **words: str | dict[str, str]) -> None:
-        """One line and one point per scalar; words go into the line only. JSON has no NaN: such numbers become null."""
+    def log(
+        self,
+        step: int,
+        scalars: dict[str, float],
+        ranges: Mapping[str, list[float]] = MappingProxyType({}),
+        **words: str | dict[str, str],
+    ) -> None:
+        """One line and one point per scalar; words go into the line only. JSON has no NaN: such numbers become null.
+
+        ranges: {name: [lower, upper]}, two points each.
+        """
         if self._file is None or self._writer is None:
             return
         entry = {"step": step, **words} | {k: v if math.isfinite(v) else None for k, v in scalars.items()}
-        self._file.write(json.dumps(entry) + "\n")
+        self._file.write(json.dumps(entry | dict(ranges)) + "\n")
         self._file.flush()
         for name, value in scalars.items():
             tag = _TAG.get(name) or (name if "/" in name else f"train/{name}")
             self._writer.add_scalar(tag, value, step)
+        for name, (lower, upper) in ranges.items():
+            self._writer.add_scalar(f"{name}/lower", lower, step)
+            self._writer.add_scalar(f"{name}/upper", upper, step)
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
         """The distribution of a tensor's finite values, for TensorBoard only. It never ends a run."""

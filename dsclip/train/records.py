@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-Results = dict[str, dict[str, float]]  # {task: {metric: value}}
+# {task: {metric: value, metric_ci95: [lower, upper]}}
+Results = dict[str, dict[str, float | list[float]]]
 
 
 class Resume(TypedDict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dsclip.evaluate.intervals import table
 from dsclip.files import write_whole
 from dsclip.train.progress import format_seconds
 from dsclip.train.records import Resume, Summary
@@ -38,16 +39,11 @@ def _argument(shards: str | list[str]) -> str:
 
 def result_rows(summary: Summary) -> list[tuple[str, str]]:
     """(metric, value) as people read them."""
-    rows = []
-    for task, metrics in summary["eval"].items():
-        for name, value in metrics.items():
-            rows.append(
-                (
-                    f"{task} {name} on {summary['eval_names'][task]}",
-                    f"{value:.1%}" if isinstance(value, float) else f"{value}",
-                )
-            )
-    return rows
+    return [
+        (f"{task} {name} on {summary['eval_names'][task]}", f"{value} ({between})" if between else value)
+        for task, metrics in summary["eval"].items()
+        for name, value, between in table(metrics, digits=1)
+    ]
 
 
 def markdown(summary: Summary, run_dir: Path) -> str:
@@ -109,7 +105,8 @@ def _resumed(resume: Resume) -> str:
 def console_summary(summary: Summary, run_dir: Path) -> str:
     """What the run prints last: results first, then what to do with them."""
     lines = ["", _done(summary), *_notes(summary)]
-    results, names = summary["eval"], summary["eval_names"]
+    names = summary["eval_names"]
+    results = {t: {k: v for k, v in m.items() if not isinstance(v, list)} for t, m in summary["eval"].items()}
     if "zeroshot" in results:
         z = results["zeroshot"]
         where = f"{z['classes']} classes, {z['samples']} images of {names['zeroshot']}"

@@ -17,6 +17,7 @@ from dsclip.config import dump_recipe
 from dsclip.data.batch import Batch
 from dsclip.data.shards.overlap import ALL, PART
 from dsclip.errors import RunDiverged
+from dsclip.evaluate.intervals import CI95
 from dsclip.files import sha256
 from dsclip.train.counters import Counters
 from dsclip.train.metrics_log import MetricsLog
@@ -154,7 +155,7 @@ class Watch:
         scalars |= {f"bad_samples/{reason}": n for reason, n in bad.items()}
         # Of the sample ids of the whole global batch: equal in runs that saw the same data.
         words = {} if metrics.skip_reason is None else {"skip_reason": metrics.skip_reason}
-        self._log.log(step, scalars, batch_hash=batch_hash, **words)
+        self._log.log(step, scalars, {}, batch_hash=batch_hash, **words)
 
     def _write_journal(self, step: int, journal: list[dict[str, str]]) -> None:
         """Shards that failed, once each and worker: what was left out of the run."""
@@ -169,15 +170,17 @@ class Watch:
         """Evaluation results, to the log and above the progress line. names: {task: its data}, see `data_name`."""
         self.flush()
         if results:
-            scalars = {
+            named = {
                 f"{evaluation_tag(names[task])}/{task}/{k}": v
                 for task, values in results.items()
                 for k, v in values.items()
             }
-            self._log.log(step, scalars, eval_names=names)
+            scalars = {name: v for name, v in named.items() if not isinstance(v, list)}
+            ranges = {name: v for name, v in named.items() if isinstance(v, list)}
+            self._log.log(step, scalars, ranges, eval_names=names)
             self._log.text("eval/data", "\n".join(f"* {task}: {name}" for task, name in names.items()))
         for task, values in results.items():
-            shown = ", ".join(f"{k} {v:.1%}" for k, v in values.items() if isinstance(v, float))
+            shown = ", ".join(f"{k} {v:.1%}{_between(values, k)}" for k, v in values.items() if isinstance(v, float))
             self.message(f"step {step}: {task} on {names[task]}: {shown}")
 
     def evaluation_failed(self, step: int, error: str) -> None:
@@ -235,6 +238,11 @@ class Watch:
         self.flush()
         self._progress.close()
         self._log.close()
+
+
+def _between(values: dict[str, float | list[float]], name: str) -> str:
+    between = values.get(name + CI95)
+    return f" ({between[0]:.1%} – {between[1]:.1%})" if isinstance(between, list) else ""
 
 
 def evaluation_tag(name: str) -> str:
