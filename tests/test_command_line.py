@@ -18,6 +18,7 @@ WRONG = {
     "tools/make_shards.py": "nowhere.zip OUT",
     "tools/check_data.py": "nowhere",
     "tools/index_shards.py": "nowhere",
+    "tools/convert.py": "nowhere OUT --to openclip",
     "tools/convert_hf.py": "nowhere OUT",
     "tools/bench_data.py": "--shards nowhere",
     "tools/bench_loss.py": "--n 0",

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import CLIPModel
 
 from dsclip.convert import cli, export_hf, load_hf_folder
-from dsclip.convert.cli import largest_difference
+from dsclip.convert.compare import difference_in_transformers
 from dsclip.convert.hf_folder import open_hf_folder
 from dsclip.convert.streamed import loaded_clip, spread_clip
 from dsclip.errors import UserError
@@ -50,8 +50,8 @@ def test_a_model_in_many_files_is_read_by_transformers_and_by_dsclip(model, fold
 @torch.no_grad()
 def test_layers_on_the_disk_compute_bit_for_bit_the_same(model, folder, tmp_path):
     source, (images, tokens) = open_hf_folder(folder), inputs(model.config)
-    whole = loaded_clip(source.config, source.weights(), torch.device("cpu"), FP32)
-    spread, parts = spread_clip(source.config, source.weights(), FP32, tmp_path, host_gb=2e-3)
+    whole = loaded_clip(source.config, source.weights.items(), torch.device("cpu"), FP32)
+    spread, parts = spread_clip(source.config, source.weights.items(), FP32, tmp_path, host_gb=2e-3)
     assert set(parts.values()) == {"disk", "cpu"}
     for _ in range(2):  # a layer is fetched again each time
         for ours, theirs in zip(spread(images, tokens), whole(images, tokens), strict=True):
@@ -61,11 +61,11 @@ def test_layers_on_the_disk_compute_bit_for_bit_the_same(model, folder, tmp_path
 
 
 def test_the_comparison_with_transformers_sees_a_wrong_weight(model, folder, demo):
-    assert largest_difference(checkpoint_of(model, demo), folder) <= 1e-5
+    assert difference_in_transformers(checkpoint_of(model, demo), folder) <= 1e-5
     other = perturbed(small("demo"))
     with torch.no_grad():
         other.text.blocks[1].mlp.fc2.weight.mul_(1.1)
-    assert largest_difference(checkpoint_of(other, demo), folder) > 1e-4
+    assert difference_in_transformers(checkpoint_of(other, demo), folder) > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -110,5 +110,5 @@ def test_evaluation_from_disk_gives_the_same_metrics(folder, tmp_path, capsys):
 
 def test_a_shard_size_that_is_none_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main([str(tmp_path), str(tmp_path / "out"), "--max-shard-gb", "0"])
+        cli.main([str(tmp_path), str(tmp_path / "out"), "--max-shard-gb", "0"], to="hf")
     assert ended.value.code == 2 and "--max-shard-gb is 0.0" in capsys.readouterr().err

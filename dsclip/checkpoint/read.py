@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsclip.checkpoint.manifest import MANIFEST, verify
 from dsclip.checkpoint.store import find_checkpoint
+from dsclip.checkpoint.weights_alone import WEIGHTS, mapped_weights
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
 
@@ -54,7 +55,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(
         path=folder,
         config=config,
-        state_dict=full_precision_weights(folder),
+        state_dict=mapped_weights(folder) if WEIGHTS in manifest["files"] else full_precision_weights(folder),
         logit_scale=logit_scale,
         tokenizer_dir=folder / "tokenizer",
         step=manifest["step"],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint, step_of
 from dsclip.checkpoint.manifest import MANIFEST, LaterRunState, Manifest, read_manifest, verify, write_manifest
+from dsclip.checkpoint.weights_alone import check_continuable
 from dsclip.distributed import Collectives
 from dsclip.errors import RunFailed, UserError
 from dsclip.files import on_disk
@@ -202,6 +203,7 @@ def load_verified(engine: ContrastiveEngine, path: Path, manifest: Manifest, *, 
 
 
 def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world_size: int) -> None:
+    check_continuable(manifest, path)
     if manifest["world_size"] != world_size:
         raise UserError(
             f"{path} was written by {manifest['world_size']} ranks and this run has {world_size}. Use as many ranks again, "

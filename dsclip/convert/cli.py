@@ -1,4 +1,4 @@
-"""The command line of `tools/convert_hf.py`."""
+"""The command line of `tools/convert.py` and `tools/convert_hf.py`: any model that dsclip reads, in another format."""
 
 from __future__ import annotations
 
@@ -6,110 +6,141 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from accelerate.utils import get_max_memory
-
-from dsclip.checkpoint import Checkpoint, read_checkpoint
+from dsclip.checkpoint import Checkpoint
 from dsclip.command_line import parser, run_tool, say
+from dsclip.convert.compare import check_read_back, difference_in_openclip, difference_in_transformers
+from dsclip.convert.dsclip_export import export_dsclip
 from dsclip.convert.hf import DTYPES, MAX_SHARD_GB, export_hf
 from dsclip.convert.model_card import results_of_run
-from dsclip.convert.probe import probe_inputs
-from dsclip.convert.streamed import spread_clip
+from dsclip.convert.openclip_export import export_openclip
+from dsclip.convert.source import Source, open_source
+from dsclip.convert.whole import whole_model
 from dsclip.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import CLIPModel
+HF_EXAMPLE = "python tools/convert_hf.py runs/demo/checkpoints/step_00000400 OUT --dtype bf16"
+EXAMPLE = "python tools/convert.py open_clip_folder OUT --to dsclip"
+# What a format is called, and the largest difference of float32 embeddings, whose entries are at most 1.
+FORMATS = {"hf": ("a CLIPModel", 1e-5), "openclip": ("an OpenCLIP model", 1e-6), "dsclip": ("a dsclip checkpoint", 1e-5)}  # fmt: skip
 
-EXAMPLE = "python tools/convert_hf.py runs/demo/checkpoints/step_00000400 OUT --dtype bf16"
-TOLERANCE = 1e-5  # of float32 embeddings, whose entries are at most 1
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Parses, converts, compares, exits."""
+def main(argv: list[str] | None = None, *, to: str | None = None) -> None:
+    """Parses, converts, compares, exits. to: the format to write, for a command without --to."""
     p = parser(
-        "Converts a dsclip checkpoint to a folder that transformers loads: CLIPModel, CLIPProcessor, pipeline.", EXAMPLE
+        "Converts a model to another format, and compares what was written with what it was made from."
+        if to is None
+        else "Converts a model to a folder that transformers loads: CLIPModel, CLIPProcessor, pipeline.",
+        EXAMPLE if to is None else HF_EXAMPLE,
     )
     p.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint folder, or a run folder for its newest one"
-    )
+        "model", metavar="MODEL", type=Path,
+        help="checkpoint folder, run folder (its newest one), HuggingFace CLIP folder, OpenCLIP folder or state dict",
+    )  # fmt: skip
     p.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    if to is None:
+        p.add_argument("--to", required=True, choices=list(FORMATS), help="format to write")
     p.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the written weights (default: fp32)")
+    p.add_argument("--tokenizer", help="folder or hub name (default: the model's own)")
     p.add_argument(
-        "--max-shard-gb", type=float, default=MAX_SHARD_GB,
-        help="largest weight file, in 10⁹ bytes: one at a time is in memory (default: %(default)s)",
+        "--max-shard-gb", type=float,
+        help=f"hf: largest weight file, in 10⁹ bytes: one at a time is in memory (default: {MAX_SHARD_GB})",
     )  # fmt: skip
     p.add_argument(
         "--without-bias",
         action="store_true",
-        help="leave the bias of a sigmoid loss out, which CLIPModel has no place for",
+        help="hf: leave the bias of a sigmoid loss out, which CLIPModel has no place for",
     )
+    p.set_defaults(**{} if to is None else {"to": to})
     sys.exit(run_tool(_convert, p.parse_args(argv)))
 
 
 def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    if arguments.max_shard_gb <= 0:
-        raise UserError(f"--max-shard-gb is {arguments.max_shard_gb}; it must be more than 0")
-    checkpoint = read_checkpoint(arguments.checkpoint)
-    say(f"read {checkpoint.path}: step {checkpoint.step}, verified")
-    check_bias(checkpoint, left_out=arguments.without_bias)
-    metrics, data = results_of_run(checkpoint)
-    options = dict(metrics=metrics, data=data, max_shard_gb=arguments.max_shard_gb)
-    export_hf(checkpoint, arguments.out, dtype=arguments.dtype, **options)
-    difference = largest_difference(checkpoint, arguments.out)
-    if arguments.dtype == "fp32" and difference > TOLERANCE:
-        raise UserError(
-            f"{arguments.out}: transformers' embeddings differ by {difference:.1e}, more than {TOLERANCE:.0e}; don't use it"
-        )
+    a = arguments
+    _check_options(a)
+    source = open_source(a.model)
+    with tempfile.TemporaryDirectory(prefix="dsclip-tokenizer-") as folder:
+        model = whole_model(source, Path(folder), a.tokenizer)
+        say(f"read {model.path}" + (f": step {model.step}, verified" if source.checkpoint else ""))
+        for note in source.notes(model.config, of_the_bias=False):
+            say(note)
+        more = _write(model, a)
+        difference, compared = _compare(model, source, a)
     result = {
-        "out": str(arguments.out),
-        "checkpoint": str(checkpoint.path),
-        "dtype": arguments.dtype,
-        "results": {task: {"data": data.get(task), **values} for task, values in metrics.items()},
-        "max_difference": difference,
-    }
-    text = (
-        f"{arguments.out} is a CLIPModel; its embeddings differ from dsclip's by {difference:.1e} at most\n\nNext:\n"
-        f"  python -c \"from transformers import pipeline; print(pipeline('zero-shot-image-classification', '{arguments.out}'))\"\n"
-        f"  python launchers/evaluate.py --model {arguments.out} --task zeroshot --data SHARDS"
-    )
-    return result, text
+        "out": str(a.out), "to": a.to, "checkpoint": str(model.path), "dtype": a.dtype, "max_difference": difference,
+    }  # fmt: skip
+    text = f"{a.out} is {FORMATS[a.to][0]}; {compared}\n\nNext:\n" + "\n".join(f"  {line}" for line in _next(a))
+    return result | more, text
 
 
-def check_bias(checkpoint: Checkpoint, *, left_out: bool) -> None:
+def _check_options(a: argparse.Namespace) -> None:
+    if a.max_shard_gb is not None and a.max_shard_gb <= 0:
+        raise UserError(f"--max-shard-gb is {a.max_shard_gb}; it must be more than 0")
+    if a.to != "hf" and (a.max_shard_gb is not None or a.without_bias):
+        option = "--without-bias" if a.without_bias else "--max-shard-gb"
+        raise UserError(f"{option} belongs to --to hf; leave it out")
+    if a.to == "dsclip" and a.dtype != "fp32":
+        raise UserError(f"--dtype is {a.dtype}, and a dsclip checkpoint holds float32; leave it out")
+
+
+def _write(model: Checkpoint, a: argparse.Namespace) -> dict[str, Any]:
+    """Writes the folder; returns what the result says beside."""
+    if a.to == "dsclip":
+        export_dsclip(model, a.out)
+        return {}
+    if a.to == "openclip":
+        export_openclip(model, a.out, dtype=a.dtype)
+        return {}
+    check_bias(model, left_out=a.without_bias)
+    metrics, data = results_of_run(model)
+    most = a.max_shard_gb or MAX_SHARD_GB
+    export_hf(model, a.out, dtype=a.dtype, metrics=metrics, data=data, max_shard_gb=most)
+    return {"results": {task: {"data": data.get(task), **values} for task, values in metrics.items()}}
+
+
+def check_bias(model: Checkpoint, *, left_out: bool) -> None:
     """Raises UserError for a model with a sigmoid loss's bias, unless it is to be left out."""
-    if checkpoint.logit_bias is not None and not left_out:
+    if model.logit_bias is not None and not left_out:
         raise UserError(
-            f"{checkpoint.path} has the bias {checkpoint.logit_bias:.4g} of a sigmoid loss, which CLIPModel has no place for, and "
+            f"{model.path} has the bias {model.logit_bias:.4g} of a sigmoid loss, which CLIPModel has no place for, and "
             "SiglipModel is another architecture. Zero-shot classes and retrieval don't depend on it, the probability of a single pair does. "
-            "Leave it out with --without-bias, or keep it with tools/convert_openclip.py"
+            "Leave it out with --without-bias, or keep it with tools/convert.py --to openclip"
         )
 
 
-@torch.no_grad()
-def largest_difference(checkpoint: Checkpoint, folder: Path, samples: int = 4) -> float:
-    """Largest absolute difference between dsclip's float32 embeddings and those of the folder in `transformers`.
+def _compare(model: Checkpoint, source: Source, a: argparse.Namespace) -> tuple[float | None, str]:
+    """(largest difference of embeddings, if they were compared, a sentence on it). Raises UserError when it is too large."""
+    (_, tolerance), difference, who = FORMATS[a.to], None, "transformers"
+    if a.to == "hf":
+        difference = difference_in_transformers(model, a.out)
+    else:
+        check_read_back(model, a.out, DTYPES[a.dtype])
+        if a.to == "openclip":
+            difference, who = difference_in_openclip(model, a.out), "OpenCLIP"
+        elif source.format == "hf":
+            difference = difference_in_transformers(model, source.path)
+    if difference is not None and a.dtype == "fp32" and difference > tolerance:
+        raise UserError(
+            f"{a.out}: embeddings of dsclip and {who} differ by {difference:.1e}, more than {tolerance:.0e}; don't use it"
+        )
+    read_back = "" if a.to == "hf" else "it reads back bit for bit"
+    if difference is not None:
+        return (
+            difference,
+            f"{read_back}{', and ' * bool(read_back)}{who}' embeddings differ from dsclip's by {difference:.1e} at most",
+        )
+    return None, read_back + (
+        ", and open_clip isn't installed here, so embeddings were not compared" if a.to == "openclip" else ""
+    )
 
-    One of the two models is in memory at a time, and only what fits of it.
-    """
-    c = checkpoint.config
-    images, tokens = probe_inputs(c, c.vocab_size, samples)
-    with tempfile.TemporaryDirectory(prefix="dsclip-offload-") as offload:
-        ours, _ = spread_clip(c, checkpoint.state_dict.items(), torch.float32, Path(offload) / "ours", gpus=False)
-        image, text = ours(images, tokens)
-        del ours
-        theirs = _in_transformers(folder, Path(offload) / "theirs")
-        output = theirs(input_ids=tokens, pixel_values=images)
-    return float(max((image - output.image_embeds).abs().max(), (text - output.text_embeds).abs().max()))
 
-
-def _in_transformers(folder: Path, offload: Path) -> CLIPModel:
-    from transformers import CLIPModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    memory = {"cpu": get_max_memory()["cpu"]}
-    return CLIPModel.from_pretrained(
-        folder, dtype=torch.float32, device_map="auto", max_memory=memory, offload_folder=str(offload)
-    ).eval()
+def _next(a: argparse.Namespace) -> list[str]:
+    evaluate = f"python launchers/evaluate.py --model {a.out} --task zeroshot --data SHARDS"
+    if a.to == "hf":
+        return [
+            f"python -c \"from transformers import pipeline; print(pipeline('zero-shot-image-classification', '{a.out}'))\"",
+            evaluate,
+        ]
+    if a.to == "openclip":
+        return [f"python -c \"import open_clip; print(open_clip.create_model_and_transforms('local-dir:{a.out}')[2])\""]
+    return [evaluate, f"deepspeed launchers/train.py --config RECIPE model.init={a.out}"]

@@ -24,7 +24,11 @@ def whole_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if out.exists():
         shutil.rmtree(out)
     os.rename(temporary, out)

@@ -15,9 +15,9 @@ from dsclip.checkpoint import Checkpoint
 from dsclip.convert.finite import finite
 from dsclip.convert.folder import whole_folder, write_json
 from dsclip.convert.model_card import Metrics, model_card
-from dsclip.convert.weights import Named, to_hf
+from dsclip.convert.weights import Named, fitting, to_hf
 from dsclip.errors import UserError
-from dsclip.model import ClipConfig
+from dsclip.model import Clip, ClipConfig
 
 TRAINING_DATA = "training_data.json"  # so that results on training pairs are known for what they are
 MAX_SHARD_GB = 5.0  # of a weight file, as transformers had it for long
@@ -54,8 +54,10 @@ def _write(
     most: int,
 ) -> None:
     shutil.copytree(checkpoint.tokenizer_dir, folder, dirs_exist_ok=True)
-    weights = to_hf(checkpoint.state_dict.items(), checkpoint.logit_scale)
-    stored = finite(as_stored(finite(weights, checkpoint.path), DTYPES[dtype]), checkpoint.path)
+    with torch.device("meta"):
+        empty = Clip(checkpoint.config).state_dict()
+    weights = fitting(empty, finite(checkpoint.state_dict.items(), checkpoint.path))
+    stored = finite(as_stored(to_hf(weights, checkpoint.logit_scale), DTYPES[dtype]), checkpoint.path)
     write_safetensors(stored, folder, most)
     write_json(folder / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
     write_json(folder / "preprocessor_config.json", hf_preprocessor(checkpoint.config))

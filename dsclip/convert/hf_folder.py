@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dsclip.convert.hf import TRAINING_DATA
-from dsclip.convert.weights import from_hf
+from dsclip.convert.weights import parts_in_hf
 from dsclip.data import load_tokenizer
+from dsclip.engine.consolidate import ShardedWeights
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
 
@@ -33,14 +37,14 @@ def training_data(path: Path) -> str | list[str] | None:
 class HfFolder:
     """A CLIPModel folder whose weights are still on the disk. scale: the logit scale as a factor.
 
-    said: the fields of ClipConfig that its configuration says. preprocessing: how its images are made, if otherwise than dsclip's.
+    weights: by dsclip's names, in the stored dtype, each put together when it is asked for. said: the fields of ClipConfig that its configuration says. preprocessing: how its images are made, if otherwise than dsclip's.
     """
 
     path: Path
     said: dict[str, Any]
     preprocessing: str | None
     scale: float
-    files: list[Path]
+    weights: Mapping[str, Tensor]
 
     @property
     def config(self) -> ClipConfig:
@@ -52,31 +56,33 @@ class HfFolder:
             )
         return ClipConfig(**self.said)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each weight by dsclip's name, in the stored dtype, when it is asked for. Raises UserError for damaged files."""
-        return from_hf(_stored(self.files))
-
 
 def open_hf_folder(path: Path) -> HfFolder:
     """Reads the configuration of a CLIPModel folder and looks for its safetensors.
 
-    Raises UserError for folders that hold another kind of model, and for a model that is not whole.
+    Raises UserError for folders that hold another kind of model, and for a model that is damaged or not whole.
     """
     said, preprocessing = read_hf_config(path)
-    files = _weight_files(path)
-    names = {name for file in files for name in _names(file)}
-    if absent := {"logit_scale", "text_projection.weight", "visual_projection.weight"} - names:
+    stored = _mapped(_weight_files(path))
+    if absent := {"logit_scale", "text_projection.weight", "visual_projection.weight"} - stored.keys():
         raise UserError(
             f"{path} has no {' and no '.join(sorted(absent))}: it is no whole CLIPModel, with both towers and projections"
         )
-    scale = next(tensor for _, tensor in _stored(files, only="logit_scale"))
-    return HfFolder(path, said, preprocessing, math.exp(float(scale)), files)
+    parts = parts_in_hf(stored)
+    weights = ShardedWeights(
+        {ours: partial(_joined, [stored[name] for name in theirs]) for ours, theirs in parts.items()}
+    )
+    return HfFolder(path, said, preprocessing, math.exp(float(stored["logit_scale"])), weights)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def load_hf_folder(path: Path) -> tuple[ClipConfig, dict[str, Tensor], float]:
     """(configuration, float32 weights by dsclip's names, logit scale) of a CLIPModel folder. Raises as `open_hf_folder`."""
     folder = open_hf_folder(Path(path))
-    return folder.config, {name: tensor.float() for name, tensor in folder.weights()}, folder.scale
+    return folder.config, {name: tensor.float() for name, tensor in folder.weights.items()}, folder.scale
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -94,24 +100,15 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error})") from error
-
-
-def _stored(files: list[Path], only: str | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of safetensors files, one after the other, or those of one name."""
+def _mapped(files: list[Path]) -> dict[str, Tensor]:
+    """The tensors of safetensors files, which are mapped: none is in memory before it is used."""
+    stored: dict[str, Tensor] = {}
     for path in files:
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118, it is no dictionary
-                    if only in (None, name):
-                        yield name, file.get_tensor(name)
+            stored |= load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error})") from error
+    return stored
 
 
 def read_hf_config(path: Path) -> tuple[dict[str, Any], str | None]:

@@ -50,6 +50,12 @@ def model_card(checkpoint: Checkpoint, metrics: Metrics, data: dict[str, str]) -
         )
     )
     trained_on, batch, optim = recipe.get("data", {}), recipe.get("batch", {}), recipe.get("optim", {})
+    training = (
+        f"{checkpoint.step} steps, {checkpoint.samples} samples seen. Data: `{trained_on.get('train_shards')}`. Global batch\n"
+        f"{batch.get('global_batch_size')}, AdamW with learning rate {optim.get('lr')} and weight decay {optim.get('weight_decay')}."
+        if checkpoint.step
+        else f"Not by dsclip: these are the weights of `{checkpoint.path.name}`, and how they were trained isn't known here."
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: zero-shot-image-classification
@@ -58,7 +64,7 @@ tags: [clip, dsclip]
 
 # {recipe.get("train", {}).get("name", "CLIP")}
 
-A CLIP model trained with dsclip and converted to `CLIPModel`.
+A CLIP model{" trained with dsclip and" * bool(checkpoint.step)} converted to `CLIPModel` by dsclip.
 
 ```python
 from transformers import CLIPModel, CLIPProcessor
@@ -73,8 +79,7 @@ Images {c.image_size} px in patches of {c.patch_size}: {c.vision_layers} layers 
 {c.activation}, logit scale {checkpoint.logit_scale:.2f}.
 
 ## Training
-{checkpoint.step} steps, {checkpoint.samples} samples seen. Data: `{trained_on.get("train_shards")}`. Global batch
-{batch.get("global_batch_size")}, AdamW with learning rate {optim.get("lr")} and weight decay {optim.get("weight_decay")}.
+{training}
 
 ## Results
 {measured}

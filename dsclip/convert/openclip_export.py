@@ -14,7 +14,7 @@ from dsclip.convert.folder import whole_folder, write_json
 from dsclip.convert.hf import DTYPES, as_stored
 from dsclip.convert.openclip import CONFIG, WEIGHT_FILES
 from dsclip.convert.safetensors_file import write_one_file
-from dsclip.convert.weights import to_openclip
+from dsclip.convert.weights import fitting, to_openclip
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
 
@@ -39,8 +39,8 @@ def export_openclip(checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32") -
             empty = Clip(checkpoint.config).state_dict()
         stored = DTYPES[dtype]
         shapes = ((n, x.shape, x.dtype) for n, x in as_stored(to_openclip(empty.items(), scale, bias), stored))
-        weights = ((name, checkpoint.state_dict[name]) for name in empty)
-        named = as_stored(to_openclip(finite(weights, checkpoint.path), scale, bias), stored)
+        weights = fitting(empty, finite(checkpoint.state_dict.items(), checkpoint.path))
+        named = as_stored(to_openclip(weights, scale, bias), stored)
         write_one_file(temporary / WEIGHT_FILES[0], shapes, finite(named, checkpoint.path))
         write_json(temporary / CONFIG, openclip_config(checkpoint.config, bias, tokenizer=out.name))
 

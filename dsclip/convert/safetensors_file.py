@@ -14,22 +14,26 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def write_one_file(path: Path, shapes: Iterable[tuple[str, torch.Size, torch.dtype]], weights: Named) -> None:
-    """Writes weights, which come in the order of their shapes. Raises ValueError where one is another than was said.
+    """Writes weights of these shapes, which come in any order. Raises ValueError where one is another than was said, or lacks.
 
     Format: the header's length as uint64, little-endian; the header in JSON, with each tensor's place; the tensors.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    expected, end = list(shapes), 0
-    for name, shape, dtype in expected:
+    expected: dict[str, tuple[torch.Size, torch.dtype, int]] = {}
+    end = 0
+    for name, shape, dtype in shapes:
         start, end = end, end + shape.numel() * dtype.itemsize
+        expected[name] = shape, dtype, start
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)  # tensors begin at a multiple of 8 bytes
     with open(path, "wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
-        for (name, shape, dtype), (written, tensor) in zip(expected, weights, strict=True):
-            if (name, shape, dtype) != (written, tensor.shape, tensor.dtype):
-                raise ValueError(
-                    f"{written} {list(tensor.shape)} {tensor.dtype} came instead of {name} {list(shape)} {dtype}"
-                )
+        for name, tensor in weights:
+            shape, dtype, start = expected.pop(name, (torch.Size(), torch.float32, -1))
+            if start < 0 or (shape, dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} came, which wasn't said to")
+            file.seek(8 + len(content) + start)
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if expected:
+        raise ValueError(f"{', '.join(expected)} did not come")

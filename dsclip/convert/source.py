@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dsclip.checkpoint import find_checkpoint, read_checkpoint, read_manifest
+from torch import Tensor
+
+from dsclip.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, read_manifest
 from dsclip.convert import openclip
 from dsclip.convert.finite import finite, finite_scale
 from dsclip.convert.hf_folder import open_hf_folder, read_hf_config, training_data
@@ -29,26 +31,28 @@ OWN_CHOICE = ("image_size", "context_length")  # what it may have otherwise
 
 @dataclass(frozen=True)
 class Source:
-    """A model whose weights are still on the disk. scale: the logit scale as a factor.
+    """A model whose weights are still on the disk. scale: the logit scale as a factor; stored: weights by dsclip's names.
 
     said: the fields of ClipConfig that the source says; shown: those that the shapes of its weights show, None where it says
-    all. preprocessing: how its images are made, if otherwise than dsclip's. logit_bias: whether the model has a sigmoid loss's,
-    which is not read. tokenizer_dir, train_shards: None where there are none.
+    all. preprocessing: how its images are made, if otherwise than dsclip's. logit_bias: a sigmoid loss's. tokenizer_dir,
+    train_shards: None where there are none. checkpoint: the dsclip checkpoint that it is. format: dsclip, hf or openclip.
     """
 
     path: Path
     said: dict[str, Any]
     scale: float
-    read: Callable[[], Named]
+    stored: Mapping[str, Tensor]
     shown: dict[str, Any] | None = None
     preprocessing: str | None = None
-    logit_bias: bool = False
+    logit_bias: float | None = None
     tokenizer_dir: Path | None = None
     train_shards: str | list[str] | None = None
+    checkpoint: Checkpoint | None = None
+    format: str = "dsclip"
 
     def weights(self) -> Named:
         """Each weight by dsclip's name, in the stored dtype, when it is asked for. Raises UserError for values that aren't finite."""
-        return finite(self.read(), self.path)
+        return finite(self.stored.items(), self.path)
 
     def config(self, eot_token_id: int | None = None) -> ClipConfig:
         """The model's configuration; what a bare state dict doesn't show is assumed, and `notes` says what that is.
@@ -64,8 +68,11 @@ class Source:
             known["eot_token_id"] = eot_token_id
         return ClipConfig(**known)
 
-    def notes(self, config: ClipConfig) -> list[str]:
-        """Sentences on what is taken for granted when these weights become the model of this configuration."""
+    def notes(self, config: ClipConfig, *, of_the_bias: bool = True) -> list[str]:
+        """Sentences on what is taken for granted when these weights become the model of this configuration.
+
+        of_the_bias: also that a sigmoid loss's bias is left out.
+        """
         open_fields = [f"{name} {_plainly(getattr(config, name))}" for name in HIDDEN if name not in self.said]
         notes = []
         if self.shown is not None:
@@ -77,7 +84,7 @@ class Source:
             notes.append(f"{self.path} doesn't say, and assumed is: {', '.join(open_fields)}")
         if self.preprocessing:
             notes.append(f"{self.path} was made for images that are prepared otherwise than here: {self.preprocessing}")
-        if self.logit_bias:
+        if of_the_bias and self.logit_bias is not None:
             notes.append(
                 f"{self.path} has the bias of a sigmoid loss, which is left out: features don't depend on it, and a run with "
                 "loss.name=sigmoid begins with its own"
@@ -100,7 +107,7 @@ def open_source(path: str | Path) -> Source:
         tokenizer_dir = path if _has_tokenizer(path) else None
         return Source(
             path, folder.said, finite_scale(folder.scale, path), folder.weights, preprocessing=folder.preprocessing,
-            tokenizer_dir=tokenizer_dir, train_shards=training_data(path),
+            tokenizer_dir=tokenizer_dir, train_shards=training_data(path), format="hf",
         )  # fmt: skip
     if path.is_file() or (path / openclip.CONFIG).is_file():
         return _openclip_source(path)
@@ -109,8 +116,8 @@ def open_source(path: str | Path) -> Source:
     checkpoint = read_checkpoint(path)
     return Source(
         checkpoint.path, _said(checkpoint.config), finite_scale(checkpoint.logit_scale, checkpoint.path),
-        checkpoint.state_dict.items, tokenizer_dir=checkpoint.tokenizer_dir,
-        train_shards=checkpoint.recipe.get("data", {}).get("train_shards"),
+        checkpoint.state_dict, logit_bias=checkpoint.logit_bias, tokenizer_dir=checkpoint.tokenizer_dir,
+        train_shards=checkpoint.recipe.get("data", {}).get("train_shards"), checkpoint=checkpoint,
     )  # fmt: skip
 
 
@@ -166,10 +173,9 @@ def _openclip_source(path: Path) -> Source:
     stored = openclip.read_state_dict(file)
     if missing := openclip.features_in(stored):
         raise UserError(f"{file}: these weights need {', '.join(missing)}; dsclip's towers have no such thing")
-    weights, scale = from_openclip(stored)
+    weights, scale, bias = from_openclip(stored)
     shown = None if configured else openclip.fields_shown(weights)
     return Source(
-        file, said, finite_scale(scale, file), weights.items, shown, preprocessing,
-        logit_bias=any(name.endswith("logit_bias") for name in stored),
-        tokenizer_dir=folder if configured and _has_tokenizer(folder) else None,
+        file, said, finite_scale(scale, file), weights, shown, preprocessing, logit_bias=bias,
+        tokenizer_dir=folder if configured and _has_tokenizer(folder) else None, format="openclip",
     )  # fmt: skip

@@ -9,8 +9,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.utils import get_max_memory, offload_weight, save_offload_index, set_module_tensor_to_device
 
-from dsclip.convert.weights import Named
-from dsclip.errors import UserError
+from dsclip.convert.weights import Named, fitting
 from dsclip.model import Clip, ClipConfig
 
 
@@ -23,7 +22,7 @@ def empty_clip(config: ClipConfig) -> Clip:
 def loaded_clip(config: ClipConfig, weights: Named, device: torch.device, dtype: torch.dtype) -> Clip:
     """The model for inference on one device. Raises UserError for weights that don't fit."""
     model = empty_clip(config)
-    for name, tensor in _fitting(model, weights):
+    for name, tensor in fitting(model.state_dict(), weights):
         set_module_tensor_to_device(model, name, device, value=tensor, dtype=dtype, clear_cache=False)
     return model.eval().requires_grad_(False)
 
@@ -45,7 +44,7 @@ def spread_clip(
     device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole, dtype=dtype)
     index: dict[str, dict[str, object]] = {}
     offload_folder.mkdir(parents=True, exist_ok=True)
-    for name, tensor in _fitting(model, weights):
+    for name, tensor in fitting(model.state_dict(), weights):
         place = _place(name, device_map)
         if place == "disk":
             set_module_tensor_to_device(model, name, "meta", dtype=dtype)
@@ -69,18 +68,3 @@ def _place(name: str, device_map: dict[str, int | str | torch.device]) -> int | 
     while name and name not in device_map:
         name = name.rpartition(".")[0]
     return device_map[name]
-
-
-def _fitting(model: Clip, weights: Named) -> Named:
-    """The weights, each of a name and shape that the model has; raises UserError at the first other, and for missing ones."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name, tensor in weights:
-        shape = expected.pop(name, None)
-        if shape is None:
-            raise UserError(f"the weights hold {name}, which this model hasn't")
-        if shape != tensor.shape:
-            raise UserError(f"{name} has the shape {list(tensor.shape)}, and this model's has {list(shape)}")
-        yield name, tensor
-    if expected:
-        names = sorted(expected)
-        raise UserError(f"the weights lack {', '.join(names[:4])}" + (", …" if len(names) > 4 else ""))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
+
+from dsclip.errors import UserError
 
 Named = Iterable[tuple[str, Tensor]]  # weights by name, each made when it is asked for
 
@@ -87,31 +89,31 @@ def to_hf(weights: Named, logit_scale: float) -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}{_HF_BLOCK[part]}.{kind}", tensor
 
 
-def from_hf(weights: Named) -> Iterator[tuple[str, Tensor]]:
-    """dsclip's weights from CLIPModel's, as they come, without its logit scale; unknown names are kept as they are."""
+def parts_in_hf(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names of CLIPModel's weights that make each of dsclip's, one below the other; of its logit scale none.
+
+    Unknown names are kept as they are, and of a model that lacks a part the others: their shape will tell.
+    """
     outside = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
     block = {theirs: ours for ours, theirs in _HF_BLOCK.items()}
     tower = {theirs: ours for ours, theirs in _HF_TOWER.items()}
-    pieces: dict[str, dict[str, Tensor]] = {}  # of query, key and value, by the name of the matrix they make
-    for name, tensor in weights:
+    parts: dict[str, list[str]] = {}
+    for name in sorted(names):
         if name == "logit_scale" or name.endswith("embeddings.position_ids"):  # a buffer of old exports
             continue
         match = _HF_BLOCK_NAME.fullmatch(name)
         if not match:
-            yield outside.get(name, name), tensor
+            parts[outside.get(name, name)] = [name]
             continue
         prefix = f"{tower[match[1]]}.blocks.{match[2]}."
-        if letter := re.fullmatch(r"self_attn\.([qkv])_proj", match[3]):
-            whole = f"{prefix}attn.qkv.{match[4]}"
-            parts = pieces.setdefault(whole, {})
-            parts[letter[1]] = tensor
-            if len(parts) == 3:
-                yield whole, torch.cat([parts[letter] for letter in "qkv"])
-                del pieces[whole]
+        if re.fullmatch(r"self_attn\.[qkv]_proj", match[3]):
+            parts.setdefault(f"{prefix}attn.qkv.{match[4]}", []).append(name)
         else:
-            yield f"{prefix}{block.get(match[3], match[3])}.{match[4]}", tensor
-    for whole, parts in pieces.items():  # of a model that lacks one: its shape will tell
-        yield whole, torch.cat([parts[letter] for letter in "qkv" if letter in parts])
+            parts[f"{prefix}{block.get(match[3], match[3])}.{match[4]}"] = [name]
+    for ours, theirs in parts.items():
+        if ".attn.qkv." in ours:
+            theirs.sort(key=lambda name: "qkv".index(name.rpartition("_proj.")[0][-1]))
+    return parts
 
 
 def to_openclip(weights: Named, logit_scale: float, logit_bias: float | None) -> Iterator[tuple[str, Tensor]]:
@@ -135,18 +137,21 @@ def to_openclip(weights: Named, logit_scale: float, logit_bias: float | None) ->
             raise ValueError(f"{name} is no weight of a CLIP tower")
 
 
-def from_openclip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """(dsclip's weights, logit scale as a factor) from an OpenCLIP state dict; unknown names are kept as they are.
+def from_openclip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float, float | None]:
+    """(dsclip's weights, logit scale as a factor, a sigmoid loss's bias) from an OpenCLIP state dict.
 
-    A sigmoid loss's bias is left out: it belongs to the loss.
+    Unknown names are kept as they are.
     """
-    renamed, scale = {}, 1 / 0.07
+    renamed: dict[str, Tensor] = {}
+    scale, bias = 1 / 0.07, None
     for full_name, tensor in weights.items():
         name = full_name.removeprefix("module.").removeprefix("text.")  # DDP's and CustomTextCLIP's prefixes
         if name == "logit_scale":
             scale = math.exp(float(tensor))
-        elif name == "logit_bias" or name == "attn_mask" or name.endswith(".attn_mask"):
-            continue  # the last two are the causal mask, a buffer
+        elif name == "logit_bias":
+            bias = float(tensor)
+        elif name == "attn_mask" or name.endswith(".attn_mask"):
+            continue  # the causal mask, a buffer
         elif name in _OPENCLIP_OUTSIDE:
             renamed[_OPENCLIP_OUTSIDE[name]] = tensor
         elif name in _OPENCLIP_TRANSPOSED:
@@ -156,4 +161,19 @@ def from_openclip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]
             renamed[f"{tower}.blocks.{match[2]}.{_OPENCLIP_BLOCK.get(match[3], match[3])}"] = tensor
         else:
             renamed[full_name] = tensor
-    return renamed, scale
+    return renamed, scale, bias
+
+
+def fitting(state_dict: Mapping[str, Tensor], weights: Named) -> Named:
+    """The weights, each of a name and shape that the model's have; raises UserError at the first other, and for missing ones."""
+    expected = {name: tensor.shape for name, tensor in state_dict.items()}
+    for name, tensor in weights:
+        shape = expected.pop(name, None)
+        if shape is None:
+            raise UserError(f"the weights hold {name}, which this model hasn't")
+        if shape != tensor.shape:
+            raise UserError(f"{name} has the shape {list(tensor.shape)}, and this model's has {list(shape)}")
+        yield name, tensor
+    if expected:
+        names = sorted(expected)
+        raise UserError(f"the weights lack {', '.join(names[:4])}" + (", …" if len(names) > 4 else ""))

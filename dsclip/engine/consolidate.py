@@ -16,7 +16,7 @@ DEEPSPEED_TAG = "deepspeed"  # folder of DeepSpeed's own files within a checkpoi
 
 
 class ShardedWeights(Mapping[str, Tensor]):
-    """float32 weights by dsclip's names, each put together from mapped files when it is asked for."""
+    """Weights by dsclip's names, each put together from mapped files when it is asked for."""
 
     def __init__(self, pieces: dict[str, Callable[[], Tensor]]):
         self._pieces = pieces

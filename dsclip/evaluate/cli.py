@@ -18,7 +18,8 @@ from torch import Tensor
 from dsclip.command_line import parser, report_error, say
 from dsclip.convert.source import Source, open_source
 from dsclip.convert.streamed import loaded_clip, spread_clip
-from dsclip.data import Tokenizer, build_eval_dataset, load_tokenizer
+from dsclip.convert.whole import check_tokenizer, tokenizer_of
+from dsclip.data import Tokenizer, build_eval_dataset
 from dsclip.data.shards.overlap import training_pairs
 from dsclip.data.sources.storage import Storage
 from dsclip.datasets.inspect_cli import add_remote, storage_of
@@ -26,7 +27,7 @@ from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, Embedder, Options, run_task, with_intervals
 from dsclip.evaluate.report import markdown, text
-from dsclip.model import Clip, ClipConfig
+from dsclip.model import Clip
 from dsclip.model.captions import cut_captions
 
 EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
@@ -108,9 +109,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--json and --markdown: give one of them")
     device, group = _join_ranks(arguments)
     source = open_source(arguments.model)
-    tokenizer = _tokenizer(source, arguments.tokenizer)
+    tokenizer = tokenizer_of(source, arguments.tokenizer)
     config = source.config(tokenizer.eot_token_id)
-    _check_tokenizer(tokenizer, config, source)
+    check_tokenizer(tokenizer, config, source)
     for note in source.notes(config) if group.rank == 0 else ():
         say(note)
     dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
@@ -125,24 +126,6 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
             places = Counter(parts.values())
             say("parts of the model: " + ", ".join(f"{n} on {place}" for place, n in places.items()))
         return _measure(arguments, source, model, tokenizer, device, group)
-
-
-def _tokenizer(source: Source, given: str | None) -> Tokenizer:
-    if given is None and source.tokenizer_dir is None:
-        raise UserError(f"{source.path} has no tokenizer with it; give the model's own with --tokenizer")
-    return load_tokenizer(given or str(source.tokenizer_dir))
-
-
-def _check_tokenizer(tokenizer: Tokenizer, config: ClipConfig, source: Source) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; use the model's own"
-        )
-    if tokenizer.eot_token_id != config.eot_token_id:
-        raise UserError(
-            f"the tokenizer ends captions with token {tokenizer.eot_token_id} and {source.path} pools at token {config.eot_token_id}; "
-            "use the model's own tokenizer (--tokenizer)"
-        )
 
 
 def _measure(

@@ -14,6 +14,7 @@ from dsclip.checkpoint import Lineage, Manifest, complete_checkpoints, find_chec
 from dsclip.checkpoint.lineage import RUN_FILE, continued, newest_leading, read_lineage, step_of, write_lineage
 from dsclip.checkpoint.manifest import MANIFEST, verify
 from dsclip.checkpoint.store import remove_unfinished
+from dsclip.checkpoint.weights_alone import check_continuable
 from dsclip.config import Recipe, dump_recipe
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
@@ -44,6 +45,7 @@ def find_resume(resume: str, run_dir: Path) -> Path | None:
             )
         return None
     checkpoint = find_checkpoint(Path(resume))
+    check_continuable(read_manifest(checkpoint), checkpoint)
     if not (is_of_run(checkpoint, run_dir) or _is_unused(run_dir)):
         raise UserError(
             f"{checkpoint} is not one of the checkpoints in {run_dir}, which holds a run already. Continue from it in a folder of "

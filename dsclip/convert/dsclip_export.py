@@ -1,0 +1,43 @@
+"""dsclip checkpoints, written from weights of others: what `model.init`, `evaluate.py` and conversion read."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from dsclip.checkpoint import Checkpoint
+from dsclip.checkpoint.manifest import LaterRunState, write_manifest
+from dsclip.checkpoint.weights_alone import WEIGHTS
+from dsclip.convert.finite import finite
+from dsclip.convert.folder import whole_folder
+from dsclip.convert.safetensors_file import write_one_file
+from dsclip.convert.weights import fitting
+from dsclip.distributed import Collectives
+from dsclip.model import Clip
+
+
+def export_dsclip(model: Checkpoint, out: Path) -> None:
+    """Writes the model as a checkpoint of weights alone: float32 safetensors, tokenizer, manifest.
+
+    One tensor at a time is in memory. Written aside and renamed, so `out` is whole or absent. Raises UserError when `out`
+    exists with content, and for weights that are not finite.
+    """
+    with whole_folder(Path(out)) as temporary:
+        shutil.copytree(model.tokenizer_dir, temporary / "tokenizer")
+        with torch.device("meta"):
+            empty = Clip(model.config).state_dict()
+        shapes = ((name, x.shape, torch.float32) for name, x in empty.items())
+        weights = fitting(empty, finite(model.state_dict.items(), model.path))
+        write_one_file(temporary / WEIGHTS, shapes, ((name, x.float()) for name, x in weights))
+        scalars = {"log_scale": {"value": math.log(model.logit_scale)}}
+        if model.logit_bias is not None:
+            scalars["bias"] = {"value": model.logit_bias}
+        state: LaterRunState = {
+            "step": model.step, "samples": model.samples, "world_size": 1, "zero_stage": 0, "model": asdict(model.config),
+            "recipe": model.recipe, "engine": {"step": model.step, "scalars": scalars, "queue": None}, "data": [],
+        }  # fmt: skip
+        write_manifest(temporary, state, Collectives.single())
