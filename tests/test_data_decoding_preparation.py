@@ -117,6 +117,25 @@ def test_evaluation_pixels_equal_huggingfaces(width, height):
     assert np.array_equal(eval_image(image, 64).numpy(), theirs.astype(np.uint8))
 
 
+def test_a_rotation_in_exif_is_ignored_as_by_huggingfaces_processor(tmp_path):
+    """The processor that an export has sees what Pillow decoded; only transformers' `load_image` turns it."""
+    from transformers import CLIPImageProcessor
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "the 0th row is the right-hand side": a camera held upright
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "0.jpg", exif=exif, quality=95)
+    Image.fromarray(pixels).save(tmp_path / "plain.jpg", quality=95)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_normalize=False, do_rescale=False
+    )
+    theirs = np.asarray(processor(Image.open(tmp_path / "0.jpg"), return_tensors="np")["pixel_values"][0])
+    (tmp_path / "pairs.tsv").write_text("filepath\tcaption\n0.jpg\tturned\nplain.jpg\tplain\n")
+    dataset = build_eval_dataset(str(tmp_path / "pairs.tsv"), image_size=32)
+    assert np.array_equal(dataset.image(0).numpy(), theirs.astype(np.uint8))
+    assert torch.equal(dataset.image(0), dataset.image(1)), "as if there were no EXIF"
+
+
 def test_random_crops_stay_inside_and_keep_the_asked_area():
     rng = np.random.default_rng(0)
     for width, height in ((64, 64), (200, 50), (30, 90)):

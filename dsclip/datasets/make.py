@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -14,14 +13,15 @@ from PIL import Image
 
 from dsclip.data.decoding.sample import IMAGE_EXTENSIONS, BadSample, RawSample, decode_image
 from dsclip.data.decoding.tokenizer import Tokenizer, load_tokenizer
+from dsclip.data.layouts.caption_table import CAPTIONS, read_table
+from dsclip.data.layouts.class_folders import SPLITS, find_class_folders
+from dsclip.data.layouts.files import FileSet
 from dsclip.data.shards.manifest import MANIFEST
 from dsclip.data.shards.writer import ShardWriter
-from dsclip.datasets.caption_table import CAPTIONS, read_tables
 from dsclip.datasets.ready_recipe import RECIPE, Made, folder_of, write_recipe
 from dsclip.datasets.train_tokenizer import train_tokenizer
 from dsclip.errors import UserError
 
-SPLIT_NAMES = ("train", "val", "valid", "validation", "test")
 CLASS_TEMPLATE = "a photo of a {}."
 MAX_PIXELS = 64_000_000
 JPEG_QUALITY = 92
@@ -43,25 +43,6 @@ class Summary:
 
     def skip(self, reason: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
-
-
-class Source:
-    """The files of a folder or of a zip, which is read in memory: nothing is ever extracted to a path it names."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._zip = None
-        if path.is_dir():
-            self.names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-        elif zipfile.is_zipfile(path):
-            self._zip = zipfile.ZipFile(path)
-            self.names = sorted(n for n in self._zip.namelist() if not n.endswith("/"))
-        else:
-            raise UserError(f"{path} is neither a folder nor a zip file")
-        self.names = [n for n in self.names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
-
-    def read(self, name: str) -> bytes:
-        return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
 
 
 @dataclass(frozen=True)
@@ -93,7 +74,7 @@ def make_shards(
     """
     if tokenizer is not None:
         load_tokenizer(tokenizer)  # one that is missing is an error now
-    files = Source(source)
+    files = FileSet(source)
     summary = Summary()
     tables = [n for n in files.names if PurePosixPath(n).name == CAPTIONS]
     splits = _from_captions(files, tables, encoding, summary) if tables else _from_classes(files, summary)
@@ -132,7 +113,7 @@ def _refuse_existing(folder: Path) -> None:
         raise UserError(f"{folder} holds shards already; choose another folder or remove them")
 
 
-def _split(files: Source, splits: dict[str, list[_Item]], holdout: float | None) -> dict[str, list[_Item]]:
+def _split(files: FileSet, splits: dict[str, list[_Item]], holdout: float | None) -> dict[str, list[_Item]]:
     """The source's own splits, or a share of its images held out."""
     if set(splits) != {""}:
         if holdout:
@@ -152,41 +133,38 @@ def _split(files: Source, splits: dict[str, list[_Item]], holdout: float | None)
     return parts
 
 
-def _from_captions(files: Source, tables: list[str], encoding: str, summary: Summary) -> dict[str, list[_Item]]:
+def _from_captions(files: FileSet, tables: list[str], encoding: str, summary: Summary) -> dict[str, list[_Item]]:
     """By split: one table, or one in each split's folder."""
     folders = [PurePosixPath(table).parent.name for table in tables]
-    if len(tables) > 1 and (len(set(folders)) < len(folders) or any(f not in SPLIT_NAMES for f in folders)):
+    if len(tables) > 1 and (len(set(folders)) < len(folders) or any(f not in SPLITS for f in folders)):
         raise UserError(
             f"{files.path} has {len(tables)} files {CAPTIONS} ({', '.join(tables[:3])}); keep one, or one in each of train/, "
             "val/ and test/"
         )
     splits = {}
     for table, folder in zip(tables, folders, strict=True):
-        captions = read_tables(files.read(table), table, encoding, set(files.names), summary.skip)
+        captions = read_table(files.read(table), table, encoding, set(files.names), summary.skip)
         splits[folder if len(tables) > 1 else ""] = [_Item(name, texts) for name, texts in captions.items()]
     return splits
 
 
-def _from_classes(files: Source, summary: Summary) -> dict[str, list[_Item]]:
-    images = [n for n in files.names if n.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "/" in n]
-    parts = [PurePosixPath(n).parts for n in images]
-    depth = next((d for d in (0, 1) if parts and all(len(p) > d + 1 and p[d] in SPLIT_NAMES for p in parts)), None)
-    if not images or any(len(p) < (2 if depth is None else depth + 3) for p in parts):
+def _from_classes(files: FileSet, summary: Summary) -> dict[str, list[_Item]]:
+    found = find_class_folders(files.names)
+    if found is None:
         raise UserError(
             f"{files.path} has no {CAPTIONS} and no folders of images; it needs one or the other (see docs/data.md)"
         )
-    class_at = -2
-    classes = sorted({p[class_at] for p in parts})
-    summary.classes = [c.replace("_", " ") for c in classes]
-    splits: dict[str, list[_Item]] = {}
-    for name, p in zip(images, parts, strict=True):
-        label = classes.index(p[class_at])
-        caption = CLASS_TEMPLATE.replace("{}", summary.classes[label])
-        splits.setdefault(p[depth] if depth is not None else "", []).append(_Item(name, [caption], label))
-    return splits
+    summary.classes = [c.replace("_", " ") for c in found.folders]
+    captions = [CLASS_TEMPLATE.replace("{}", name) for name in summary.classes]
+    return {
+        split: [_Item(name, [captions[label]], label) for name, label in images]
+        for split, images in found.images.items()
+    }
 
 
-def _write(files: Source, items: list[_Item], folder: Path, shard_size: int, size: int | None, summary: Summary) -> int:
+def _write(
+    files: FileSet, items: list[_Item], folder: Path, shard_size: int, size: int | None, summary: Summary
+) -> int:
     # By a hash, so that a shard is a mixture of classes; file names are often sorted by class.
     items = sorted(items, key=lambda item: blake2b(item.name.encode()).digest())
     templates = [CLASS_TEMPLATE] if summary.classes else None
@@ -204,7 +182,7 @@ def _write(files: Source, items: list[_Item], folder: Path, shard_size: int, siz
 
 
 def _usable(
-    files: Source, items: list[_Item], size: int | None, summary: Summary
+    files: FileSet, items: list[_Item], size: int | None, summary: Summary
 ) -> Iterator[tuple[_Item, dict[str, bytes]]]:
     for item in items:
         extension = item.name.rpartition(".")[2].lower()

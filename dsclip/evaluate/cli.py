@@ -67,13 +67,26 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoint, run, HuggingFace CLIP folder, OpenCLIP folder or state dict",
     )
     p.add_argument("--task", required=True, choices=list(TASKS))
-    p.add_argument("--data", required=True, help="shards: a folder, glob or brace expression, or demo:val")
+    p.add_argument(
+        "--data",
+        required=True,
+        help="shards (a folder, glob, brace expression or address; demo:val), a folder or zip of images with captions.tsv or "
+        "with a folder a class, a .tsv or .csv of pairs, or a folder in CLIP_benchmark's layout",
+    )
+    p.add_argument(
+        "--split",
+        help="of data that has several, such as train (default: the one that is held out: test, or else val)",
+    )
     p.add_argument("--tokenizer", help="folder or hub name (default: the model's own)")
     p.add_argument("--classnames", help="file with one class name a line (default: those of the shards)")
     p.add_argument(
         "--templates", help="openai, cifar, simple, or a file of sentences with {} (default: those of the shards)"
     )
-    p.add_argument("--caption-key", default="caption", help="key of the captions in .json members (default: caption)")
+    p.add_argument(
+        "--caption-key",
+        default="caption",
+        help="key of the captions in .json members, or a table's column (default: caption)",
+    )
     p.add_argument("--negative-key", default="negatives", help="key of hard negatives in .json (default: negatives)")
     p.add_argument("--batch-size", type=int, default=64, help="samples a forward and rank (default: 64)")
     p.add_argument("--max-samples", type=int, help="evaluate on the first samples only")
@@ -139,6 +152,7 @@ def _measure(
         max_samples=arguments.max_samples,
         caption_key=arguments.caption_key,
         negative_key=arguments.negative_key,
+        split=arguments.split,
         storage=storage_of(arguments),
     )
 
@@ -155,7 +169,7 @@ def _measure(
     measured = run_task(arguments.task, embedder, dataset, options)
     return {
         "task": arguments.task, "metrics": with_intervals(measured), "model": str(arguments.model), "data": arguments.data,
-        "training_pairs": _training_pairs(arguments.data, source.train_shards, storage_of(arguments)), "bad_samples": dict(dataset.bad),
+        "training_pairs": _training_pairs(dataset.shards, source.train_shards, storage_of(arguments)), "bad_samples": dict(dataset.bad),
     }  # fmt: skip
 
 
@@ -171,10 +185,10 @@ def _join_ranks(arguments: argparse.Namespace) -> tuple[torch.device, Collective
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu"), Collectives(rank, world_size)
 
 
-def _training_pairs(shards: str, train_shards: str | list[str] | None, storage: Storage) -> str | None:
+def _training_pairs(shards: list[str], train_shards: str | list[str] | None, storage: Storage) -> str | None:
     """`training pairs`, `partly training pairs` or None; also None where the training shards can't be found any more."""
     try:
-        return training_pairs(shards, train_shards, storage) if train_shards else None
+        return training_pairs(shards, train_shards, storage) if train_shards and shards else None
     except UserError:
         return None
 

@@ -22,7 +22,7 @@ Encoder = Callable[[Tensor], Tensor]
 AHEAD = 2  # batches that are decoded while one is embedded
 THREADS = 8  # Pillow lets go of the interpreter while it decodes and resizes
 # What can be wrong with an image; travels between ranks as its place in this list.
-PROBLEMS = ("undecodable image", "too many pixels", "unreadable shard")
+PROBLEMS = ("undecodable image", "too many pixels", "unreadable shard", "unreadable file")
 Decoded = tuple[Tensor | None, int]  # an image [3, S, S], and 0 or 1 + the place in PROBLEMS
 
 

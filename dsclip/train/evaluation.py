@@ -47,7 +47,9 @@ class Evaluation:
                 prepare_task(task, self.sets[task], self._options)
             except UserError as error:
                 raise UserError(f"eval.{task}_shards={data_name(shards, None)}: {error}") from error
-            self.names[task] = data_name(shards, training_pairs(shards, recipe.data.train_shards, self._storage))
+            held = self.sets[task].shards
+            pairs = training_pairs(held, recipe.data.train_shards, self._storage) if held else None
+            self.names[task] = data_name(shards, pairs)
 
     def _open(self, shards: str | list[str]) -> EvalDataset:
         return build_eval_dataset(

@@ -12,6 +12,7 @@ from dsclip.convert.hf import check_expressible
 from dsclip.convert.init import starting_config
 from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.decoding.tokenizer import Tokenizer
+from dsclip.data.layouts.recognise import recognise
 from dsclip.data.loader import Loader, check_order, data_sets
 from dsclip.data.sources.storage import Storage
 from dsclip.distributed import Collectives, launched_ranks
@@ -53,7 +54,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     storage = Storage(tuple(recipe.data.trusted_hosts), recipe.data.retries)
     for key, shards in _named_shards(recipe):
         try:
-            resolve_shards(shards, storage)
+            recognise(shards, storage) if key.startswith("eval.") else resolve_shards(shards, storage)
         except UserError as error:
             raise UserError(f"`{key}`: {error}") from error
     check_order(recipe.data, recipe.batch.global_batch_size, world_size, storage)

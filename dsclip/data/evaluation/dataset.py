@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import gc
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypedDict
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
@@ -19,15 +23,16 @@ from torch import Tensor
 from dsclip.data.decoding.sample import BadSample, RawSample, decode_image, read_captions, read_label, read_negatives
 from dsclip.data.decoding.transforms import eval_image
 from dsclip.data.evaluation.texts import TextSample, read_texts
+from dsclip.data.layouts.files import FileSet
+from dsclip.data.layouts.recognise import FileLayout, ShardLayout, recognise
 from dsclip.data.shards.manifest import read_manifest
-from dsclip.data.shards.specification import resolve_shards
 from dsclip.data.sources.cache import local_copy
 from dsclip.data.sources.storage import LOCAL, SourceError, Storage, is_remote
 from dsclip.errors import UserError
 
 
 class _Image(NamedTuple):
-    """Where an image lies: `size` bytes from `start` of a shard."""
+    """Where an image lies: `size` bytes from `start` of a shard, or a file of its own, whose size is −1."""
 
     location: str
     extension: str
@@ -51,8 +56,9 @@ class EvalDataset:
     """
 
     def __init__(self, image_size: int, max_pixels: int, storage: Storage):
-        self._image_size, self._max_pixels, self._storage = image_size, max_pixels, storage
+        self._image_size, self._max_pixels, self.storage = image_size, max_pixels, storage
         self._images: list[_Image] = []
+        self._files: FileSet | None = None  # that images are files of
         self._copies: dict[str, str] = {}
         self.captions: list[list[str]] = []
         self.negatives: list[list[str]] = []
@@ -61,6 +67,8 @@ class EvalDataset:
         self.broken: dict[int, str] = {}
         self.classes: list[str] | None = None
         self.templates: list[str] | None = None
+        self.split: str | None = None  # of a set that has several
+        self.shards: list[str] = []  # where its samples lie, if in shards
 
     def __len__(self) -> int:
         return len(self._images)
@@ -78,8 +86,8 @@ class EvalDataset:
         place = self._images[index]
         try:
             content = self._read(place)
-        except (OSError, SourceError) as error:
-            raise BadSample("unreadable shard") from error
+        except (OSError, SourceError, BadZipFile, EOFError, zlib.error) as error:
+            raise BadSample("unreadable shard" if place.size >= 0 else "unreadable file") from error
         raw = RawSample(place.location, "", {place.extension: content})
         return eval_image(decode_image(raw, self._max_pixels), self._image_size)
 
@@ -88,6 +96,8 @@ class EvalDataset:
         return torch.zeros(3, self._image_size, self._image_size, dtype=torch.uint8)
 
     def _read(self, place: _Image) -> bytes:
+        if place.size < 0:
+            return Path(place.location).read_bytes() if self._files is None else self._files.read(place.location)
         try:
             return _read_file(self.path(place.location), place)
         except FileNotFoundError:
@@ -101,48 +111,79 @@ class EvalDataset:
         if not is_remote(location):
             return location
         if location not in self._copies:
-            self._copies[location] = local_copy(location, self._storage, -1)
+            self._copies[location] = local_copy(location, self.storage, -1)
         return self._copies[location]
 
-    def add(self, location: str, sample: TextSample, caption_key: str, negative_key: str) -> None:
-        """Appends a sample. Raises BadSample for texts that can't be read."""
-        label = read_label(sample.raw)
-        captions = _captions_or_none(sample.raw, caption_key, label)
-        negatives = read_negatives(sample.raw, negative_key)
-        self._images.append(_Image(location, sample.extension, sample.start, sample.size))
+    def add(
+        self, sample: TextSample, location: str, captions: list[str], negatives: list[str], label: int | None
+    ) -> None:
+        """Appends a sample of a shard."""
+        self._append(_Image(location, sample.extension, sample.start, sample.size), captions, negatives, label)
+
+    def add_files(self, layout: FileLayout, most: int | None) -> None:
+        """Appends the image files of a layout, the first `most`."""
+        self._files = layout.files if isinstance(layout.files, FileSet) else None
+        self.left_out.update(layout.left_out)
+        for name, captions, label in layout.rows[:most]:
+            self._append(_Image(name, name.rpartition(".")[2].lower(), 0, -1), captions, [], label)
+
+    def _append(self, place: _Image, captions: list[str], negatives: list[str], label: int | None) -> None:
+        self._images.append(place)
         self.captions.append(captions)
         self.negatives.append(negatives)
         self.labels.append(label)
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How the texts of a shard's samples are read."""
+
+    caption_key: str
+    negative_key: str
+    captions_by_line: bool
+
+    def captions(self, raw: RawSample, label: int | None) -> list[str]:
+        """Raises BadSample, unless it has a label."""
+        try:
+            captions = read_captions(raw, self.caption_key)
+        except BadSample:
+            if label is None:
+                raise
+            return []  # a labelled image needs no caption
+        if not self.captions_by_line:
+            return captions
+        return [line.strip() for text in captions for line in text.splitlines() if line.strip()]
+
+
 def build_eval_dataset(
-    shards: str | list[str],
+    spec: str | list[str],
     *,
     image_size: int,
     max_samples: int | None = None,
     caption_key: str = "caption",
     negative_key: str = "negatives",
+    split: str | None = None,
     max_image_pixels: int = 64_000_000,
     storage: Storage = LOCAL,
 ) -> EvalDataset:
-    """Reads the texts of the shards, in order, of the first `max_samples`; no image is read or decoded.
+    """Opens an evaluation set (see `recognise`): texts and places of its first `max_samples`, in order; no image is read or decoded.
 
-    storage: how remote shards are read. Samples without an image or with texts that can't be read are left out and counted
-    in `.bad`, as are those whose image can't be decoded, later. Raises UserError when shards are missing or nothing in
-    them is usable.
+    caption_key: of captions in .json members, or the column of a table. split: of a set that has several, by default the one that
+    is held out. storage: how remote shards are read. Samples without an image or with texts that can't be read are left out
+    and counted in `.bad`, as are those whose image can't be decoded, later. Raises UserError when nothing is found, it isn't recognised, or
+    nothing in it is usable.
     """
-    locations = resolve_shards(shards, storage)
     dataset = EvalDataset(image_size, max_image_pixels, storage)
     with _collection_paused():
-        for location in locations:
-            _add_shard(dataset, location, max_samples, caption_key, negative_key)
-            if max_samples and len(dataset) == max_samples:
-                break
+        layout = recognise(spec, storage, split=split, caption_column=None if caption_key == "caption" else caption_key)
+        dataset.classes, dataset.templates, dataset.split = layout.classes, layout.templates, layout.split
+        if isinstance(layout, FileLayout):
+            dataset.add_files(layout, max_samples)
+        else:
+            _add_shards(dataset, layout, max_samples, _Reading(caption_key, negative_key, layout.captions_by_line))
     if not len(dataset):
         reasons = ", ".join(f"{n} {reason}" for reason, n in dataset.bad.items()) or "they are empty"
-        raise UserError(f"no usable sample in {_names(locations)} ({reasons})")
-    if manifest := read_manifest(locations, storage):
-        dataset.classes, dataset.templates = manifest.get("classes"), manifest.get("templates")
+        raise UserError(f"no usable sample in {_names(dataset.shards) or spec} ({reasons})")
     return dataset
 
 
@@ -158,12 +199,25 @@ def _collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _add_shard(dataset: EvalDataset, location: str, most: int | None, caption_key: str, negative_key: str) -> None:
+def _add_shards(dataset: EvalDataset, layout: ShardLayout, most: int | None, reading: _Reading) -> None:
+    dataset.shards = layout.locations
+    for location in layout.locations:
+        _add_shard(dataset, location, most, reading)
+        if most and len(dataset) == most:
+            break
+    if manifest := read_manifest(layout.locations, dataset.storage):
+        dataset.classes = layout.classes or manifest.get("classes")
+        dataset.templates = layout.templates or manifest.get("templates")
+
+
+def _add_shard(dataset: EvalDataset, location: str, most: int | None, reading: _Reading) -> None:
     try:
         path = dataset.path(location)
         for sample in read_texts(path, dataset.left_out):
             try:
-                dataset.add(location, sample, caption_key, negative_key)
+                label = read_label(sample.raw)
+                captions = reading.captions(sample.raw, label)
+                dataset.add(sample, location, captions, read_negatives(sample.raw, reading.negative_key), label)
             except BadSample as reason:
                 dataset.left_out[str(reason)] += 1
             if most and len(dataset) == most:
@@ -178,15 +232,6 @@ def _read_file(path: str, place: _Image) -> bytes:
     # A file of its own for each read: descriptors that are shared by threads may be closed by another.
     with open(path, "rb", buffering=0) as stream:
         return os.pread(stream.fileno(), place.size, place.start)
-
-
-def _captions_or_none(raw: RawSample, caption_key: str, label: int | None) -> list[str]:
-    try:
-        return read_captions(raw, caption_key)
-    except BadSample:
-        if label is None:
-            raise
-        return []  # a labelled image needs no caption
 
 
 def _names(paths: list[str]) -> str:

@@ -1,0 +1,1 @@
+"""How people lay out images: folders, zips, class folders, tables of captions, and what lies beside shards."""
