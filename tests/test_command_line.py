@@ -17,6 +17,7 @@ WRONG = {
     "tools/plan.py": "--gpu B9000",
     "tools/make_shards.py": "nowhere.zip OUT",
     "tools/check_data.py": "nowhere",
+    "tools/compare.py": "nowhere.json nowhere.json",
     "tools/index_shards.py": "nowhere",
     "tools/convert.py": "nowhere OUT --to openclip",
     "tools/convert_hf.py": "nowhere OUT",

@@ -5,10 +5,10 @@ from dsclip.evaluate.intervals import table, with_intervals
 from dsclip.evaluate.result import Measured, Outcomes
 from dsclip.evaluate.retrieval import measure_retrieval
 from dsclip.evaluate.task import Options, Task, TaskKind
-from dsclip.evaluate.tasks import IN_TRAINING, TASKS, prepare_task, run_task
+from dsclip.evaluate.tasks import IN_TRAINING, TASKS, measure_task, prepare_task, run_task
 from dsclip.evaluate.zeroshot import measure_classification
 
 __all__ = [
     "Embedder", "IN_TRAINING", "Measured", "Options", "Outcomes", "TASKS", "Task", "TaskKind", "measure_classification",
-    "measure_retrieval", "prepare_task", "run_task", "table", "with_intervals",
+    "measure_retrieval", "measure_task", "prepare_task", "run_task", "table", "with_intervals",
 ]  # fmt: skip

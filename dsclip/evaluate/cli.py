@@ -20,12 +20,15 @@ from dsclip.convert.source import Source, open_source
 from dsclip.convert.streamed import loaded_clip, spread_clip
 from dsclip.convert.whole import check_tokenizer, tokenizer_of
 from dsclip.data import Tokenizer, build_eval_dataset
+from dsclip.data.shards.manifest import manifest_sha256
 from dsclip.data.shards.overlap import training_pairs
 from dsclip.data.sources.storage import Storage
 from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
-from dsclip.evaluate import TASKS, Embedder, Options, run_task, with_intervals
+from dsclip.evaluate import TASKS, Embedder, Options, measure_task, prepare_task, with_intervals
+from dsclip.evaluate.protocol import run_protocol, task_protocol
+from dsclip.evaluate.record import values_of, write_result
 from dsclip.evaluate.report import markdown, text
 from dsclip.model import Clip
 from dsclip.model.captions import cut_captions
@@ -106,18 +109,26 @@ def _parser() -> argparse.ArgumentParser:
         help="with --device-map: for weights that are read again and again (default: temporary)",
     )
     p.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    p.add_argument("--output", type=Path, help="also write the JSON to this file")
+    p.add_argument(
+        "--output",
+        type=Path,
+        help="also write the JSON to this file, and the values of single samples beside it, for tools/compare.py",
+    )
     add_remote(p)
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return p
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """{"task", "metrics", ...} of the model on the data; the same on every number of ranks."""
+    """{"task", "metrics", ...} of the model on the data, the same on every number of ranks, with a protocol on rank 0."""
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     if arguments.output and (arguments.output.is_dir() or not os.access(arguments.output.resolve().parent, os.W_OK)):
         raise UserError(f"--output {arguments.output}: no file can be written there")
+    if arguments.output and values_of(arguments.output) == arguments.output:
+        raise UserError(
+            f"--output {arguments.output}: that is the name of its values; give a name that ends with .json"
+        )
     if arguments.json and arguments.markdown:
         raise UserError("--json and --markdown: give one of them")
     device, group = _join_ranks(arguments)
@@ -138,12 +149,12 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
             model, parts = spread_clip(config, source.weights(), dtype, folder, arguments.host_memory_gb)
             places = Counter(parts.values())
             say("parts of the model: " + ", ".join(f"{n} on {place}" for place, n in places.items()))
-        return _measure(arguments, source, model, tokenizer, device, group)
+        return _measure(arguments, source, model, tokenizer, dtype, device, group)
 
 
 def _measure(
-    arguments: argparse.Namespace, source: Source, model: Clip, tokenizer: Tokenizer, device: torch.device,
-    group: Collectives,
+    arguments: argparse.Namespace, source: Source, model: Clip, tokenizer: Tokenizer, dtype: torch.dtype,
+    device: torch.device, group: Collectives,
 ) -> dict[str, Any]:  # fmt: skip
     config = model.config
     dataset = build_eval_dataset(
@@ -166,11 +177,21 @@ def _measure(
 
     embedder = Embedder(encode_image, encode_text, tokenizer, group, config.context_length, arguments.batch_size)
     options = Options(arguments.classnames, arguments.templates)
-    measured = run_task(arguments.task, embedder, dataset, options)
-    return {
+    task = prepare_task(arguments.task, dataset, options)
+    measured = measure_task(task, embedder)
+    result = {
         "task": arguments.task, "metrics": with_intervals(measured), "model": str(arguments.model), "data": arguments.data,
         "training_pairs": _training_pairs(dataset.shards, source.train_shards, storage_of(arguments)), "bad_samples": dict(dataset.bad),
     }  # fmt: skip
+    if group.rank == 0:
+        name = arguments.tokenizer or str(source.tokenizer_dir)
+        protocol = run_protocol(model, str(source.path), config, tokenizer, name, dtype, device) | task_protocol(task)
+        manifest = manifest_sha256(dataset.shards, dataset.storage) if dataset.shards else None
+        protocol["data"] |= {"name": arguments.data, "split": dataset.split, "manifest_sha256": manifest}
+        result["protocol"] = protocol
+        if arguments.output:
+            write_result(arguments.output, result, measured)
+    return result
 
 
 def _join_ranks(arguments: argparse.Namespace) -> tuple[torch.device, Collectives]:
@@ -194,8 +215,6 @@ def _training_pairs(shards: list[str], train_shards: str | list[str] | None, sto
 
 
 def _report(result: dict[str, Any], arguments: argparse.Namespace) -> None:
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if arguments.json:
         print(json.dumps(result))
         return

@@ -19,6 +19,7 @@ class HardNegatives:
 
     def __init__(self, dataset: EvalDataset, options: Options):
         self._dataset, self._indices = dataset, hard_negative_samples(dataset)
+        self.protocol = {"equal_similarities": "lose"}
         self.images = (Images(dataset, self._indices),)
         self.texts = [t for i in self._indices for t in (*dataset.captions[i], *dataset.negatives[i])]
 

@@ -29,6 +29,7 @@ class Retrieval:
         self._indices = retrieval_samples(dataset)
         self._owner = torch.tensor([i for i in self._indices for _ in dataset.captions[i]])
         self.images = (Images(dataset, self._indices),)
+        self.protocol = {"equal_similarities": "lower index first"}
         self.texts = [caption for i in self._indices for caption in dataset.captions[i]]
 
     def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from dsclip.data import EvalDataset
 from dsclip.evaluate.result import Measured
+from dsclip.files import sha256
 
 Words = str | list[str] | None  # a file of lines, the lines, or those of the shards' manifest
 
@@ -39,6 +40,11 @@ class Embedded(NamedTuple):
     indices: list[int]
 
 
+def lines_sha256(lines: Sequence[str]) -> str:
+    """Of prompts and names, as if each were a line."""
+    return sha256("".join(f"{line}\n" for line in lines).encode())
+
+
 class Task(Protocol):
     """A task on its set. Building it checks that the set has what it needs; whoever embeds may embed for several at once."""
 
@@ -49,6 +55,10 @@ class Task(Protocol):
     @property
     def texts(self) -> Sequence[str]:
         """What else it needs embedded; also captions of images that turn out to be broken."""
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """What one must know to measure the same again, beyond model and set, as JSON: hashes of prompts, settings."""
 
     def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
         """The result of the features of `images`, entry by entry, and of `texts` [m, d]. Not collective.

@@ -20,8 +20,12 @@ def prepare_task(name: str, dataset: EvalDataset, options: Options = DEFAULTS) -
     return TASKS[name].prepare(dataset, options)
 
 
-def run_task(name: str, embedder: Embedder, dataset: EvalDataset, options: Options = DEFAULTS) -> Measured:
-    """What the model does on the set, the same on every number of ranks. Collective."""
-    task = prepare_task(name, dataset, options)
+def measure_task(task: Task, embedder: Embedder) -> Measured:
+    """What the model does in a task that is prepared, the same on every number of ranks. Collective."""
     images = [Embedded(*embedder.images(part.dataset, part.indices)) for part in task.images]
     return task.measure(images, embedder.texts(list(task.texts)))
+
+
+def run_task(name: str, embedder: Embedder, dataset: EvalDataset, options: Options = DEFAULTS) -> Measured:
+    """Both in one. Raises UserError when the set lacks what the task needs. Collective."""
+    return measure_task(prepare_task(name, dataset, options), embedder)

@@ -12,7 +12,7 @@ from dsclip.data import EvalDataset
 from dsclip.errors import UserError
 from dsclip.evaluate.features import check_finite
 from dsclip.evaluate.result import Measured, Outcomes
-from dsclip.evaluate.task import Embedded, Images, Options, TaskKind, Words
+from dsclip.evaluate.task import Embedded, Images, Options, TaskKind, Words, lines_sha256
 from dsclip.evaluate.templates import SIMPLE, load_classnames, load_templates
 
 
@@ -28,6 +28,10 @@ class Zeroshot:
         self._labels = dataset.labels
         self.images = (Images(dataset, zeroshot_samples(dataset, len(self._names))),)
         self.texts = prompts(self._names, self._templates)
+        self.protocol = {
+            "classes": len(self._names), "classnames_sha256": lines_sha256(self._names), "templates": len(self._templates),
+            "templates_sha256": lines_sha256(self._templates),
+        }  # fmt: skip
 
     def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
         """{"top1", "top5" (with five classes or more), "mean_per_class_recall", "samples", "classes"}."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dsclip.embedded import embedded_folder
 from dsclip.errors import UserError
+from dsclip.files import sha256
 
 
 class Tokenizer:
@@ -35,6 +37,19 @@ class Tokenizer:
     def eot_token_id(self) -> int:
         """The end token, whose position the text tower pools."""
         return int(self._hf.eos_token_id)
+
+    def sha256(self) -> str:
+        """Of the vocabulary, the merges and all that is done to a text; in slow tokenizers of the vocabulary and special tokens."""
+        backend = getattr(self._hf, "backend_tokenizer", None)
+        if backend is not None:
+            content = json.loads(backend.to_str())
+            content.update(truncation=None, padding=None)  # as the last call had them
+        else:
+            content = {
+                "vocabulary": self._hf.get_vocab(),
+                "special": {k: str(v) for k, v in self._hf.special_tokens_map.items()},
+            }
+        return sha256(json.dumps(content, sort_keys=True).encode())
 
     def save(self, folder: Path) -> None:
         """Writes a folder that `transformers` and `load_tokenizer` read."""

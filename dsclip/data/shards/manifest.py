@@ -9,7 +9,7 @@ from typing import NamedTuple, TypedDict
 
 from dsclip.data.sources.storage import LOCAL, MissingSource, SourceError, Storage, is_remote
 from dsclip.errors import UserError
-from dsclip.files import write_whole
+from dsclip.files import sha256, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "dsclip-shards-1"
@@ -52,6 +52,15 @@ def read_manifest(shards: list[str], storage: Storage = LOCAL) -> Manifest | Non
     try:
         return load_manifest(path, storage)
     except FileNotFoundError:
+        return None
+
+
+def manifest_sha256(shards: list[str], storage: Storage = LOCAL) -> str | None:
+    """Of the manifest beside the first shard, or None where there is none."""
+    path = f"{folder_of(str(shards[0]))}/{MANIFEST}"
+    try:
+        return sha256(storage.read_all(path, MAX_MANIFEST_BYTES) if is_remote(path) else Path(path))
+    except (FileNotFoundError, NotADirectoryError, SourceError):
         return None
 
 

@@ -1,0 +1,85 @@
+"""The protocol record of a result: what one must know to measure the same again, and what a comparison looks for."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsclip.data import EvalDataset, Tokenizer
+from dsclip.evaluate.task import Task, lines_sha256
+from dsclip.files import sha256
+from dsclip.model import ClipConfig
+
+PACKAGES = ("dsclip", "torch", "transformers", "pillow")
+
+
+def task_protocol(task: Task) -> dict[str, Any]:
+    """What the task says of itself and of its sets: {"task", "data"}; data: the texts and labels of each set as a hash."""
+    sets = [
+        {"samples": len(part.indices), "texts_sha256": texts_sha256(part.dataset, part.indices)} for part in task.images
+    ]
+    return {"task": dict(task.protocol), "data": sets[-1] if len(sets) == 1 else {"sets": sets}}
+
+
+def run_protocol(
+    model: nn.Module, path: str, config: ClipConfig, tokenizer: Tokenizer, tokenizer_name: str, dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """What is the same for all tasks of one model: {"model", "image", "text", "precision", "versions"}."""
+    return {
+        "model": {"path": path, "weights_sha256": weights_sha256(model)},
+        "image": image_protocol(config),
+        "text": {
+            "context_length": config.context_length, "tokenizer": tokenizer_name, "tokenizer_sha256": tokenizer.sha256()
+        },
+        "precision": precision(dtype, device),
+        "versions": versions(),
+    }  # fmt: skip
+
+
+def texts_sha256(dataset: EvalDataset, indices: list[int]) -> str:
+    """Of captions, hard negatives and labels of these samples, in their order: the same in any format that holds them."""
+    rows = ((dataset.captions[i], dataset.negatives[i], dataset.labels[i]) for i in indices)
+    return lines_sha256([repr(row) for row in rows])
+
+
+def image_protocol(config: ClipConfig) -> dict[str, Any]:
+    """How a picture becomes the model's input, see `dsclip.data.decoding.transforms.eval_image`."""
+    return {
+        "size": config.image_size, "resize": "shorter side to size, the longer rounded down", "interpolation": "bicubic, antialiased",
+        "crop": "centre, corner rounded down", "transparent": "on white", "mean": list(config.image_mean), "std": list(config.image_std),
+    }  # fmt: skip
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """The dtype of the towers and what they ran on; features, similarities and metrics are float32 and float64."""
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    return {"dtype": str(dtype).removeprefix("torch."), "device": on}
+
+
+def versions() -> dict[str, str]:
+    """{package: its version} of what decides about numbers, and Python's."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout without an installation
+            found[name] = "not installed"
+    return found
+
+
+def weights_sha256(model: nn.Module) -> str | None:
+    """Of all weights by name, as they are evaluated (another dtype is another hash). None when some are not in memory."""
+    state: Mapping[str, Tensor] = model.state_dict()
+    if any(value.is_meta for value in state.values()):
+        return None
+    return sha256(piece for name in sorted(state) for piece in (name.encode(), _bytes(state[name])))
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
