@@ -13,6 +13,7 @@ from dsclip.command_line import parser, run_tool, say
 from dsclip.convert.compare import check_read_back, difference_in_openclip, difference_in_transformers
 from dsclip.convert.dsclip_export import export_dsclip
 from dsclip.convert.hf import DTYPES, MAX_SHARD_GB, export_hf
+from dsclip.convert.hub import check_repository, push_folder
 from dsclip.convert.model_card import results_of_run
 from dsclip.convert.openclip_export import export_openclip
 from dsclip.convert.source import Source, open_source
@@ -51,6 +52,10 @@ def main(argv: list[str] | None = None, *, to: str | None = None) -> None:
         action="store_true",
         help="hf: leave the bias of a sigmoid loss out, which CLIPModel has no place for",
     )
+    p.add_argument(
+        "--push", metavar="REPOSITORY",
+        help="upload OUT to this repository of the HuggingFace hub, such as NAME/MODEL; one that isn't there is made, private",
+    )  # fmt: skip
     p.set_defaults(**{} if to is None else {"to": to})
     sys.exit(run_tool(_convert, p.parse_args(argv)))
 
@@ -69,11 +74,16 @@ def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     result = {
         "out": str(a.out), "to": a.to, "checkpoint": str(model.path), "dtype": a.dtype, "max_difference": difference,
     }  # fmt: skip
+    if a.push is not None:
+        result["pushed"] = push_folder(a.out, a.push)
+        compared += f"\npushed to {result['pushed']}"
     text = f"{a.out} is {FORMATS[a.to][0]}; {compared}\n\nNext:\n" + "\n".join(f"  {line}" for line in _next(a))
     return result | more, text
 
 
 def _check_options(a: argparse.Namespace) -> None:
+    if a.push is not None:
+        check_repository(a.push)
     if a.max_shard_gb is not None and a.max_shard_gb <= 0:
         raise UserError(f"--max-shard-gb is {a.max_shard_gb}; it must be more than 0")
     if a.to != "hf" and (a.max_shard_gb is not None or a.without_bias):
