@@ -115,7 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
             {"commitUrl": f"{self.hub.address}/{repository}/commit/{SHA}", "commitOid": SHA, "success": True}
         )
 
-    def info(self, body, repository, *_):
+    def info(self, body, repository, revision=None):
+        if revision not in (None, "main", SHA):
+            return self.answer({"error": "Invalid rev id"}, 404, X_Error_Code="RevisionNotFound")
         if repository not in self.hub.repositories:
             return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         return self.answer(

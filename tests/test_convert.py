@@ -221,7 +221,7 @@ def test_another_image_size_resizes_the_positions(demo, tmp_path):
 def test_weights_that_do_not_fit_are_named(demo, tmp_path):
     model = perturbed(small("demo"))
     export_hf(checkpoint_of(model, demo), tmp_path / "hf")
-    with pytest.raises(UserError, match="text_width 128 against 64. Choose model.preset"):
+    with pytest.raises(UserError, match="text_width 128 against 64. Set model.preset=auto"):
         load_init(tmp_path / "hf", small("demo", text_width=64, text_heads=4))
     with pytest.raises(UserError, match="text_layers 2 against 1"):
         load_init(

@@ -1,14 +1,24 @@
 """Folders go to the HuggingFace hub and come back: a server of this process speaks its HTTP, huggingface_hub is the real one."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from huggingface_hub import constants
 from transformers import CLIPModel
 
 from dsclip.convert import cli, export_hf
-from tests.hub_server import Hub
+from dsclip.convert.init import starting_tokenizer
+from dsclip.convert.openclip_export import export_openclip
+from dsclip.convert.source import open_source
+from dsclip.create import create_model
+from dsclip.data import load_tokenizer
+from dsclip.errors import UserError
+from dsclip.evaluate.cli import _parser, evaluate
+from tests.hub_server import SHA, Hub
 from tests.test_convert import checkpoint_of, differences, perturbed, small
+from tests.test_train_evaluation import OFF, plan
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +93,88 @@ def test_a_push_that_fails_keeps_the_folder(case, reason, folder, hub, tmp_path,
 def test_a_wrong_name_is_found_before_anything_is_written(folder, tmp_path, capsys):
     error = convert(capsys, folder, tmp_path / "out", "--push", "a/b/c", code=2)["error"]
     assert "a/b/c is no name of a repository" in error and not (tmp_path / "out").exists()
+
+
+def kept(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def published(folder, model, demo, hub, tmp_path):
+    """me/clip in transformers' layout, me/parts in many files, me/both in both layouts, of which OpenCLIP's is another model."""
+    checkpoint = checkpoint_of(model, demo)
+    export_hf(checkpoint, tmp_path / "parts", max_shard_gb=1e-4)
+    other = checkpoint_of(perturbed(small("demo", layer_norm_eps=1e-3)), demo)
+    export_openclip(other, tmp_path / "openclip")
+    hub.repositories |= {
+        "me/clip": kept(folder) | {"pytorch_model.bin": b"pickle", "model.fp16.safetensors": b"not read"},
+        "me/parts": kept(tmp_path / "parts"), "me/both": kept(folder) | kept(tmp_path / "openclip"),
+        "me/pickled": {k: v for k, v in kept(folder).items() if not k.endswith(".safetensors")},
+    }  # fmt: skip
+    return other
+
+
+def same(ours, theirs):
+    return all(torch.equal(p, theirs.state_dict()[n]) for n, p in ours.state_dict().items())
+
+
+def test_models_of_the_hub_come_whole_and_are_kept(model, published, hub, monkeypatch):
+    """Configuration, weights, tokenizer; again without the hub; only what is read is loaded."""
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        for name in ("hf:me/clip", "hf:me/parts", "hf:me/both"):
+            created = create_model("auto", init=name)
+            assert created.config == model.config and same(created, model)
+            assert load_tokenizer(starting_tokenizer(name, "auto")).eot_token_id == 611
+        created = create_model("auto", init="openclip:me/both")
+        assert created.config == published.config and all(
+            torch.equal(p, published.state_dict[n]) for n, p in created.state_dict().items()
+        )
+    loaded = {path.rpartition("/")[2] for path in hub.asked if path.startswith("GET") and "/resolve/" in path}
+    assert "model.safetensors" in loaded and not {"pytorch_model.bin", "model.fp16.safetensors"} & loaded
+
+
+def test_a_revision_is_the_one_that_is_loaded(model, published):
+    assert same(create_model("auto", init=f"hf:me/clip@{SHA}"), model)
+    with pytest.raises(UserError, match=r"me/clip can't be loaded from the hub"):
+        create_model("auto", init="hf:me/clip@no-such-tag")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("hf:me/nothing", "me/nothing can't be loaded from the hub: .*HTTP 404"),
+        ("hf:me/no/name", "is no name of a repository"),
+        ("openclip:me/clip", "the repository has no open_clip_config.json"),
+        ("hf:me/pickled", "has no model.safetensors; pickled weights"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_one_sentence(name, message, published):
+    with pytest.raises(UserError, match=message) as error:
+        create_model("auto", init=name)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_kept_and_no_hub_is_one_sentence(published, hub):
+    hub.close()
+    with pytest.raises(UserError, match="me/clip can't be loaded from the hub"):
+        create_model("auto", init="hf:me/clip")
+
+
+def test_evaluation_and_conversion_take_the_same_names(folder, published, tmp_path, capsys):
+    options = ["--task", "zeroshot", "--data", "demo:val", "--max-samples", "8"]
+    ours, theirs = (
+        evaluate(_parser().parse_args(["--model", str(name), *options]))["metrics"] for name in (folder, "hf:me/clip")
+    )
+    assert ours == theirs
+    convert(capsys, "openclip:me/both", tmp_path / "out")
+    assert open_source(tmp_path / "out").config() == published.config
+
+
+def test_a_run_starts_from_the_hub_with_the_model_as_it_is_there(model, published, tmp_path):
+    """Three overrides in place of ten; the run's configuration says what the model was."""
+    planned = plan(tmp_path, "model.init=hf:me/clip", "model.preset=auto", "data.tokenizer=auto", *OFF)
+    assert planned.model == model.config and planned.tokenizer.eot_token_id == 611
+    assert planned.recipe.model.vision_heads == 2 and planned.recipe.model.name == "hf:me/clip"
+    larger = plan(tmp_path, "model.init=hf:me/clip", "model.preset=auto", "model.image_size=96", *OFF)
+    assert larger.model == replace(model.config, image_size=96)

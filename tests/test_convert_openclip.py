@@ -144,7 +144,7 @@ def test_a_bare_file_says_what_is_assumed(model, tmp_path):
     ):
         created = create_model("demo", init=str(tmp_path / "a.pt"), **SHAPES, eot_token_id=611)
     assert created.config.activation == "gelu"
-    with pytest.raises(UserError, match=r"vision_layers 2 against 4.*Choose model.preset"):
+    with pytest.raises(UserError, match=r"vision_layers 2 against 4.*Set model.preset=auto"):
         create_model("demo", init=str(tmp_path / "a.pt"), vocab_size=612, eot_token_id=611)
 
 

@@ -18,8 +18,8 @@ class DataSection:
     """Folder, manifest, pattern or addresses of the training shards; several entries are one set, or mixed by `weights`."""
     weights: Weights | None = None
     """Of each entry of `train_shards`, which are then mixed by draws; null: one set."""
-    tokenizer: str = "demo"
-    """`demo`, a local folder of a HuggingFace tokenizer, or a hub name."""
+    tokenizer: str = "auto"
+    """`demo`, a local folder of a HuggingFace tokenizer, a hub name, or `auto`: that of `model.init`, `demo` without."""
     workers: Count = 2
     """Loader processes a rank; 0 decodes in the training process."""
     order: Literal["exact", "stream"] = "exact"

@@ -8,8 +8,8 @@ is its line in docs/reference.md.
 from __future__ import annotations
 
 import re
-from dataclasses import field
-from typing import Annotated, Literal
+from dataclasses import field, fields
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -39,13 +39,15 @@ FolderName = Annotated[
 
 @dataclass(frozen=True, config=STRICT)
 class ModelSection:
-    """The two towers. Every field but `preset` and `init` overrides the preset's own value."""
+    """The two towers. Every field but `preset`, `init` and `stretch` overrides the preset's own value."""
 
-    preset: str = "ViT-B-32"
-    """`ViT-B-32`, `ViT-L-14`, … (also written `ViT-B/32`), each with `-quickgelu`; or `demo`."""
+    preset: str = "auto"
+    """`ViT-B-32`, `ViT-L-14`, … (also written `ViT-B/32`), each with `-quickgelu`; `demo`; or `auto`: the model of `init`, `ViT-B-32` without."""
     init: str | None = None
-    """HuggingFace CLIP folder, OpenCLIP folder or state dict, or dsclip checkpoint to start from; what it says of its model and the recipe \
-leaves open (activation, heads, colours) is taken over."""
+    """Weights to start from: HuggingFace CLIP folder, OpenCLIP folder or state dict, dsclip checkpoint, or on the hub `hf:NAME`, \
+`openclip:NAME`; what it says of its model and the recipe leaves open is taken over."""
+    stretch: Literal["linear", "long_clip"] = "linear"
+    """How the text positions of `init` become those of a longer context: `long_clip` keeps the first 20."""
     patch_dropout: ShareBelowOne | None = None
     """Share of the image patches left out in training (FLIP)."""
     vision_pool: Literal["class", "average"] | None = None
@@ -84,6 +86,16 @@ leaves open (activation, heads, colours) is taken over."""
     """Subtracted from the red, green and blue of an image, which lie in 0 … 1."""
     image_std: Colour | None = None
     """What they are divided by after that."""
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The fields that override the preset's, None for those that are left open."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("preset", "init", "stretch")}
+
+    @property
+    def name(self) -> str:
+        """What people call the model: its preset, or what it starts from."""
+        return self.preset if self.preset != "auto" else self.init or "ViT-B-32"
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None, *, to: str | None = None) -> None:
     )
     p.add_argument(
         "model", metavar="MODEL", type=Path,
-        help="checkpoint folder, run folder (its newest one), HuggingFace CLIP folder, OpenCLIP folder or state dict",
+        help="checkpoint folder, run folder (its newest one), HuggingFace CLIP folder, OpenCLIP folder or state dict, hf:NAME, openclip:NAME",
     )  # fmt: skip
     p.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     if to is None:

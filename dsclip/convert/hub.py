@@ -1,10 +1,61 @@
-"""The HuggingFace hub: folders that go there, through huggingface_hub, which reads HF_TOKEN, HF_ENDPOINT and HF_HOME."""
+"""The HuggingFace hub: models that come from there and folders that go there.
+
+All through huggingface_hub, which reads HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE and keeps what it loaded.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from dsclip.convert import openclip
 from dsclip.errors import UserError
+
+# What says what a model is: configuration, preprocessing, tokenizer. No pickle, no code.
+DESCRIBING = ["*.json", "*.txt", "*.model"]
+INDEX = "model.safetensors.index.json"
+
+
+def local_path(model: str | Path, *, weights: bool) -> Path:
+    """Where a model lies on this machine: a path as it is; `hf:NAME` and `openclip:NAME`, with or without `@REVISION`, after loading.
+
+    hf: a repository in transformers' layout; openclip: in OpenCLIP's, also beside the other. weights: whether they are
+    loaded too. Raises UserError for names that the hub doesn't have, and where it can't be reached and nothing is kept.
+    """
+    layout = layout_on_hub(model)
+    if layout is None:
+        return Path(model)
+    repository, _, revision = str(model).partition(":")[2].partition("@")
+    check_repository(repository)
+    wanted = "config.json" if layout == "hf" else openclip.CONFIG
+    folder = _loaded(repository, revision, DESCRIBING)
+    if not (folder / wanted).is_file():
+        raise UserError(f"{model}: the repository has no {wanted}; write hf:NAME or openclip:NAME, as its files are")
+    if weights and layout == "hf":
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8")) if (folder / INDEX).is_file() else {}
+        _loaded(repository, revision, sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"])
+    elif weights:
+        for file in openclip.WEIGHT_FILES:
+            if (_loaded(repository, revision, [file]) / file).is_file():
+                return folder / file
+    return folder
+
+
+def layout_on_hub(model: str | Path) -> str | None:
+    """`hf` or `openclip` for a model on the hub, None for a path."""
+    layout, colon, _ = str(model).partition(":")
+    return layout if colon and layout in ("hf", "openclip") else None
+
+
+def _loaded(repository: str, revision: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises its own, those of its HTTP client and plain ones
+        raise UserError(f"{repository} can't be loaded from the hub: {first_line(error)}") from error
 
 
 def check_repository(name: str) -> None:

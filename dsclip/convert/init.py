@@ -8,51 +8,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dsclip.convert.source import OWN_CHOICE, TAKEN, Source, open_source, said_config
+from dsclip.convert.positions import resize_positions, resize_text_positions
+from dsclip.convert.source import OWN_CHOICE, TAKEN, Source, describe_source, open_source
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig, resolve_preset
+from dsclip.model.config import AUTO
 
 IMAGE_POSITIONS = "visual.embed.position_embedding"
 TEXT_POSITIONS = "text.embed.position_embedding"
 
 
-def starting_config(path: str | Path | None, preset: str, **overrides: Any) -> ClipConfig:
-    """The preset with its overrides, and from the source of its weights what their shapes don't show.
+def starting_config(path: str | Path | None, preset: str, *, tokens: int = 0, **overrides: Any) -> ClipConfig:
+    """The model to start with: the preset with its overrides, and what the source of its weights says of it.
 
-    So the source's activation, heads, norms, colours and end token are not forgotten. An override that is given keeps its
-    value; where it contradicts the source, `load_init` refuses. path: None for a model without a source. Raises UserError.
+    preset `auto`: the source's own model, all of it. Another one: from the source comes what shapes of weights don't show, so
+    that its activation, heads, norms, colours and end token are not forgotten. An override that is given keeps its value; where
+    it contradicts the source, `load_init` refuses. path: None for a model without a source. tokens: those of the tokenizer; the
+    vocabulary has at least as many, and the source's may have more. Raises UserError.
     """
-    if path is None:
-        return resolve_preset(preset, **overrides)
+    said = {} if path is None else describe_source(path).said
+    if tokens:
+        overrides["vocab_size"] = max(tokens, said.get("vocab_size", 0))
     given = {name for name, value in overrides.items() if value is not None}
     if preset.endswith("-quickgelu"):
         given.add("activation")
-    said = said_config(path)
-    taken = {name: said[name] for name in TAKEN if name in said and name not in given}
+    if preset == AUTO and path is not None and not said:
+        raise UserError(
+            f"{path} has no configuration beside it that says what its model is; set model.preset to the one with its shapes"
+        )
+    names = said if preset == AUTO else TAKEN
+    taken = {name: said[name] for name in names if name in said and name not in given}
     return resolve_preset(preset, **overrides | taken)
 
 
-def load_init(path: str | Path, config: ClipConfig) -> tuple[dict[str, Tensor], float]:
+def starting_tokenizer(path: str | Path | None, name: str) -> str:
+    """The tokenizer to start with: of that name, or with `auto` the source's, or the demo's without one. Raises UserError."""
+    if name != AUTO:
+        return name
+    if path is None:
+        return "demo"
+    folder = describe_source(path).tokenizer_dir
+    if folder is None:
+        raise UserError(f"{path} has no tokenizer with it; set data.tokenizer to the one that it was made for")
+    return str(folder)
+
+
+def load_init(path: str | Path, config: ClipConfig, stretch: str = "linear") -> tuple[dict[str, Tensor], float]:
     """(float32 weights that fit `config`, logit scale as a factor), as `fitted_weights`."""
-    return fitted_weights(open_source(path), config)
+    return fitted_weights(open_source(path), config, stretch)
 
 
-def fitted_weights(source: Source, config: ClipConfig) -> tuple[dict[str, Tensor], float]:
+def fitted_weights(source: Source, config: ClipConfig, stretch: str = "linear") -> tuple[dict[str, Tensor], float]:
     """(float32 weights that fit `config`, logit scale as a factor).
 
-    Position embeddings are resized where the image size or the context length differs. Raises UserError that names what
-    doesn't fit.
+    Position embeddings are resized where the image size or the context length differs; stretch: how a longer context gets
+    its own, see `resize_text_positions`. Raises UserError that names what doesn't fit.
     """
     _check_said(source, config)
     weights = {name: tensor.float() for name, tensor in source.weights()}
     if IMAGE_POSITIONS in weights:
         weights[IMAGE_POSITIONS] = resize_positions(weights[IMAGE_POSITIONS], config.patches, config.class_tokens)
     if TEXT_POSITIONS in weights:
-        weights[TEXT_POSITIONS] = resize_text_positions(weights[TEXT_POSITIONS], config.context_length)
+        weights[TEXT_POSITIONS] = resize_text_positions(weights[TEXT_POSITIONS], config.context_length, stretch)
     _check_fit(weights, config, source.path)
     return weights, source.scale
 
@@ -73,7 +93,7 @@ def _check_said(source: Source, config: ClipConfig) -> None:
             f"model.{name}={_listed(theirs)}" for name, (theirs, _) in contradictions.items() if name in TAKEN
         )
         advice = (
-            "Choose model.preset and data.tokenizer to match"
+            "Set model.preset=auto data.tokenizer=auto to start with that model, or choose what matches it"
             if not settings
             else f"Leave out what says otherwise, or set {settings}"
         )
@@ -93,7 +113,7 @@ class InitialWeights:
     notes: list[str]
 
 
-def load_init_once(path: str | Path, config: ClipConfig, group: Collectives) -> InitialWeights:
+def load_init_once(path: str | Path, config: ClipConfig, group: Collectives, stretch: str = "linear") -> InitialWeights:
     """What `load_init` returns, read by rank 0 alone. Collective.
 
     What rank 0 finds wrong is a UserError on every rank.
@@ -104,7 +124,7 @@ def load_init_once(path: str | Path, config: ClipConfig, group: Collectives) -> 
     if group.rank == 0:
         try:
             source = open_source(path)
-            weights, scale = fitted_weights(source, config)
+            weights, scale = fitted_weights(source, config, stretch)
             notes = source.notes(config)
         except UserError as error:
             problem = str(error)
@@ -114,30 +134,6 @@ def load_init_once(path: str | Path, config: ClipConfig, group: Collectives) -> 
     if problem:
         raise UserError(problem)
     return InitialWeights(weights, scale, notes)
-
-
-def resize_positions(positions: Tensor, patches: int, class_tokens: int = 1) -> Tensor:
-    """[c + old patches, width] -> [c + patches, width]: bicubic with antialias over the grid, as OpenCLIP does.
-
-    class_tokens: c, which stand before the patches and stay.
-    """
-    old = len(positions) - class_tokens
-    if old == patches:
-        return positions
-    old_side, side = round(old**0.5), round(patches**0.5)
-    grid = positions[class_tokens:].T.reshape(1, -1, old_side, old_side)
-    resized = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:class_tokens], resized[0].flatten(1).T])
-
-
-def resize_text_positions(positions: Tensor, context: int) -> Tensor:
-    """[old context, width] -> [context, width]: longer by linear interpolation, as OpenCLIP does; shorter by cutting off.
-
-    Cut, a caption that fits keeps its features exactly; OpenCLIP interpolates here too, which moves every position.
-    """
-    if context <= len(positions):
-        return positions[:context]
-    return F.interpolate(positions.T[None], size=context, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 def _check_fit(weights: dict[str, Tensor], config: ClipConfig, path: Path) -> None:

@@ -16,6 +16,7 @@ from dsclip.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, read
 from dsclip.convert import openclip
 from dsclip.convert.finite import finite, finite_scale
 from dsclip.convert.hf_folder import open_hf_folder, read_hf_config, training_data
+from dsclip.convert.hub import layout_on_hub, local_path
 from dsclip.convert.weights import Named, from_openclip
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
@@ -97,12 +98,12 @@ def _plainly(value: object) -> str:
 
 
 def open_source(path: str | Path) -> Source:
-    """A checkpoint, the newest of a run, a HuggingFace folder, or an OpenCLIP folder or state dict.
+    """A checkpoint, the newest of a run, a HuggingFace folder, an OpenCLIP folder or state dict, or one on the hub, see `local_path`.
 
     Raises UserError for what is none of these, is damaged, or is a model that dsclip's towers can't be.
     """
-    path = Path(path)
-    if _is_hf(path):
+    layout, path = layout_on_hub(path), local_path(path, weights=True)
+    if _is_hf(path, layout):
         folder = open_hf_folder(path)
         tokenizer_dir = path if _has_tokenizer(path) else None
         return Source(
@@ -121,33 +122,44 @@ def open_source(path: str | Path) -> Source:
     )  # fmt: skip
 
 
-def said_config(path: str | Path) -> dict[str, Any]:
-    """The fields of ClipConfig that the configuration at `path` says, {} for a bare state dict; no weight is read.
+@dataclass(frozen=True)
+class Description:
+    """What a source says without its weights: fields of ClipConfig, {} for a bare state dict; None without a tokenizer."""
 
-    Raises UserError as `open_source` does.
-    """
-    path = Path(path)
-    if _is_hf(path):
-        return read_hf_config(path)[0]
+    said: dict[str, Any]
+    tokenizer_dir: Path | None
+
+
+def describe_source(path: str | Path) -> Description:
+    """What the source at `path` says of its model; no weight is read. Raises UserError as `open_source` does."""
+    layout, path = layout_on_hub(path), local_path(path, weights=False)
     folder = path.parent if path.is_file() else path
+    tokenizer_dir = folder if _has_tokenizer(folder) else None
+    if _is_hf(path, layout):
+        return Description(read_hf_config(path)[0], tokenizer_dir)
     if (folder / openclip.CONFIG).is_file():
-        return _openclip_config(folder)[0]
+        return Description(_openclip_config(folder)[0], tokenizer_dir)
     if path.is_file():
-        return {}
+        return Description({}, None)
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
+    checkpoint = find_checkpoint(path)
     known = {f.name for f in fields(ClipConfig)}
-    return {
-        k: v for k, v in read_manifest(find_checkpoint(path))["model"].items() if k in known and k not in OF_THE_RUN
-    }
+    said = {k: v for k, v in read_manifest(checkpoint)["model"].items() if k in known and k not in OF_THE_RUN}
+    return Description(said, checkpoint / "tokenizer")
 
 
 def _said(config: ClipConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in OF_THE_RUN}
 
 
-def _is_hf(path: Path) -> bool:
-    """Hub folders of OpenCLIP hold both formats; only a bare `config.json` beside OpenCLIP's own weights is none of ours."""
+def _is_hf(path: Path, layout: str | None) -> bool:
+    """Hub folders of OpenCLIP hold both formats; only a bare `config.json` beside OpenCLIP's own weights is none of ours.
+
+    layout: what was asked for, of a model on the hub.
+    """
+    if layout is not None:
+        return layout == "hf"
     openclip_only = (path / openclip.CONFIG).is_file() and not list(path.glob("model*.safetensors"))
     return (path / "config.json").is_file() and not openclip_only
 

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         type=Path,
-        help="checkpoint, run, HuggingFace CLIP folder, OpenCLIP folder or state dict",
+        help="checkpoint, run, HuggingFace CLIP folder, OpenCLIP folder or state dict, hf:NAME, openclip:NAME",
     )
     p.add_argument("--task", required=True, choices=list(TASKS))
     p.add_argument(

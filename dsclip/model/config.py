@@ -7,6 +7,8 @@ from typing import Any
 
 from dsclip.errors import UserError, did_you_mean
 
+AUTO = "auto"  # the model of the weights that a run starts from, or this preset without any
+DEFAULT = "ViT-B-32"
 ATTENTION = ("auto", "flash", "cudnn", "efficient", "math")
 # Fields that say how a model is trained here: the weights fit a model with others.
 OF_THE_RUN = ("patch_dropout", "attention", "fp8")
@@ -137,10 +139,10 @@ VARIANTS: dict[str, ClipConfig] = {
 def resolve_preset(preset: str, **overrides: Any) -> ClipConfig:
     """The configuration of a preset, with every override that is not None applied.
 
-    `ViT-B/32` and `ViT-B-32` are the same; a suffix `-quickgelu` sets the activation.
+    `ViT-B/32` and `ViT-B-32` are the same; a suffix `-quickgelu` sets the activation; `auto` is `ViT-B-32` here.
     Raises UserError for an unknown preset or an unknown field.
     """
-    name = preset.replace("/", "-")
+    name = DEFAULT if preset == AUTO else preset.replace("/", "-")
     if name.endswith("-quickgelu"):
         name = name.removesuffix("-quickgelu")
         if overrides.get("activation") not in (None, "quick_gelu"):  # a recipe gives None for what it leaves open

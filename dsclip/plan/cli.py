@@ -16,6 +16,7 @@ from dsclip.data import load_tokenizer
 from dsclip.errors import UserError
 from dsclip.files import write_whole
 from dsclip.model import resolve_preset
+from dsclip.model.config import AUTO
 from dsclip.plan.advice import advice, describe_choice
 from dsclip.plan.choose import plan_batch
 from dsclip.plan.estimate import Estimate, parameter_counts
@@ -85,9 +86,13 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         ds_config = load_ds_config(a.ds_config, recipe, a.gpus)
     except UserError as error:
         raise UserError(_by_flags(str(error), given)) from error
-    own = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
+    if recipe.model.preset == AUTO and recipe.model.init:
+        raise UserError(
+            f"the model is that of model.init={recipe.model.init}, which no plan reads; give the preset with its sizes (model.preset=)"
+        )
+    own = recipe.model.overrides
     config = resolve_preset(recipe.model.preset, **own, **({} if a.config is None else _vocabulary(recipe)))
-    machine, source = _machine(a, recipe.model.preset)
+    machine, source = _machine(a, recipe.model.name)
     batch, found = plan_batch(
         config, recipe.batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens
     )
@@ -96,7 +101,7 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         machine = machine if batch.memory_gb is None else replace(machine, memory_gb=batch.memory_gb)
         changes = advice(config, batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens)
     result = {
-        "model": recipe.model.preset, "global_batch_size": batch.global_batch_size,
+        "model": recipe.model.name, "global_batch_size": batch.global_batch_size,
         "fits": found.fits, "peak_mb": found.peak_mb, "parts": found.parts, "device": machine.device,
         "memory_mb": 1e3 * (batch.memory_gb or machine.memory_gb), "parameters": parameter_counts(config)[0],
         "micro_batch_size": found.micro_batch, "chunk_size": found.chunk, "checkpointing": found.checkpointing,
@@ -115,7 +120,7 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         text += f"\n\nsimulated layer by layer, {between}:\n{scaling_table([here])}"
         text += f"\n\n{batch.global_batch_size // a.gpus:,} samples a rank:\n{scaling_table(points)}"
         if a.figure is not None:
-            write_whole(a.figure, figure(points, f"{recipe.model.preset}, {machine.name}, {net.link}"))
+            write_whole(a.figure, figure(points, f"{recipe.model.name}, {machine.name}, {net.link}"))
     return result, text
 
 
@@ -153,7 +158,9 @@ def _by_flags(message: str, given: dict[str, str]) -> str:
 def _vocabulary(recipe: Recipe) -> dict[str, int]:
     """The rows of the token embedding; CLIP's where the tokenizer isn't at hand."""
     try:
-        return {"vocab_size": load_tokenizer(recipe.data.tokenizer).vocab_size}
+        return {
+            "vocab_size": load_tokenizer("demo" if recipe.data.tokenizer == AUTO else recipe.data.tokenizer).vocab_size
+        }
     except UserError:
         return {}
 

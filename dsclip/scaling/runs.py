@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -90,7 +89,7 @@ def run_rows(run: Path) -> list[dict[str, Any]]:
     for task, results in summary["eval"].items():
         metrics = {k: v for k, v in results.items() if isinstance(v, float) and 0 <= v <= 1 and k not in COUNTS}
         rows.append({
-            "arch": recipe.model.preset, "samples_seen": summary["samples"], "gmacs_per_sample": gmacs,
+            "arch": recipe.model.name, "samples_seen": summary["samples"], "gmacs_per_sample": gmacs,
             "gmacs_total": gmacs * summary["samples"], "train_data": _named(recipe.data.train_shards), "test_data": task,
             "lr": recipe.optim.lr, "seed": recipe.train.seed, "steps": summary["steps"], "seconds": summary["seconds"],
             "metrics": list(metrics), **metrics,
@@ -105,8 +104,7 @@ def gmacs_per_sample(recipe: Recipe) -> float:
 
 def model_of(recipe: Recipe) -> ClipConfig:
     """The recipe's model, without its tokenizer's vocabulary, which no product depends on."""
-    overrides = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
-    return resolve_preset(recipe.model.preset, **overrides)
+    return resolve_preset(recipe.model.preset, **recipe.model.overrides)
 
 
 def _named(shards: str | Sequence[str]) -> str:

@@ -140,7 +140,7 @@ class Sweep:
             )
             base = {
                 "run": run.name, "status": state.status, "reason": state.reason, "family": self.grid.name,
-                "arch": run.choices.get("model") or run.recipe.model.preset, "gmacs_per_sample": round(gmacs, 6), "samples_seen": seen,
+                "arch": run.choices.get("model") or run.recipe.model.name, "gmacs_per_sample": round(gmacs, 6), "samples_seen": seen,
                 "gmacs_total": round(gmacs * seen, 3), "train_data": data, "train_samples": run.demo_samples or named_size(data),
                 "lr": run.recipe.optim.lr, "seed": run.recipe.train.seed, "steps": run.recipe.train.steps,
             }  # fmt: skip

@@ -23,7 +23,7 @@ def describe_run(inputs: RunInputs) -> str:
     notes = list[str]()
     if inputs.init:
         source = open_source(inputs.init)
-        fitted_weights(source, inputs.model)
+        fitted_weights(source, inputs.model, inputs.recipe.model.stretch)
         notes = source.notes(inputs.model)
     with torch.device("meta"):
         parameters = Clip(inputs.model).parameter_count()
@@ -37,7 +37,7 @@ def describe_run(inputs: RunInputs) -> str:
         "# recipe", dump_recipe(recipe), "# DeepSpeed", json.dumps(inputs.ds_config, indent=2),
         "# plan",
         f"run folder          {inputs.run_dir}" + (f", continued from {inputs.resume}" if inputs.resume else ""),
-        f"model               {recipe.model.preset}, {parameters / 1e6:.2f} M parameters, {inputs.tokenizer.vocab_size} token vocabulary",
+        f"model               {recipe.model.name}, {parameters / 1e6:.2f} M parameters, {inputs.tokenizer.vocab_size} token vocabulary",
         f"global batch        {recipe.batch.global_batch_size} = {world_size} ranks x {local_batch} samples",
         f"a rank's step       {describe_estimate(estimate)}",
         f"data                {recipe.data.train_shards}: first caption {batch.report.captions[0]!r}",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsclip.config import Recipe, load_ds_config, load_recipe
 from dsclip.convert.hf import check_expressible
-from dsclip.convert.init import starting_config
+from dsclip.convert.init import starting_config, starting_tokenizer
 from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.layouts.recognise import recognise
@@ -20,6 +20,7 @@ from dsclip.errors import UserError
 from dsclip.evaluate import IN_TRAINING
 from dsclip.losses import check_options, find_loss, with_prefixes
 from dsclip.model import ClipConfig
+from dsclip.model.config import AUTO, OF_THE_RUN
 from dsclip.model.fp8 import check_fp8_shapes
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.resume import check_length
@@ -50,7 +51,6 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     check_options(loss, recipe.loss)
     world_size = launched_ranks()[1]
     ds_config = load_ds_config(arguments.ds_config, recipe, world_size)
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
     storage = Storage(tuple(recipe.data.trusted_hosts), recipe.data.retries)
     for key, shards in _named_shards(recipe):
         try:
@@ -62,10 +62,18 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     resume = find_resume(arguments.resume, run_dir)
     if resume:
         check_length(resume, recipe.train.steps)
-    overrides = {k: v for k, v in asdict(recipe.model).items() if k not in ("preset", "init")}
-    vocabulary = dict(vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
     # A resumed run goes on with the model of its checkpoint, whether the weights it began with are still there or not.
-    model = starting_config(resume or recipe.model.init, recipe.model.preset, **overrides, **vocabulary)
+    source = resume or recipe.model.init
+    tokenizer = load_tokenizer(starting_tokenizer(source, recipe.data.tokenizer))
+    model = starting_config(
+        source,
+        recipe.model.preset,
+        tokens=tokenizer.vocab_size,
+        eot_token_id=tokenizer.eot_token_id,
+        **recipe.model.overrides,
+    )
+    if recipe.model.init and recipe.model.preset == AUTO:  # written down: a model of that name may be another one later
+        recipe = replace(recipe, model=replace(recipe.model, **_of_the_weights(model, recipe)))
     with_prefixes(loss, recipe.loss, model.embed_dim)
     check_fp8_shapes(model)
     if recipe.train.export_hf:  # now, not after the training
@@ -93,6 +101,12 @@ def make_loader(inputs: RunInputs, group: Collectives, state: dict[str, Any] | N
         hard_negatives=recipe.loss.hard_negatives != "none",
         state=state,
     )
+
+
+def _of_the_weights(model: ClipConfig, recipe: Recipe) -> dict[str, Any]:
+    """The keys of the recipe that say what model the weights fit, with their values."""
+    values = {name: getattr(model, name) for name in recipe.model.overrides if name not in OF_THE_RUN}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _named_shards(recipe: Recipe) -> list[tuple[str, str | list[str]]]:

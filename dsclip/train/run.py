@@ -92,7 +92,7 @@ def build_engine(inputs: RunInputs) -> ContrastiveEngine:
     weights = scale = None
     if inputs.init:
         group = Collectives.current()
-        initial = load_init_once(inputs.init, inputs.model, group)
+        initial = load_init_once(inputs.init, inputs.model, group, inputs.recipe.model.stretch)
         weights, scale = initial.weights, initial.scale
         for note in initial.notes if group.rank == 0 else ():
             say(note)
@@ -133,7 +133,7 @@ def summarise(inputs: RunInputs, outcome: Outcome, totals: Totals, planned_mb: f
     """The content of `summary.json`. planned_mb: the memory of a rank by the plan, in 10⁶ bytes."""
     recipe = inputs.recipe
     return {
-        "model": recipe.model.preset,
+        "model": recipe.model.name,
         "train_shards": recipe.data.train_shards,
         "global_batch_size": recipe.batch.global_batch_size,
         "steps": outcome.step,
