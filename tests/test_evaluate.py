@@ -168,10 +168,14 @@ class WrittenByHand:
 
     captions = [["east", "east again"], ["north"], ["west"]]
     negatives = [["north", "west"], [], ["south"]]
+    groups = [None, None, None]
     directions = {"east": (1, 0), "east again": (1, 0), "north": (0, 1), "west": (-1, 0), "south": (0, -1)}
 
     def image(self, index):
         return torch.tensor([(1.0, 0.0), (0.0, 1.0), (0.6, -0.8)][index])
+
+    def same_images(self, in_any_box=False):
+        return [0, 1, 2]
 
     @classmethod
     def tokenize(cls, texts, _):

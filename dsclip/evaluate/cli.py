@@ -163,6 +163,7 @@ def _measure(
         max_samples=arguments.max_samples,
         caption_key=arguments.caption_key,
         negative_key=arguments.negative_key,
+        images=arguments.images,
         split=arguments.split,
         storage=storage_of(arguments),
     )

@@ -1,4 +1,7 @@
-"""Does an image prefer its own captions to hard negatives that were written for it? (As in ARO, Yuksekgonul et al. 2023.)"""
+"""Does an image prefer its own captions to hard negatives that were written for it? SugarCrepe and ARO ask this.
+
+Sources: Yuksekgonul et al. 2023 (ARO), Hsieh et al. 2023 (SugarCrepe).
+"""
 
 from __future__ import annotations
 
@@ -9,54 +12,51 @@ from torch import Tensor
 
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.result import Measured, Outcomes
-from dsclip.evaluate.task import Embedded, Images, Options, TaskKind
+from dsclip.evaluate.captioned import Captioned
+from dsclip.evaluate.result import Measured, Outcomes, by_group
+from dsclip.evaluate.task import Embedded, Options, TaskKind
 
 
 class HardNegatives:
     """`accuracy`: the share of pairs (own caption, hard negative of the same image) in which the own caption is the more
-    similar one; 0.5 by chance, and equal similarities lose. Images without hard negatives don't count."""
+    similar one; 0.5 by chance, and equal similarities lose. Images without hard negatives don't count. Of sets with parts
+    (SugarCrepe's files, ARO's relations) also of each part, and the mean over parts."""
 
     def __init__(self, dataset: EvalDataset, options: Options):
-        self._dataset, self._indices = dataset, hard_negative_samples(dataset)
+        self._groups = dataset.groups
+        self._captioned = Captioned(dataset, hard_negative_samples(dataset))
+        self.images, self.texts = self._captioned.images, self._captioned.texts
         self.protocol = {"equal_similarities": "lose"}
-        self.images = (Images(dataset, self._indices),)
-        self.texts = [t for i in self._indices for t in (*dataset.captions[i], *dataset.negatives[i])]
 
     def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
-        """{"accuracy", "images", "pairs"}."""
-        (image, decoded), dataset = images[0], self._dataset
-        row_of = {index: row for row, index in enumerate(decoded)}
-        wins, units, start = [], [], 0
-        for i in self._indices:
-            middle = start + len(dataset.captions[i])
-            stop = middle + len(dataset.negatives[i])
-            if i in row_of:
-                won = _wins(image[row_of[i]], text[start:middle], text[middle:stop]).flatten()
-                wins.append(won)
-                units.append(torch.full((len(won),), i))
-            start = stop
-        outcomes = Outcomes(torch.cat(wins).float(), torch.cat(units))
-        return Measured({"accuracy": outcomes}, {"images": len(decoded), "pairs": len(outcomes.values)})
+        """{"accuracy", of parts, "images", "pairs"}."""
+        similarity, whole = self._captioned.similarities(images, text)
+        wins, samples = [], []
+        for place in whole:
+            start, middle, stop = self._captioned.spans[place]
+            won = similarity[start:middle, None] > similarity[None, middle:stop]
+            wins.append(won.flatten())
+            samples += [place] * won.numel()
+        units = torch.tensor([self._captioned.photos[place] for place in samples])
+        accuracy = Outcomes(torch.cat(wins).float(), units)
+        groups = [self._groups[self._captioned.samples[place]] for place in samples]
+        counts = {"images": len(images[0].indices), "pairs": len(samples)}
+        return Measured({"accuracy": accuracy, **by_group("accuracy", accuracy, groups)}, counts)
 
 
 HARD_NEGATIVES = TaskKind("hard_negatives", HardNegatives)
 
 
-def hard_negative_samples(dataset: EvalDataset) -> list[int]:
-    """The samples that have captions and hard negatives. Raises UserError when none has."""
+def hard_negative_samples(dataset: EvalDataset, captions: int = 1) -> list[int]:
+    """The samples that have as many captions and hard negatives. Raises UserError when none has."""
     indices = [
         i
-        for i, (captions, negatives) in enumerate(zip(dataset.captions, dataset.negatives, strict=True))
-        if captions and negatives
+        for i, (own, negatives) in enumerate(zip(dataset.captions, dataset.negatives, strict=True))
+        if len(own) >= captions and negatives
     ]
     if not indices:
+        several = "" if captions == 1 else f" and {captions} captions an image"
         raise UserError(
-            "this task needs hard negatives; give samples a .neg.txt member or a list under `negatives` in their .json"
+            f"this task needs hard negatives{several}; give samples a .neg.txt member or a list under `negatives` in their .json"
         )
     return indices
-
-
-def _wins(image: Tensor, captions: Tensor, negatives: Tensor) -> Tensor:
-    """bool [captions, negatives] for an image [d], features of captions [captions, d] and of negatives [negatives, d]."""
-    return (captions @ image)[:, None] > (negatives @ image)[None, :]

@@ -13,6 +13,8 @@ from torch import Tensor
 # the values of each are off together, a share of all (of correct - confidence, grouped by confidence: calibration error).
 Reduction = Literal["mean", "mean_of_groups", "worst_group", "gap_of_groups"]
 
+MOST_GROUPS = 20  # that are reported one by one
+
 
 @dataclass(frozen=True)
 class Outcomes:
@@ -66,3 +68,25 @@ class Measured:
         numbers = torch.tensor(indices, dtype=torch.int64)
         outcomes = {name: replace(found, units=numbers[found.units]) for name, found in self.outcomes.items()}
         return replace(self, outcomes=outcomes)
+
+
+def by_group(name: str, outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, Outcomes]:
+    """A metric's mean over the parts of a set, and, if they are few, each part's: groups [n] names them, None is of none.
+
+    {} where there are fewer than two parts.
+    """
+    names = sorted({group for group in groups if group is not None})
+    if len(names) < 2:
+        return {}
+    number = {group: i for i, group in enumerate(names)}
+    of_value = torch.tensor([-1 if group is None else number[group] for group in groups])
+    within = of_value >= 0
+    found = {
+        f"{name}_mean_of_groups": replace(
+            outcomes, values=outcomes.values[within], units=outcomes.units[within], reduction="mean_of_groups", groups=of_value[within]
+        )
+    }  # fmt: skip
+    for group, i in number.items() if len(names) <= MOST_GROUPS else ():
+        of_group = of_value == i
+        found[f"{name}_{group}"] = replace(outcomes, values=outcomes.values[of_group], units=outcomes.units[of_group])
+    return found

@@ -24,7 +24,8 @@ from dsclip.data.decoding.sample import BadSample, RawSample, decode_image, read
 from dsclip.data.decoding.transforms import eval_image
 from dsclip.data.evaluation.texts import TextSample, read_texts
 from dsclip.data.layouts.files import FileSet
-from dsclip.data.layouts.recognise import FileLayout, ShardLayout, recognise
+from dsclip.data.layouts.recognise import ShardLayout, recognise
+from dsclip.data.layouts.rows import Box, FileLayout
 from dsclip.data.shards.manifest import read_manifest
 from dsclip.data.sources.cache import local_copy
 from dsclip.data.sources.storage import LOCAL, SourceError, Storage, is_remote
@@ -38,6 +39,7 @@ class _Image(NamedTuple):
     extension: str
     start: int
     size: int
+    box: Box | None = None  # what of it is shown
 
 
 class EvalSample(TypedDict):
@@ -51,8 +53,9 @@ class EvalSample(TypedDict):
 class EvalDataset:
     """Samples by their number, see `EvalSample`.
 
-    captions, negatives (lists of strings) and labels (int or None) are those of all samples, in order. broken: {index:
-    reason} of samples whose image turned out to be unusable.
+    captions, negatives (lists of strings), labels (int or None) and groups (parts of the set, or None) are those of all samples, in
+    order. pairs: samples 2i and 2i + 1 are each other's hard negatives. broken: {index: reason} of samples whose image turned out
+    to be unusable.
     """
 
     def __init__(self, image_size: int, max_pixels: int, storage: Storage):
@@ -63,6 +66,8 @@ class EvalDataset:
         self.captions: list[list[str]] = []
         self.negatives: list[list[str]] = []
         self.labels: list[int | None] = []
+        self.groups: list[str | None] = []
+        self.pairs = False
         self.left_out: Counter[str] = Counter()  # when the shards were opened
         self.broken: dict[int, str] = {}
         self.classes: list[str] | None = None
@@ -89,7 +94,8 @@ class EvalDataset:
         except (OSError, SourceError, BadZipFile, EOFError, zlib.error) as error:
             raise BadSample("unreadable shard" if place.size >= 0 else "unreadable file") from error
         raw = RawSample(place.location, "", {place.extension: content})
-        return eval_image(decode_image(raw, self._max_pixels), self._image_size)
+        image = decode_image(raw, self._max_pixels)
+        return eval_image(image if place.box is None else image.crop(place.box), self._image_size)
 
     def blank(self) -> Tensor:
         """A black image, in the place of one that can't be decoded."""
@@ -122,13 +128,32 @@ class EvalDataset:
 
     def add_files(self, layout: FileLayout, most: int | None) -> None:
         """Appends the image files of a layout, the first `most`."""
-        self._files = layout.files if isinstance(layout.files, FileSet) else None
+        files = layout.files
+        self._files = files if isinstance(files, FileSet) else None
         self.left_out.update(layout.left_out)
-        for name, captions, label in layout.rows[:most]:
-            self._append(_Image(name, name.rpartition(".")[2].lower(), 0, -1), captions, [], label)
+        self.pairs = layout.pairs
+        most = len(layout.rows) if most is None else most // 2 * 2 if layout.pairs else most
+        for row in layout.rows[:most]:
+            location = row.name if isinstance(files, FileSet) else str(files / row.name)
+            self._append(
+                _Image(location, row.name.rpartition(".")[2].lower(), 0, -1, row.box),
+                row.captions,
+                list(row.negatives),
+                row.label,
+                row.group,
+            )
 
-    def _append(self, place: _Image, captions: list[str], negatives: list[str], label: int | None) -> None:
+    def same_images(self, *, in_any_box: bool = False) -> list[int]:
+        """Of each sample the first one that shows the same image, also where another part of it is shown."""
+        first: dict[_Image, int] = {}
+        images = (image._replace(box=None) if in_any_box else image for image in self._images)
+        return [first.setdefault(image, i) for i, image in enumerate(images)]
+
+    def _append(
+        self, place: _Image, captions: list[str], negatives: list[str], label: int | None, group: str | None = None
+    ) -> None:
         self._images.append(place)
+        self.groups.append(group)
         self.captions.append(captions)
         self.negatives.append(negatives)
         self.labels.append(label)
@@ -163,19 +188,21 @@ def build_eval_dataset(
     caption_key: str = "caption",
     negative_key: str = "negatives",
     split: str | None = None,
+    images: str | None = None,
     max_image_pixels: int = 64_000_000,
     storage: Storage = LOCAL,
 ) -> EvalDataset:
     """Opens an evaluation set (see `recognise`): texts and places of its first `max_samples`, in order; no image is read or decoded.
 
     caption_key: of captions in .json members, or the column of a table. split: of a set that has several, by default the one that
-    is held out. storage: how remote shards are read. Samples without an image or with texts that can't be read are left out
+    is held out. images: folder or zip with the images of a compositional set. storage: how remote shards are read. Samples without an image or with texts that can't be read are left out
     and counted in `.bad`, as are those whose image can't be decoded, later. Raises UserError when nothing is found, it isn't recognised, or
     nothing in it is usable.
     """
     dataset = EvalDataset(image_size, max_image_pixels, storage)
     with _collection_paused():
-        layout = recognise(spec, storage, split=split, caption_column=None if caption_key == "caption" else caption_key)
+        column = None if caption_key == "caption" else caption_key
+        layout = recognise(spec, storage, split=split, caption_column=column, images=images)
         dataset.classes, dataset.templates, dataset.split = layout.classes, layout.templates, layout.split
         if isinstance(layout, FileLayout):
             dataset.add_files(layout, max_samples)

@@ -1,4 +1,4 @@
-"""What an evaluation set is: shards, CLIP_benchmark's folders of shards, a table of captions, or one folder of images a class."""
+"""What an evaluation set is: shards, CLIP_benchmark's folders of shards, a table, a compositional set, or one folder of images a class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 
 from dsclip.data.layouts.caption_table import CAPTIONS, is_table, read_table
 from dsclip.data.layouts.class_folders import SPLITS, find_class_folders, is_image
+from dsclip.data.layouts.compositional import read_compositional
 from dsclip.data.layouts.files import FileSet
+from dsclip.data.layouts.rows import FileLayout, Row, Words
 from dsclip.data.layouts.words import CLASSNAMES, TEMPLATES, beside, folder_names, within
 from dsclip.data.shards.manifest import MANIFEST
 from dsclip.data.shards.specification import DEMO, resolve_shards
@@ -25,15 +27,6 @@ KIND = "dataset_type.txt"
 
 
 @dataclass
-class Words:
-    """Class names and templates that a set brings along, and which of its splits it is."""
-
-    classes: list[str] | None = None
-    templates: list[str] | None = None
-    split: str | None = None
-
-
-@dataclass
 class ShardLayout(Words):
     """Shards. captions_by_line: a .txt member has one caption a line (CLIP_benchmark's retrieval sets)."""
 
@@ -41,34 +34,40 @@ class ShardLayout(Words):
     captions_by_line: bool = False
 
 
-@dataclass
-class FileLayout(Words):
-    """Image files: (name, captions, class number or None) each; files reads them. left_out: rows and files that can't be used, by reason."""
-
-    files: FileSet | Path = Path()
-    rows: list[tuple[str, list[str], int | None]] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-
-
 def recognise(
-    spec: str | list[str], storage: Storage, *, split: str | None = None, caption_column: str | None = None
+    spec: str | list[str],
+    storage: Storage,
+    *,
+    split: str | None = None,
+    caption_column: str | None = None,
+    images: str | None = None,
 ) -> ShardLayout | FileLayout:
     """What `spec` names; no image is read. split: of a set that has several, by default the one that is held out.
 
-    caption_column: of a table, if it has another name than the usual ones. Raises UserError for what can't be found or recognised.
+    images: the folder or zip with the images of a compositional set, where they aren't beside it. caption_column: of a table, if it has another name than the usual ones. Raises UserError for what can't be found or recognised.
     """
+    if found := _compositional(spec, images):
+        _refuse_split(split, spec)
+        return found
+    if images is not None:
+        raise UserError(f"{spec} says itself where its images are; leave the folder of images out")
     path = _plain_path(spec)
     if path is None:
         _refuse_split(split, spec)
         return ShardLayout(locations=resolve_shards(spec, storage))
     if os.path.isdir(path):
-        if found := _shards_in(path, split, storage):
-            return found
+        if shards := _shards_in(path, split, storage):
+            return shards
         return _folder(path, split, caption_column)
     if is_table(path):
         _refuse_split(split, spec)
         return _table_file(path, caption_column)
     return _files(FileSet(Path(path)), split, caption_column)
+
+
+def _compositional(spec: str | list[str], images: str | None) -> FileLayout | None:
+    path = spec if isinstance(spec, str) else spec[0] if len(spec) == 1 else ""
+    return read_compositional(Path(path), images) if os.path.exists(path) else None
 
 
 def _plain_path(spec: str | list[str]) -> str | None:
@@ -166,7 +165,7 @@ def _files(files: FileSet, asked: str | None, caption_column: str | None, elsewh
     else:
         split = _chosen(list(found.images), asked, files.path)
     classes = folder_names(found.folders, within(files, (CLASSNAMES,)), str(files.path))
-    rows: list[tuple[str, list[str], int | None]] = [(name, [], label) for name, label in found.images[split or ""]]
+    rows = [Row(name, [], label) for name, label in found.images[split or ""]]
     return FileLayout(classes, within(files, TEMPLATES), split, files, rows, _not_images(files, split))
 
 
@@ -199,7 +198,7 @@ def _table_within(files: FileSet, tables: list[str], asked: str | None, caption_
     captions = read_table(
         files.read(table), table, "utf-8", set(files.present), lambda reason: left_out.update([reason]), caption_column
     )
-    return FileLayout(None, None, split, files, [(name, texts, None) for name, texts in captions.items()], left_out)
+    return FileLayout(None, None, split, files, [Row(name, texts) for name, texts in captions.items()], left_out)
 
 
 def _table_file(path: str, caption_column: str | None) -> FileLayout:
@@ -207,10 +206,10 @@ def _table_file(path: str, caption_column: str | None) -> FileLayout:
     left_out: Counter[str] = Counter()
     content = Path(path).read_bytes()
     captions = read_table(content, path, "utf-8", None, lambda reason: left_out.update([reason]), caption_column)
-    rows: list[tuple[str, list[str], int | None]] = []
+    rows = []
     for name, texts in captions.items():
         if os.path.isfile(name):
-            rows.append((name, texts, None))
+            rows.append(Row(name, texts))
         else:
             left_out["missing image"] += len(texts)
     return FileLayout(files=Path(), rows=rows, left_out=left_out)
