@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "--split",
         help="of data that has several, such as train (default: the one that is held out: test, or else val)",
     )
+    p.add_argument("--images", help="folder or zip with the images of a compositional set (default: near its JSON)")
     p.add_argument("--tokenizer", help="folder or hub name (default: the model's own)")
     p.add_argument("--classnames", help="file with one class name a line (default: those of the shards)")
     p.add_argument(
