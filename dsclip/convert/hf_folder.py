@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -63,20 +63,29 @@ def open_hf_folder(path: Path) -> HfFolder:
     Raises UserError for folders that hold another kind of model, and for a model that is damaged or not whole.
     """
     said, preprocessing = read_hf_config(path)
-    stored = _mapped(_weight_files(path))
+    files = _weight_files(path)
+    stored = _mapped(files)
     if absent := {"logit_scale", "text_projection.weight", "visual_projection.weight"} - stored.keys():
         raise UserError(
             f"{path} has no {' and no '.join(sorted(absent))}: it is no whole CLIPModel, with both towers and projections"
         )
     parts = parts_in_hf(stored)
     weights = ShardedWeights(
-        {ours: partial(_joined, [stored[name] for name in theirs]) for ours, theirs in parts.items()}
+        {
+            ours: partial(_joined, files, theirs) if len(theirs) > 1 else partial(stored.__getitem__, theirs[0])
+            for ours, theirs in parts.items()
+        }
     )
     return HfFolder(path, said, preprocessing, math.exp(float(stored["logit_scale"])), weights)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(files: list[Path], names: Sequence[str]) -> Tensor:
+    """One matrix of several tensors, from mappings that end here: pages of a mapping stay in memory as long as any of its tensors lives."""
+    parts: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            parts |= {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118, it is no dictionary
+    return torch.cat([parts[name] for name in names])
 
 
 def load_hf_folder(path: Path) -> tuple[ClipConfig, dict[str, Tensor], float]:

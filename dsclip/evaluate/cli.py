@@ -7,34 +7,25 @@ import json
 import os
 import sys
 import traceback
-from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dsclip.command_line import parser, report_error, say
-from dsclip.convert.source import Source, open_source
-from dsclip.convert.streamed import loaded_clip, spread_clip
-from dsclip.convert.whole import check_tokenizer, tokenizer_of
-from dsclip.data import Tokenizer, build_eval_dataset
-from dsclip.data.shards.manifest import manifest_sha256
-from dsclip.data.shards.overlap import training_pairs
-from dsclip.data.sources.storage import Storage
+from dsclip.data import build_eval_dataset
+from dsclip.data.shards.overlap import trained_on
 from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
-from dsclip.evaluate import TASKS, Embedder, Options, measure_task, prepare_task, with_intervals
-from dsclip.evaluate.protocol import run_protocol, task_protocol
+from dsclip.evaluate import TASKS, Options, measure_task, prepare_task, with_intervals
+from dsclip.evaluate.opened import DTYPES, OpenedModel, Wanted, open_model
+from dsclip.evaluate.protocol import whole_protocol
 from dsclip.evaluate.record import values_of, write_result
 from dsclip.evaluate.report import markdown, text
-from dsclip.model import Clip
-from dsclip.model.captions import cut_captions
 
 EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--model",
         required=True,
-        type=Path,
-        help="checkpoint, run, HuggingFace CLIP folder, OpenCLIP folder or state dict, hf:NAME, openclip:NAME",
+        help="checkpoint, run, HuggingFace CLIP folder, OpenCLIP folder or state dict, hf:NAME, openclip:NAME, or "
+        "adapter:MODULE:FUNCTION for a model of another framework",
     )
     p.add_argument("--task", required=True, choices=list(TASKS))
     p.add_argument(
@@ -122,8 +113,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """{"task", "metrics", ...} of the model on the data, the same on every number of ranks, with a protocol on rank 0."""
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     if arguments.output and (arguments.output.is_dir() or not os.access(arguments.output.resolve().parent, os.W_OK)):
         raise UserError(f"--output {arguments.output}: no file can be written there")
     if arguments.output and values_of(arguments.output) == arguments.output:
@@ -133,64 +122,36 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.json and arguments.markdown:
         raise UserError("--json and --markdown: give one of them")
     device, group = _join_ranks(arguments)
-    source = open_source(arguments.model)
-    tokenizer = tokenizer_of(source, arguments.tokenizer)
-    config = source.config(tokenizer.eot_token_id)
-    check_tokenizer(tokenizer, config, source)
-    for note in source.notes(config) if group.rank == 0 else ():
-        say(note)
-    dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    if arguments.device_map is not None and group.world_size > 1:
-        raise UserError("--device-map spreads the model over all devices from one process; start it without torchrun")
     with TemporaryDirectory(prefix="dsclip-offload-") as temporary:
-        if arguments.device_map is None:
-            model = loaded_clip(config, source.weights(), device, dtype)
-        else:
-            folder = arguments.offload_folder or Path(temporary)
-            model, parts = spread_clip(config, source.weights(), dtype, folder, arguments.host_memory_gb)
-            places = Counter(parts.values())
-            say("parts of the model: " + ", ".join(f"{n} on {place}" for place, n in places.items()))
-        return _measure(arguments, source, model, tokenizer, dtype, device, group)
+        return _measure(arguments, open_model(_wanted(arguments), device, group, Path(temporary)))
 
 
-def _measure(
-    arguments: argparse.Namespace, source: Source, model: Clip, tokenizer: Tokenizer, dtype: torch.dtype,
-    device: torch.device, group: Collectives,
-) -> dict[str, Any]:  # fmt: skip
-    config = model.config
+def _wanted(a: argparse.Namespace) -> Wanted:
+    return Wanted(a.model, a.tokenizer, a.batch_size, a.dtype, a.device_map, a.host_memory_gb, a.offload_folder)
+
+
+def _measure(arguments: argparse.Namespace, model: OpenedModel) -> dict[str, Any]:
+    storage = storage_of(arguments)
     dataset = build_eval_dataset(
         arguments.data,
-        image_size=config.image_size,
+        image_size=model.image_size,
         max_samples=arguments.max_samples,
         caption_key=arguments.caption_key,
         negative_key=arguments.negative_key,
         images=arguments.images,
         split=arguments.split,
-        storage=storage_of(arguments),
+        storage=storage,
+        prepare=model.prepare,
     )
-
-    def encode_image(images: Tensor) -> Tensor:
-        features: Tensor = model(images.to(device), None)[0]
-        return features
-
-    def encode_text(tokens: Tensor) -> Tensor:
-        features: Tensor = model(None, cut_captions(tokens, config, None, device))[1]
-        return features
-
-    embedder = Embedder(encode_image, encode_text, tokenizer, group, config.context_length, arguments.batch_size)
     options = Options(arguments.classnames, arguments.templates)
     task = prepare_task(arguments.task, dataset, options)
-    measured = measure_task(task, embedder)
+    measured = measure_task(task, model.embedder)
     result = {
-        "task": arguments.task, "metrics": with_intervals(measured), "model": str(arguments.model), "data": arguments.data,
-        "training_pairs": _training_pairs(dataset.shards, source.train_shards, storage_of(arguments)), "bad_samples": dict(dataset.bad),
+        "task": arguments.task, "metrics": with_intervals(measured), "model": arguments.model, "data": arguments.data,
+        "training_pairs": trained_on(dataset.shards, model.train_shards, storage), "bad_samples": dict(dataset.bad),
     }  # fmt: skip
-    if group.rank == 0:
-        name = arguments.tokenizer or str(source.tokenizer_dir)
-        protocol = run_protocol(model, str(source.path), config, tokenizer, name, dtype, device) | task_protocol(task)
-        manifest = manifest_sha256(dataset.shards, dataset.storage) if dataset.shards else None
-        protocol["data"] |= {"name": arguments.data, "split": dataset.split, "manifest_sha256": manifest}
-        result["protocol"] = protocol
+    if model.embedder.group.rank == 0:
+        result["protocol"] = whole_protocol(model.protocol(), task, dataset, arguments.data)
         if arguments.output:
             write_result(arguments.output, result, measured)
     return result
@@ -206,14 +167,6 @@ def _join_ranks(arguments: argparse.Namespace) -> tuple[torch.device, Collective
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu"), Collectives(rank, world_size)
-
-
-def _training_pairs(shards: list[str], train_shards: str | list[str] | None, storage: Storage) -> str | None:
-    """`training pairs`, `partly training pairs` or None; also None where the training shards can't be found any more."""
-    try:
-        return training_pairs(shards, train_shards, storage) if train_shards and shards else None
-    except UserError:
-        return None
 
 
 def _report(result: dict[str, Any], arguments: argparse.Namespace) -> None:

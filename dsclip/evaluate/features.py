@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from dsclip.data.decoding.sample import BadSample
 from dsclip.errors import UserError
 from dsclip.losses import Group
 
-Encoder = Callable[[Tensor], Tensor]
+Encoder = Callable[[Any], Tensor]
 AHEAD = 2  # batches that are decoded while one is embedded
 THREADS = 8  # Pillow lets go of the interpreter while it decodes and resizes
 # What can be wrong with an image; travels between ranks as its place in this list.
@@ -27,10 +27,20 @@ Decoded = tuple[Tensor | None, int]  # an image [3, S, S], and 0 or 1 + the plac
 
 
 class Tokenize(Protocol):
-    """Captions in, token ids out; `dsclip.data`'s Tokenizer is one."""
+    """Captions in, what `encode_text` takes out: token ids; `dsclip.data`'s Tokenizer is one."""
 
-    def __call__(self, captions: list[str], context_length: int, /) -> Tensor:
+    def __call__(self, captions: list[str], context_length: int, /) -> Any:
         """int64 [n, context_length] of n captions."""
+
+
+class Store(Protocol):
+    """Features that were computed before, on all ranks of a group. Collective."""
+
+    def images(self, dataset: EvalDataset, indices: list[int], compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` returned for these images once: [n, d + 1]."""
+
+    def texts(self, texts: list[str], compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` returned for these texts once: [n, d]."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,8 @@ class Embedder:
     """The two towers of a model as the tasks use them: on all ranks of a group, in batches of one size.
 
     encode_image: images [batch_size, 3, S, S] uint8 to unit features [batch_size, d]; encode_text: tokens
-    [batch_size, context_length] to the same. Its methods are collective.
+    [batch_size, context_length] to the same. store: where features are looked for first. embedded: told "images" or "texts" and how many
+    more have gone through the model, on all ranks together. Its methods are collective.
     """
 
     encode_image: Encoder
@@ -47,16 +58,24 @@ class Embedder:
     group: Group
     context_length: int
     batch_size: int
+    store: Store | None = None
+    embedded: Callable[[str, int], None] | None = None
 
     def texts(self, texts: list[str]) -> Tensor:
         """Features [len(texts), d] of captions, on the CPU of every rank, in order."""
-        rows = (
-            self.encode_text(self._padded(self.tokenize(texts[start:stop], self.context_length))).float()
-            for start, stop in batches_of_rank(len(texts), self.batch_size, self.group)
-        )
-        features = _gathered(rows, len(texts), self.group)
-        check_finite("text features", features)
-        return features
+
+        def compute() -> Tensor:
+            features = self._gathered("texts", self._text_rows(texts), len(texts))
+            check_finite("text features", features)
+            return features
+
+        return compute() if self.store is None else self.store.texts(texts, compute)
+
+    def _text_rows(self, texts: list[str]) -> Iterator[Tensor]:
+        for start, stop in batches_of_rank(len(texts), self.batch_size, self.group):
+            batch = texts[start:stop]
+            whole = batch + batch[:1] * (self.batch_size - len(batch))
+            yield self.encode_text(self.tokenize(whole, self.context_length)).float()
 
     def images(self, dataset: EvalDataset, indices: list[int]) -> tuple[Tensor, list[int]]:
         """(features [k, d], the k of these indices whose images could be decoded), the same on every rank.
@@ -64,9 +83,14 @@ class Embedder:
         An image that can't be decoded is embedded as a black one, so that no rank waits for another; then all leave it out
         and write it down in `dataset.broken`. Raises UserError, on all ranks, when no image is left.
         """
-        gathered = _gathered(self._image_rows(dataset, indices), len(indices), self.group)
+
+        def compute() -> Tensor:
+            rows = self._gathered("images", self._image_rows(dataset, indices), len(indices))
+            check_finite("image features", rows)
+            return rows
+
+        gathered = compute() if self.store is None else self.store.images(dataset, indices, compute)
         features = gathered[:, :-1]
-        check_finite("image features", features)
         problems = gathered[:, -1].long().tolist()
         if not any(problems):
             return features.contiguous(), indices
@@ -84,6 +108,17 @@ class Embedder:
             features = self.encode_image(self._padded(images)).float()
             yield torch.cat([features, self._padded(problems).to(features)[:, None]], dim=1)
 
+    def _gathered(self, kind: str, rows: Iterable[Tensor], total: int) -> Tensor:
+        """The rows of all ranks' batches [batch_size, ...], in the order of what was embedded: [total, ...]."""
+        parts, done = [], 0
+        for part in rows:
+            parts.append(self.group.all_gather(part).cpu())
+            new = min(len(parts[-1]), total - done)
+            done += new
+            if self.embedded is not None:
+                self.embedded(kind, new)
+        return torch.cat(parts)[:total]
+
     def _padded(self, batch: Tensor) -> Tensor:
         missing = self.batch_size - len(batch)
         return torch.cat([batch, batch[:1].expand(missing, *batch.shape[1:])]) if missing else batch
@@ -99,10 +134,6 @@ def batches_of_rank(total: int, batch_size: int, group: Group) -> list[tuple[int
     batches = -(-total // batch_size)
     numbers = (min(first + group.rank, batches - 1) for first in range(0, batches, group.world_size))
     return [(j * batch_size, min(total, (j + 1) * batch_size)) for j in numbers]
-
-
-def _gathered(rows: Iterable[Tensor], total: int, group: Group) -> Tensor:
-    return torch.cat([group.all_gather(part).cpu() for part in rows])[:total]
 
 
 def check_finite(name: str, values: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsclip.data import EvalDataset, Tokenizer
+from dsclip.data.shards.manifest import manifest_sha256
 from dsclip.evaluate.task import Task, lines_sha256
 from dsclip.files import sha256
 from dsclip.model import ClipConfig
@@ -24,6 +25,14 @@ def task_protocol(task: Task) -> dict[str, Any]:
         {"samples": len(part.indices), "texts_sha256": texts_sha256(part.dataset, part.indices)} for part in task.images
     ]
     return {"task": dict(task.protocol), "data": sets[-1] if len(sets) == 1 else {"sets": sets}}
+
+
+def whole_protocol(run: Mapping[str, Any], task: Task, dataset: EvalDataset, name: str) -> dict[str, Any]:
+    """The record of one result: of the run, see `run_protocol`, of the task, and of the data by its name, split and manifest."""
+    record = {**run, **task_protocol(task)}
+    manifest = manifest_sha256(dataset.shards, dataset.storage) if dataset.shards else None
+    record["data"] |= {"name": name, "split": dataset.split, "manifest_sha256": manifest}
+    return record
 
 
 def run_protocol(

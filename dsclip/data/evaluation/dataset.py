@@ -7,17 +7,19 @@ found there, and `evaluate.features` has all ranks leave it out.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 from zipfile import BadZipFile
 
-import torch
+from PIL import Image
 from torch import Tensor
 
 from dsclip.data.decoding.sample import BadSample, RawSample, decode_image, read_captions, read_label, read_negatives
@@ -30,6 +32,9 @@ from dsclip.data.shards.manifest import read_manifest
 from dsclip.data.sources.cache import local_copy
 from dsclip.data.sources.storage import LOCAL, SourceError, Storage, is_remote
 from dsclip.errors import UserError
+from dsclip.files import sha256
+
+Prepare = Callable[[Image.Image], Tensor]  # what becomes of a decoded RGB picture
 
 
 class _Image(NamedTuple):
@@ -58,8 +63,9 @@ class EvalDataset:
     to be unusable.
     """
 
-    def __init__(self, image_size: int, max_pixels: int, storage: Storage):
+    def __init__(self, image_size: int, max_pixels: int, storage: Storage, prepare: Prepare | None = None):
         self._image_size, self._max_pixels, self.storage = image_size, max_pixels, storage
+        self._prepare = prepare or partial(eval_image, size=image_size)
         self._images: list[_Image] = []
         self._files: FileSet | None = None  # that images are files of
         self._copies: dict[str, str] = {}
@@ -87,7 +93,7 @@ class EvalDataset:
         return {"image": self.image(index), "captions": self.captions[index], "label": self.labels[index]}
 
     def image(self, index: int) -> Tensor:
-        """uint8 [3, S, S]; several threads may ask at once. Raises BadSample."""
+        """uint8 [3, S, S], or as `prepare` makes it; several threads may ask at once. Raises BadSample."""
         place = self._images[index]
         try:
             content = self._read(place)
@@ -95,11 +101,20 @@ class EvalDataset:
             raise BadSample("unreadable shard" if place.size >= 0 else "unreadable file") from error
         raw = RawSample(place.location, "", {place.extension: content})
         image = decode_image(raw, self._max_pixels)
-        return eval_image(image if place.box is None else image.crop(place.box), self._image_size)
+        return self._prepare(image if place.box is None else image.crop(place.box))
+
+    def fingerprint(self) -> str:
+        """Changes with the images: a hash of their places, and of sizes and times of change of the files that they lie in."""
+        files = self.shards or sorted({place.location for place in self._images})
+        folder = self._files.path if self._files is not None and self._files.path.is_dir() else ""
+        archive = [str(self._files.path)] if self._files is not None and not folder else []
+        states = [_state(name if self.shards else os.path.join(folder, name)) for name in (archive or files)]
+        pieces = (repr(tuple(place)).encode() for place in self._images)
+        return sha256(itertools.chain((repr(states).encode(),), pieces))
 
     def blank(self) -> Tensor:
         """A black image, in the place of one that can't be decoded."""
-        return torch.zeros(3, self._image_size, self._image_size, dtype=torch.uint8)
+        return self._prepare(Image.new("RGB", (self._image_size, self._image_size)))
 
     def _read(self, place: _Image) -> bytes:
         if place.size < 0:
@@ -191,15 +206,17 @@ def build_eval_dataset(
     images: str | None = None,
     max_image_pixels: int = 64_000_000,
     storage: Storage = LOCAL,
+    prepare: Prepare | None = None,
 ) -> EvalDataset:
     """Opens an evaluation set (see `recognise`): texts and places of its first `max_samples`, in order; no image is read or decoded.
 
     caption_key: of captions in .json members, or the column of a table. split: of a set that has several, by default the one that
-    is held out. images: folder or zip with the images of a compositional set. storage: how remote shards are read. Samples without an image or with texts that can't be read are left out
+    is held out. images: folder or zip with the images of a compositional set. storage: how remote shards are read.
+    prepare: another preprocessing than CLIP's for image_size. Samples without an image or with texts that can't be read are left out
     and counted in `.bad`, as are those whose image can't be decoded, later. Raises UserError when nothing is found, it isn't recognised, or
     nothing in it is usable.
     """
-    dataset = EvalDataset(image_size, max_image_pixels, storage)
+    dataset = EvalDataset(image_size, max_image_pixels, storage, prepare)
     with _collection_paused():
         column = None if caption_key == "caption" else caption_key
         layout = recognise(spec, storage, split=split, caption_column=column, images=images)
@@ -253,6 +270,17 @@ def _add_shard(dataset: EvalDataset, location: str, most: int | None, reading: _
         raise UserError(f"evaluation shards can't be read: {error}") from error
     except OSError as error:
         raise UserError(f"evaluation shard {location} can't be read: {error.strerror}") from error
+
+
+def _state(path: str) -> tuple[str, int, int]:
+    """(place, size, time of change) of a file; of a remote one its address alone."""
+    if is_remote(path):
+        return path, 0, 0
+    try:
+        found = os.stat(path)
+    except OSError:
+        return path, -1, 0
+    return os.path.realpath(path), found.st_size, found.st_mtime_ns
 
 
 def _read_file(path: str, place: _Image) -> bytes:

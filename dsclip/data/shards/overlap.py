@@ -6,6 +6,7 @@ import os
 
 from dsclip.data.shards.specification import resolve_shards
 from dsclip.data.sources.storage import LOCAL, Storage, is_remote
+from dsclip.errors import UserError
 
 ALL, PART = "training pairs", "partly training pairs"
 
@@ -18,6 +19,14 @@ def training_pairs(shards: str | list[str], train_shards: str | list[str], stora
     trained = set(map(_place, resolve_shards(train_shards, storage)))
     seen = [_place(location) in trained for location in resolve_shards(shards, storage)]
     return ALL if all(seen) else PART if any(seen) else None
+
+
+def trained_on(shards: list[str], train_shards: str | list[str] | None, storage: Storage) -> str | None:
+    """As `training_pairs`; also None where there are no shards, or the training shards can't be found any more."""
+    try:
+        return training_pairs(shards, train_shards, storage) if train_shards and shards else None
+    except UserError:
+        return None
 
 
 def data_name(shards: str | list[str], note: str | None) -> str:
