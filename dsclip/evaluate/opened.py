@@ -89,7 +89,7 @@ def _loaded(
     name = wanted.tokenizer or str(source.tokenizer_dir)
 
     def protocol() -> dict[str, Any]:
-        return run_protocol(model, str(source.path), config, tokenizer, name, dtype, device)
+        return run_protocol(model, str(source.path), config, tokenizer, name, dtype, device, source.stored)
 
     return OpenedModel(wanted.model, embedder, config.image_size, None, protocol, source.train_shards)
 

@@ -37,11 +37,14 @@ def whole_protocol(run: Mapping[str, Any], task: Task, dataset: EvalDataset, nam
 
 def run_protocol(
     model: nn.Module, path: str, config: ClipConfig, tokenizer: Tokenizer, tokenizer_name: str, dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device, stored: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What is the same for all tasks of one model: {"model", "image", "text", "precision", "versions"}."""
+    """What is the same for all tasks of one model: {"model", "image", "text", "precision", "versions"}.
+
+    stored: its weights as they are on the disk, for a model of which some are not in memory.
+    """
     return {
-        "model": {"path": path, "weights_sha256": weights_sha256(model)},
+        "model": {"path": path, "weights_sha256": weights_sha256(model, stored, dtype)},
         "image": image_protocol(config),
         "text": {
             "context_length": config.context_length, "tokenizer": tokenizer_name, "tokenizer_sha256": tokenizer.sha256()
@@ -82,12 +85,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def weights_sha256(model: nn.Module) -> str | None:
-    """Of all weights by name, as they are evaluated (another dtype is another hash). None when some are not in memory."""
+def weights_sha256(
+    model: nn.Module, stored: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> str | None:
+    """Of all weights by name, as they are evaluated (another dtype is another hash).
+
+    stored, dtype: the same weights on the disk and what they become, for a model of which some are not in memory; None when
+    they are needed and not given.
+    """
     state: Mapping[str, Tensor] = model.state_dict()
     if any(value.is_meta for value in state.values()):
-        return None
-    return sha256(piece for name in sorted(state) for piece in (name.encode(), _bytes(state[name])))
+        if stored is None:
+            return None
+        state = stored
+    return sha256(piece for name in sorted(state) for piece in (name.encode(), _bytes(state[name].to(dtype))))
 
 
 def _bytes(value: Tensor) -> bytes:
