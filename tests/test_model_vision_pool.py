@@ -141,5 +141,5 @@ def test_a_clip_model_can_not_express_it_and_a_run_says_so_before_it_trains(tmp_
 
 
 def test_an_unknown_pool_is_named():
-    with pytest.raises(UserError, match="model.vision_pool is `mean`; choose class or average"):
+    with pytest.raises(UserError, match="model.vision_pool is `mean`; choose from class, average, attention"):
         resolve_preset("demo", vision_pool="mean")

@@ -38,7 +38,8 @@ def make_batch(config: ClipConfig, n: int, seed: int, caption_tokens: tuple[int,
     """n samples that the seed draws: images uint8, captions whose end token stands at a ≤ place < b of caption_tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(*caption_tokens, (n,), generator=generator)
-    tokens = torch.randint(1, config.eot_token_id - 1, (n, config.context_length), generator=generator)
+    most = config.eot_token_id - 1 if config.text_pool == "end" else config.vocab_size
+    tokens = torch.randint(1, most, (n, config.context_length), generator=generator)
     positions = torch.arange(config.context_length)[None]
     tokens.masked_fill_(positions > lengths[:, None], 0).masked_fill_(
         positions == lengths[:, None], config.eot_token_id

@@ -50,14 +50,17 @@ class ModelSection:
     """How the text positions of `init` become those of a longer context: `long_clip` keeps the first 20."""
     patch_dropout: ShareBelowOne | None = None
     """Share of the image patches left out in training (FLIP)."""
-    vision_pool: Literal["class", "average"] | None = None
-    """What an image's feature is made of: the `class` token, or the `average` of the patches, without a class token."""
+    vision_pool: Literal["class", "average", "attention"] | None = None
+    """What an image's feature is made of: the `class` token, the `average` of the patches without a class token, or `attention` to them \
+in SigLIP's image tower."""
+    text_pool: Literal["end", "last"] | None = None
+    """Where a caption's feature is taken: at its `end` token, in a causal tower, or at the `last` position of SigLIP's."""
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] | None = None
     """Kernels that compute attention, see [training](training.md#attention); null: `auto`, torch chooses on a GPU."""
     fp8: bool | None = None
     """Products of the image tower's blocks, but the first and the last, in fp8, see [training](training.md#fp8); null: no."""
-    activation: Literal["gelu", "quick_gelu"] | None = None
-    """Of the MLPs; `quick_gelu` is that of OpenAI's weights."""
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] | None = None
+    """Of the MLPs; `quick_gelu` is that of OpenAI's weights, `gelu_tanh` SigLIP's."""
     image_size: Positive | None = None
     """Side of the square images, in pixels; a multiple of `patch_size`."""
     patch_size: Positive | None = None

@@ -12,7 +12,7 @@ from dsclip.checkpoint import Checkpoint
 from dsclip.command_line import parser, run_tool, say
 from dsclip.convert.compare import check_read_back, difference_in_openclip, difference_in_transformers
 from dsclip.convert.dsclip_export import export_dsclip
-from dsclip.convert.hf import DTYPES, MAX_SHARD_GB, export_hf
+from dsclip.convert.hf import DTYPES, MAX_SHARD_GB, export_hf, hf_class
 from dsclip.convert.hub import check_repository, push_folder
 from dsclip.convert.model_card import results_of_run
 from dsclip.convert.openclip_export import export_openclip
@@ -23,7 +23,7 @@ from dsclip.errors import UserError
 HF_EXAMPLE = "python tools/convert_hf.py runs/demo/checkpoints/step_00000400 OUT --dtype bf16"
 EXAMPLE = "python tools/convert.py open_clip_folder OUT --to dsclip"
 # What a format is called, and the largest difference of float32 embeddings, whose entries are at most 1.
-FORMATS = {"hf": ("a CLIPModel", 1e-5), "openclip": ("an OpenCLIP model", 1e-6), "dsclip": ("a dsclip checkpoint", 1e-5)}  # fmt: skip
+FORMATS = {"hf": ("a model of transformers", 1e-5), "openclip": ("an OpenCLIP model", 1e-6), "dsclip": ("a dsclip checkpoint", 1e-5)}  # fmt: skip
 
 
 def main(argv: list[str] | None = None, *, to: str | None = None) -> None:
@@ -31,12 +31,12 @@ def main(argv: list[str] | None = None, *, to: str | None = None) -> None:
     p = parser(
         "Converts a model to another format, and compares what was written with what it was made from."
         if to is None
-        else "Converts a model to a folder that transformers loads: CLIPModel, CLIPProcessor, pipeline.",
+        else "Converts a model to a folder that transformers loads: CLIPModel or SiglipModel, processor, pipeline.",
         EXAMPLE if to is None else HF_EXAMPLE,
     )
     p.add_argument(
         "model", metavar="MODEL", type=Path,
-        help="checkpoint folder, run folder (its newest one), HuggingFace CLIP folder, OpenCLIP folder or state dict, hf:NAME, openclip:NAME",
+        help="checkpoint folder, run folder (its newest one), HuggingFace folder, OpenCLIP folder or state dict, hf:NAME, openclip:NAME",
     )  # fmt: skip
     p.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     if to is None:
@@ -109,11 +109,15 @@ def _write(model: Checkpoint, a: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_bias(model: Checkpoint, *, left_out: bool) -> None:
-    """Raises UserError for a model with a sigmoid loss's bias, unless it is to be left out."""
+    """Raises UserError for a CLIPModel with a sigmoid loss's bias, unless it is to be left out."""
+    if hf_class(model.config) == "SiglipModel":
+        if left_out:
+            raise UserError("--without-bias: a SiglipModel has a place for it; leave the option out")
+        return
     if model.logit_bias is not None and not left_out:
         raise UserError(
             f"{model.path} has the bias {model.logit_bias:.4g} of a sigmoid loss, which CLIPModel has no place for, and "
-            "SiglipModel is another architecture. Zero-shot classes and retrieval don't depend on it, the probability of a single pair does. "
+            "SiglipModel has other towers (no class token, no causal mask). Zero-shot classes and retrieval don't depend on it, the probability of a single pair does. "
             "Leave it out with --without-bias, or keep it with tools/convert.py --to openclip"
         )
 

@@ -18,7 +18,7 @@ from dsclip.convert.streamed import loaded_clip, spread_clip
 from dsclip.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel
+    from transformers import PreTrainedModel
 
 
 def check_read_back(model: Checkpoint, out: Path, dtype: torch.dtype) -> None:
@@ -57,13 +57,13 @@ def difference_in_transformers(model: Checkpoint, folder: Path, samples: int = 4
     return _largest((image, output.image_embeds), (text, output.text_embeds))
 
 
-def _in_transformers(folder: Path, offload: Path) -> CLIPModel:
-    from transformers import CLIPModel
+def _in_transformers(folder: Path, offload: Path) -> PreTrainedModel:
+    from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     memory = {"cpu": get_max_memory()["cpu"]}
-    return CLIPModel.from_pretrained(
+    return AutoModel.from_pretrained(
         folder, dtype=torch.float32, device_map="auto", max_memory=memory, offload_folder=str(offload)
     ).eval()
 

@@ -1,7 +1,8 @@
-"""HuggingFace folders, written: what `CLIPModel`, `CLIPProcessor` and the zero-shot pipeline load offline."""
+"""HuggingFace folders, written: what `CLIPModel` or `SiglipModel`, a processor and the zero-shot pipeline load offline."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,12 +16,13 @@ from dsclip.checkpoint import Checkpoint
 from dsclip.convert.finite import finite
 from dsclip.convert.folder import whole_folder, write_json
 from dsclip.convert.model_card import Metrics, model_card
-from dsclip.convert.weights import Named, fitting, to_hf
+from dsclip.convert.weights import Named, fitting, to_hf, to_siglip
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
 
 TRAINING_DATA = "training_data.json"  # so that results on training pairs are known for what they are
 MAX_SHARD_GB = 5.0  # of a weight file, as transformers had it for long
+HF_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,9 +40,9 @@ def export_hf(
 
     metrics: {task: {metric: value}} and data: {task: what it was measured on} for the card. max_shard_gb: 10⁹ bytes of a
     weight file, of which one at a time is in memory. Written aside and renamed, so `out` is whole or absent. Raises
-    UserError when `out` exists with content and `overwrite` is not set, and as `check_expressible`.
+    UserError when `out` exists with content and `overwrite` is not set, and as `hf_class`.
     """
-    check_expressible(checkpoint.config)
+    hf_class(checkpoint.config)
     with whole_folder(Path(out), overwrite=overwrite) as temporary:
         _write(checkpoint, temporary, dtype, metrics or {}, data or {}, int(max_shard_gb * 1e9))
 
@@ -57,12 +59,24 @@ def _write(
     with torch.device("meta"):
         empty = Clip(checkpoint.config).state_dict()
     weights = fitting(empty, finite(checkpoint.state_dict.items(), checkpoint.path))
-    stored = finite(as_stored(to_hf(weights, checkpoint.logit_scale), DTYPES[dtype]), checkpoint.path)
+    scale = checkpoint.logit_scale
+    clip = hf_class(checkpoint.config) == "CLIPModel"
+    named = to_hf(weights, scale) if clip else to_siglip(weights, scale, checkpoint.logit_bias)
+    stored = finite(as_stored(named, DTYPES[dtype]), checkpoint.path)
     write_safetensors(stored, folder, most)
     write_json(folder / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
+    if not clip:
+        _without_mask(folder, checkpoint.config.context_length)
     write_json(folder / "preprocessor_config.json", hf_preprocessor(checkpoint.config))
     write_json(folder / TRAINING_DATA, {"train_shards": checkpoint.recipe.get("data", {}).get("train_shards")})
     (folder / "README.md").write_text(model_card(checkpoint, metrics, data), encoding="utf-8")
+
+
+def _without_mask(folder: Path, context_length: int) -> None:
+    """SigLIP's tokens all see each other, padding too: a processor that gave an attention mask would change its features."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, settings | {"model_input_names": ["input_ids"], "model_max_length": context_length})
 
 
 def as_stored(weights: Named, dtype: torch.dtype) -> Named:
@@ -70,8 +84,15 @@ def as_stored(weights: Named, dtype: torch.dtype) -> Named:
     return ((name, tensor if name.startswith("logit_") else tensor.to(dtype)) for name, tensor in weights)
 
 
-def check_expressible(c: ClipConfig) -> None:
-    """Raises UserError for a model that CLIPModel can't express."""
+def hf_class(c: ClipConfig) -> str:
+    """`CLIPModel`, or `SiglipModel` for a model of SigLIP's two towers. Raises UserError for a model that neither can express."""
+    if (c.vision_pool, c.text_pool) == ("attention", "last"):
+        return "SiglipModel"
+    if "attention" in c.vision_pool or c.text_pool == "last":
+        raise UserError(
+            f"model.vision_pool is {c.vision_pool} and model.text_pool {c.text_pool}: transformers' SiglipModel is attention with last, its "
+            "CLIPModel class with end, and this model is neither. It can be evaluated and continued from its checkpoint"
+        )
     if c.eot_token_id == 2:
         raise UserError(
             "this tokenizer's end token has id 2, which CLIPModel treats as a legacy marker and pools elsewhere; "
@@ -82,18 +103,20 @@ def check_expressible(c: ClipConfig) -> None:
             f"model.vision_pool is {c.vision_pool}: the model has no class token, and a CLIPModel always has one; it can't be "
             "expressed as a CLIPModel. It can be evaluated and continued from its checkpoint"
         )
+    return "CLIPModel"
 
 
 def hf_config(c: ClipConfig, bos_token_id: int | None, dtype: str = "fp32") -> dict[str, Any]:
-    """CLIPModel's config.json. A fixed set of fields: nothing of a user's input can name code to run.
+    """config.json of a CLIPModel or SiglipModel. A fixed set of fields: nothing of a user's input can name code to run.
 
-    Raises UserError as `check_expressible`.
+    Raises UserError as `hf_class`.
     """
-    check_expressible(c)
+    kind = hf_class(c)
     shared: dict[str, int | float | str] = {
-        "projection_dim": c.embed_dim, "hidden_act": c.activation, "layer_norm_eps": c.layer_norm_eps,
-        "attention_dropout": 0.0,
+        "hidden_act": HF_ACTIVATIONS[c.activation], "layer_norm_eps": c.layer_norm_eps, "attention_dropout": 0.0,
     }  # fmt: skip
+    if kind == "CLIPModel":
+        shared["projection_dim"] = c.embed_dim
     text: dict[str, int | float | str | None] = {
         "model_type": "clip_text_model", "vocab_size": c.vocab_size, "hidden_size": c.text_width,
         "intermediate_size": c.text_mlp_width, "num_hidden_layers": c.text_layers,
@@ -106,14 +129,20 @@ def hf_config(c: ClipConfig, bos_token_id: int | None, dtype: str = "fp32") -> d
         "num_hidden_layers": c.vision_layers, "num_attention_heads": c.vision_heads, "num_channels": 3,
         "image_size": c.image_size, "patch_size": c.patch_size,
     }  # fmt: skip
+    stored = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
+    if kind == "SiglipModel":
+        text |= {"model_type": "siglip_text_model", "projection_size": c.embed_dim}
+        vision |= {"model_type": "siglip_vision_model", "vision_use_head": True}
+        towers = {"text_config": text | shared, "vision_config": vision | shared}
+        return {"architectures": [kind], "model_type": "siglip", "initializer_factor": 1.0, **towers, "dtype": stored}
     return {
-        "architectures": ["CLIPModel"],
+        "architectures": [kind],
         "model_type": "clip",
         "projection_dim": c.embed_dim,
         "logit_scale_init_value": 2.6592,
         "text_config": text | shared,
         "vision_config": vision | shared,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
+        "dtype": stored,
     }
 
 
@@ -128,7 +157,7 @@ def hf_preprocessor(c: ClipConfig) -> dict[str, Any]:
     """preprocessor_config.json: shorter side to image_size (bicubic), centre crop, normalise."""
     return {
         "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "CLIPProcessor",
+        "processor_class": "CLIPProcessor" if c.text_pool == "end" else "SiglipProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": c.image_size},

@@ -1,4 +1,4 @@
-"""HuggingFace folders, read: the configuration of a `CLIPModel`, its preprocessing, and its weights when they are asked for."""
+"""HuggingFace folders, read: the configuration of a `CLIPModel` or `SiglipModel`, its preprocessing, and its weights when they are asked for."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dsclip.convert.hf import TRAINING_DATA
+from dsclip.convert.hf import HF_ACTIVATIONS, TRAINING_DATA
 from dsclip.convert.weights import parts_in_hf
 from dsclip.data import load_tokenizer
 from dsclip.engine.consolidate import ShardedWeights
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
 
+OF_CLIP = {"logit_scale", "text_projection.weight", "visual_projection.weight"}
+OF_SIGLIP = {"logit_scale", "logit_bias", "text_model.head.weight", "vision_model.head.probe"}
 INDEX = "model.safetensors.index.json"
 # What dsclip does to images, as image processors call it.
 PLAIN_PROCESSOR = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3}
@@ -35,7 +37,7 @@ def training_data(path: Path) -> str | list[str] | None:
 
 @dataclass(frozen=True)
 class HfFolder:
-    """A CLIPModel folder whose weights are still on the disk. scale: the logit scale as a factor.
+    """A folder of either whose weights are still on the disk. scale: the logit scale as a factor; logit_bias: SigLIP's.
 
     weights: by dsclip's names, in the stored dtype, each put together when it is asked for. said: the fields of ClipConfig that its configuration says. preprocessing: how its images are made, if otherwise than dsclip's.
     """
@@ -45,6 +47,7 @@ class HfFolder:
     preprocessing: str | None
     scale: float
     weights: Mapping[str, Tensor]
+    logit_bias: float | None = None
 
     @property
     def config(self) -> ClipConfig:
@@ -58,17 +61,17 @@ class HfFolder:
 
 
 def open_hf_folder(path: Path) -> HfFolder:
-    """Reads the configuration of a CLIPModel folder and looks for its safetensors.
+    """Reads the configuration of a CLIPModel or SiglipModel folder and looks for its safetensors.
 
     Raises UserError for folders that hold another kind of model, and for a model that is damaged or not whole.
     """
     said, preprocessing = read_hf_config(path)
     files = _weight_files(path)
     stored = _mapped(files)
-    if absent := {"logit_scale", "text_projection.weight", "visual_projection.weight"} - stored.keys():
-        raise UserError(
-            f"{path} has no {' and no '.join(sorted(absent))}: it is no whole CLIPModel, with both towers and projections"
-        )
+    siglip = said["vision_pool"] == "attention"
+    if absent := (OF_SIGLIP if siglip else OF_CLIP) - stored.keys():
+        kind = "SiglipModel, with both towers and heads" if siglip else "CLIPModel, with both towers and projections"
+        raise UserError(f"{path} has no {' and no '.join(sorted(absent))}: it is no whole {kind}")
     parts = parts_in_hf(stored)
     weights = ShardedWeights(
         {
@@ -76,7 +79,8 @@ def open_hf_folder(path: Path) -> HfFolder:
             for ours, theirs in parts.items()
         }
     )
-    return HfFolder(path, said, preprocessing, math.exp(float(stored["logit_scale"])), weights)
+    bias = float(stored["logit_bias"]) if siglip else None
+    return HfFolder(path, said, preprocessing, math.exp(float(stored["logit_scale"])), weights, bias)
 
 
 def _joined(files: list[Path], names: Sequence[str]) -> Tensor:
@@ -121,40 +125,67 @@ def _mapped(files: list[Path]) -> dict[str, Tensor]:
 
 
 def read_hf_config(path: Path) -> tuple[dict[str, Any], str | None]:
-    """(the fields of ClipConfig that a CLIPModel folder says, how its images are made if otherwise than dsclip's).
+    """(the fields of ClipConfig that a CLIPModel or SiglipModel folder says, how its images are made if otherwise than dsclip's).
 
     Raises UserError for another kind of model, or one that dsclip's towers can't be.
     """
-    from transformers import CLIPConfig
-
-    config = _read_json(path / "config.json")
-    if config.get("model_type") != "clip":
-        raise UserError(
-            f"{path} holds a {config.get('model_type')!r} model; only CLIPModel folders (model_type clip) are read"
-        )
-    known = {k: config[k] for k in ("text_config", "vision_config", "projection_dim") if k in config}
-    try:  # transformers fills in the many defaults that published configurations leave out
-        full = CLIPConfig.from_dict(known)
-    except Exception as error:  # its checks raise classes of their own
-        raise UserError(f"{path / 'config.json'} is no configuration of a CLIPModel ({error})") from error
+    full, siglip = _full_config(path)
     text, vision = full.text_config, full.vision_config
+    activations = {theirs: ours for ours, theirs in HF_ACTIVATIONS.items()}
+    if vision.hidden_act not in activations:
+        raise UserError(f"{path} has the activation {vision.hidden_act}; dsclip has {', '.join(activations)}")
     if text.hidden_act != vision.hidden_act or text.layer_norm_eps != vision.layer_norm_eps:
         raise UserError(f"{path}: the towers differ in activation or layer_norm_eps, which dsclip's can't")
     if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int) or vision.num_channels != 3:
         raise UserError(f"{path}: dsclip's images are square and have three colours, and so are patches")
     said = dict(
-        embed_dim=full.projection_dim, image_size=vision.image_size, patch_size=vision.patch_size,
+        embed_dim=vision.hidden_size if siglip else full.projection_dim, image_size=vision.image_size, patch_size=vision.patch_size,
         vision_width=vision.hidden_size, vision_layers=vision.num_hidden_layers,
         vision_heads=vision.num_attention_heads, vision_mlp_width=vision.intermediate_size,
         text_width=text.hidden_size, text_layers=text.num_hidden_layers, text_heads=text.num_attention_heads,
         text_mlp_width=text.intermediate_size, context_length=text.max_position_embeddings,
-        vocab_size=text.vocab_size, activation=vision.hidden_act, layer_norm_eps=vision.layer_norm_eps,
-        vision_pool="class",
+        vocab_size=text.vocab_size, activation=activations[vision.hidden_act], layer_norm_eps=vision.layer_norm_eps,
+        vision_pool="attention" if siglip else "class", text_pool="last" if siglip else "end",
     )  # fmt: skip
-    if (end := _end_token(text.eos_token_id, text.vocab_size, path)) is not None:
+    end = _padding_token(text.pad_token_id, path) if siglip else _end_token(text.eos_token_id, text.vocab_size, path)
+    if end is not None:
         said["eot_token_id"] = end
     colours, preprocessing = _preprocessing(path, vision.image_size)
     return said | colours, preprocessing
+
+
+def _full_config(path: Path) -> tuple[Any, bool]:
+    """(transformers' configuration, with the many defaults that published files leave out, whether it is of a SiglipModel)."""
+    from transformers import CLIPConfig, SiglipConfig
+
+    config = _read_json(path / "config.json")
+    kinds = {"clip": CLIPConfig, "siglip": SiglipConfig}
+    kind = config.get("model_type")
+    if kind not in kinds:
+        raise UserError(
+            f"{path} holds a {kind!r} model; only CLIPModel and SiglipModel folders (model_type clip, siglip) are read"
+        )
+    known = {k: config[k] for k in ("text_config", "vision_config", "projection_dim") if k in config}
+    try:
+        full = kinds[kind].from_dict(known)
+    except Exception as error:  # its checks raise classes of their own
+        raise UserError(f"{path / 'config.json'} is no configuration of a {kind} model ({error})") from error
+    if kind == "siglip" and full.text_config.projection_size != full.vision_config.hidden_size:
+        raise UserError(
+            f"{path}: text features are {full.text_config.projection_size} wide, and images' {full.vision_config.hidden_size}"
+        )
+    if kind == "siglip" and not getattr(full.vision_config, "vision_use_head", True):
+        raise UserError(f"{path}: its image tower has no pooling head (vision_use_head is false)")
+    return full, kind == "siglip"
+
+
+def _padding_token(pad_token_id: int, path: Path) -> int:
+    """SigLIP's end token, which is also its padding; nothing is computed from it, as the last position is pooled."""
+    return load_tokenizer(str(path)).eot_token_id if _has_tokenizer(path) else pad_token_id
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
 
 
 def _end_token(eos_token_id: object, vocab_size: int, path: Path) -> int | None:
@@ -165,7 +196,7 @@ def _end_token(eos_token_id: object, vocab_size: int, path: Path) -> int | None:
     """
     if isinstance(eos_token_id, int) and eos_token_id != 2:
         return eos_token_id
-    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+    if _has_tokenizer(path):
         return load_tokenizer(str(path)).eot_token_id
     return 49407 if vocab_size == 49408 else None
 

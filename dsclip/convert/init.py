@@ -106,10 +106,11 @@ def _listed(value: object) -> object:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What a run starts from. weights: None on all ranks but 0. notes: what was taken for granted, in sentences."""
+    """What a run starts from. weights: None on all ranks but 0. bias: a sigmoid loss's, if there was one. notes: what was taken for granted, in sentences."""
 
     weights: dict[str, Tensor] | None
     scale: float
+    bias: float | None
     notes: list[str]
 
 
@@ -120,20 +121,20 @@ def load_init_once(path: str | Path, config: ClipConfig, group: Collectives, str
     """
     weights: dict[str, Tensor] | None = None
     problem: str | None = None
-    scale, notes = 1.0, list[str]()  # rank 0's count
+    scale, bias, notes = 1.0, None, list[str]()  # rank 0's count
     if group.rank == 0:
         try:
             source = open_source(path)
             weights, scale = fitted_weights(source, config, stretch)
-            notes = source.notes(config)
+            bias, notes = source.logit_bias, source.notes(config)
         except UserError as error:
             problem = str(error)
         except Exception as error:  # a damaged file raises what its reader likes, and the other ranks wait
             problem = f"model.init={path} could not be read ({type(error).__name__}: {error}); it may be damaged"
-    scale, notes, problem = group.broadcast_object((scale, notes, problem))
+    scale, bias, notes, problem = group.broadcast_object((scale, bias, notes, problem))
     if problem:
         raise UserError(problem)
-    return InitialWeights(weights, scale, notes)
+    return InitialWeights(weights, scale, bias, notes)
 
 
 def _check_fit(weights: dict[str, Tensor], config: ClipConfig, path: Path) -> None:

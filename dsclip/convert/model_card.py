@@ -41,9 +41,11 @@ def model_card(checkpoint: Checkpoint, metrics: Metrics, data: dict[str, str]) -
     ]
     header = "| task | data | metric | value | 95% interval |\n|---|---|---|---|---|\n"
     measured = header + "\n".join(rows) if rows else "Not measured."
+    siglip = c.text_pool == "last"
+    kind, processor = ("SiglipModel", "AutoProcessor") if siglip else ("CLIPModel", "CLIPProcessor")
     without = (
         ""
-        if checkpoint.logit_bias is None
+        if checkpoint.logit_bias is None or siglip
         else (
             f"\nThe model was trained with a sigmoid loss, whose bias {checkpoint.logit_bias:.4g} has no place in a CLIPModel: add it to the "
             "logits for probabilities of single pairs. The order of similarities doesn't depend on it.\n"
@@ -64,13 +66,13 @@ tags: [clip, dsclip]
 
 # {recipe.get("train", {}).get("name", "CLIP")}
 
-A CLIP model{" trained with dsclip and" * bool(checkpoint.step)} converted to `CLIPModel` by dsclip.
+A CLIP model{" trained with dsclip and" * bool(checkpoint.step)} converted to `{kind}` by dsclip.
 
 ```python
-from transformers import CLIPModel, CLIPProcessor
+from transformers import {kind}, {processor}
 
-model = CLIPModel.from_pretrained("PATH_TO_THIS_FOLDER")
-processor = CLIPProcessor.from_pretrained("PATH_TO_THIS_FOLDER")
+model = {kind}.from_pretrained("PATH_TO_THIS_FOLDER")
+processor = {processor}.from_pretrained("PATH_TO_THIS_FOLDER")
 ```
 
 ## Architecture

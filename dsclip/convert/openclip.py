@@ -144,7 +144,7 @@ def _fields(content: dict[str, Any], path: Path) -> dict[str, Any]:
         text_width=t_width, text_layers=text.get("layers", 12), text_heads=text.get("heads", 8),
         text_mlp_width=int(t_width * text.get("mlp_ratio", 4.0)), context_length=text.get("context_length", 77),
         vocab_size=text.get("vocab_size", 49408), activation="quick_gelu" if model.get("quick_gelu") else "gelu",
-        layer_norm_eps=epsilons.pop(), vision_pool="class",
+        layer_norm_eps=epsilons.pop(), vision_pool="class", text_pool="end",
     )  # fmt: skip
     if text.get("pool_type", "argmax") == "eos":
         fields["eot_token_id"] = text.get("eos_id", 2)
@@ -185,6 +185,7 @@ def fields_shown(weights: dict[str, Tensor]) -> dict[str, Any]:
             embed_dim=weights["visual.head.projection.weight"].shape[0], patch_size=patches[-1],
             image_size=side * patches[-1], context_length=weights["text.embed.position_embedding"].shape[0],
             vocab_size=weights["text.embed.token_embedding"].shape[0], vision_pool="class" if class_tokens else "average",
+            text_pool="last" if "text.head.projection.bias" in weights else "end",
         )  # fmt: skip
         for tower, name in (("visual", "vision"), ("text", "text")):
             shown[f"{name}_width"] = weights[f"{tower}.embed.position_embedding"].shape[1]

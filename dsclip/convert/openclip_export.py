@@ -26,6 +26,10 @@ def export_openclip(checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32") -
     absent. Raises UserError when `out` exists with content, for weights that are not finite, and for a model without class
     token, which OpenCLIP's image towers always have.
     """
+    if "attention" in checkpoint.config.vision_pool or checkpoint.config.text_pool == "last":
+        raise UserError(
+            "OpenCLIP's SigLIP models have an image tower of timm, with other names; convert it to a SiglipModel (--to hf), which transformers loads"
+        )
     if checkpoint.config.vision_pool != "class":
         raise UserError(
             f"model.vision_pool is {checkpoint.config.vision_pool}: the model has no class token, and OpenCLIP's image towers always "

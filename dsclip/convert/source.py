@@ -26,7 +26,7 @@ from dsclip.model.config import OF_THE_RUN
 HIDDEN = (
     "vision_heads", "text_heads", "activation", "layer_norm_eps", "image_mean", "image_std", "eot_token_id",
 )  # fmt: skip
-TAKEN = (*HIDDEN, "vision_pool")  # what a model takes over from its weights' source
+TAKEN = (*HIDDEN, "vision_pool", "text_pool")  # what a model takes over from its weights' source
 OWN_CHOICE = ("image_size", "context_length")  # what it may have otherwise
 
 
@@ -87,8 +87,8 @@ class Source:
             notes.append(f"{self.path} was made for images that are prepared otherwise than here: {self.preprocessing}")
         if of_the_bias and self.logit_bias is not None:
             notes.append(
-                f"{self.path} has the bias of a sigmoid loss, which is left out: features don't depend on it, and a run with "
-                "loss.name=sigmoid begins with its own"
+                f"{self.path} has the bias of a sigmoid loss, {self.logit_bias:.4g}: a run with loss.name=sigmoid begins with it, all else "
+                "leaves it out, as features don't depend on it"
             )
         return notes
 
@@ -108,7 +108,7 @@ def open_source(path: str | Path) -> Source:
         tokenizer_dir = path if _has_tokenizer(path) else None
         return Source(
             path, folder.said, finite_scale(folder.scale, path), folder.weights, preprocessing=folder.preprocessing,
-            tokenizer_dir=tokenizer_dir, train_shards=training_data(path), format="hf",
+            logit_bias=folder.logit_bias, tokenizer_dir=tokenizer_dir, train_shards=training_data(path), format="hf",
         )  # fmt: skip
     if path.is_file() or (path / openclip.CONFIG).is_file():
         return _openclip_source(path)

@@ -1,4 +1,4 @@
-"""Names and shapes of the same weights in dsclip, HuggingFace's CLIPModel and OpenCLIP. Pure maps, no arithmetic.
+"""Names and shapes of the same weights in dsclip, HuggingFace's CLIPModel and SiglipModel, and OpenCLIP. Pure maps, no arithmetic.
 
 dsclip keeps query, key and value in one matrix (rows q, k, v) and projections as [embed_dim, width].
 """
@@ -31,6 +31,23 @@ _HF_OUTSIDE = {
     "text.head.ln_final.weight": "text_model.final_layer_norm.weight",
     "text.head.ln_final.bias": "text_model.final_layer_norm.bias",
     "text.head.projection.weight": "text_projection.weight",
+}
+# Where SiglipModel has other names or other weights.
+_SIGLIP = {
+    "visual.embed.patch_embedding.bias": "vision_model.embeddings.patch_embedding.bias",
+    "visual.head.pool.query_embedding": "vision_model.head.probe",
+    "visual.head.pool.qkv.weight": "vision_model.head.attention.in_proj_weight",
+    "visual.head.pool.qkv.bias": "vision_model.head.attention.in_proj_bias",
+    "visual.head.pool.out.weight": "vision_model.head.attention.out_proj.weight",
+    "visual.head.pool.out.bias": "vision_model.head.attention.out_proj.bias",
+    "visual.head.pool.ln.weight": "vision_model.head.layernorm.weight",
+    "visual.head.pool.ln.bias": "vision_model.head.layernorm.bias",
+    "visual.head.pool.mlp.fc1.weight": "vision_model.head.mlp.fc1.weight",
+    "visual.head.pool.mlp.fc1.bias": "vision_model.head.mlp.fc1.bias",
+    "visual.head.pool.mlp.fc2.weight": "vision_model.head.mlp.fc2.weight",
+    "visual.head.pool.mlp.fc2.bias": "vision_model.head.mlp.fc2.bias",
+    "text.head.projection.weight": "text_model.head.weight",
+    "text.head.projection.bias": "text_model.head.bias",
 }
 _HF_BLOCK = {
     "ln_1": "layer_norm1",
@@ -71,11 +88,22 @@ _OPENCLIP_BLOCK_NAME = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.
 
 
 def to_hf(weights: Named, logit_scale: float) -> Iterator[tuple[str, Tensor]]:
-    """dsclip's weights under HuggingFace's names, as they come; logit_scale is the factor, stored as its logarithm."""
+    """dsclip's weights under CLIPModel's names, as they come; logit_scale is the factor, stored as its logarithm."""
     yield "logit_scale", torch.tensor(math.log(logit_scale))
+    yield from _in_hf(weights, _HF_OUTSIDE)
+
+
+def to_siglip(weights: Named, logit_scale: float, logit_bias: float | None) -> Iterator[tuple[str, Tensor]]:
+    """dsclip's weights under SiglipModel's names, as they come; a model without a bias has that of zero."""
+    yield "logit_scale", torch.tensor([math.log(logit_scale)])
+    yield "logit_bias", torch.tensor([logit_bias or 0.0])
+    yield from _in_hf(weights, _HF_OUTSIDE | _SIGLIP)
+
+
+def _in_hf(weights: Named, outside: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in weights:
-        if name in _HF_OUTSIDE:
-            yield _HF_OUTSIDE[name], tensor
+        if name in outside:
+            yield outside[name], tensor
             continue
         match = _BLOCK.fullmatch(name)
         if match is None:
@@ -90,16 +118,16 @@ def to_hf(weights: Named, logit_scale: float) -> Iterator[tuple[str, Tensor]]:
 
 
 def parts_in_hf(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of CLIPModel's weights that make each of dsclip's, one below the other; of its logit scale none.
+    """The names of CLIPModel's or SiglipModel's weights that make each of dsclip's, one below the other; of logits none.
 
     Unknown names are kept as they are, and of a model that lacks a part the others: their shape will tell.
     """
-    outside = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
+    outside = {theirs: ours for table in (_HF_OUTSIDE, _SIGLIP) for ours, theirs in table.items()}
     block = {theirs: ours for ours, theirs in _HF_BLOCK.items()}
     tower = {theirs: ours for ours, theirs in _HF_TOWER.items()}
     parts: dict[str, list[str]] = {}
     for name in sorted(names):
-        if name == "logit_scale" or name.endswith("embeddings.position_ids"):  # a buffer of old exports
+        if name in ("logit_scale", "logit_bias") or name.endswith("embeddings.position_ids"):  # a buffer of old exports
             continue
         match = _HF_BLOCK_NAME.fullmatch(name)
         if not match:

@@ -47,7 +47,7 @@ class ContrastiveEngine:
     `train_step(batch)` needs a `Batch` with images, tokens and sample ids; by the recipe's loss also with keys (duplicates),
     and with hard tokens and their owners (hard negatives). Its gradient equals that of a single
     process with the N samples in one batch, for every number of ranks, ZeRO stage, micro-batch and chunk size.
-    state_dict, init_scale: weights and logit scale to start from; those of rank 0 count.
+    state_dict, init_scale, init_bias: weights, logit scale and a sigmoid loss's bias to start from; those of rank 0 count.
     Sizes that the batch section leaves open are plain: the local batch in one micro-batch, nothing computed again.
     `dsclip.plan.plan_recipe` fills them in from memory beforehand.
     """
@@ -60,6 +60,7 @@ class ContrastiveEngine:
         *,
         state_dict: dict[str, Tensor] | None = None,
         init_scale: float | None = None,
+        init_bias: float | None = None,
     ):
         self.device = init_distributed()
         self.group = replace(Collectives.current(), in_ring=recipe.loss.gather == "ring")
@@ -87,6 +88,8 @@ class ContrastiveEngine:
         )
         if (init_scale := self.group.broadcast_object(init_scale)) is not None:
             self.scalars.set_scale(init_scale)
+        if (init_bias := self.group.broadcast_object(init_bias)) is not None:
+            self.scalars.set_bias(init_bias)
         self.queue: FeatureQueue | None = None
         self._momentum: MomentumEncoder | None = None
         if settings.queue_size:

@@ -71,6 +71,12 @@ class LossScalars:
         self._set_log(math.log(scale))
         self._start = self.log_scale.item()
 
+    def set_bias(self, bias: float) -> None:
+        """Starts from the bias of existing weights, if this loss has one."""
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.fill_(bias)
+
     def _set_log(self, value: float) -> None:
         with torch.no_grad():
             self.log_scale.fill_(value).clamp_(0, self._max_log)

@@ -50,7 +50,7 @@ def check_attention(config: ClipConfig, device: torch.device, dtype: torch.dtype
         return
     for tower, tokens, heads, width, causal in (
         ("image", c.image_tokens, c.vision_heads, c.vision_width, False),
-        ("text", c.context_length, c.text_heads, c.text_width, True),
+        ("text", c.context_length, c.text_heads, c.text_width, c.text_pool == "end"),
     ):
         shape = (1, heads, tokens, width // heads)
         q, k, v = (torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))

@@ -1,6 +1,7 @@
 """The captions of a micro-batch, sorted by length and cut into chunks that are padded to what they need.
 
-The text tower is causal, so nothing after the end token counts. Lengths are read from host memory: a length read from a
+A causal text tower sees nothing after the end token. One that is pooled at its last position sees all of the context, and
+its captions stay whole and in order. Lengths are read from host memory: a length read from a
 GPU would wait until the GPU has nothing left to do. Shapes: n captions, L tokens of the context, b of a chunk.
 """
 
@@ -44,7 +45,12 @@ class Captions:
 
 
 def end_positions(tokens: Tensor, config: ClipConfig) -> Tensor:
-    """Where the end token of each caption stands, [n]; 0 without one, which `cut_captions` refuses. tokens [n, L]."""
+    """Which token of each caption is pooled, [n]: its end token, or the last. tokens [n, L].
+
+    0 without an end token, which `cut_captions` refuses.
+    """
+    if config.text_pool == "last":
+        return torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
     return (tokens == config.eot_token_id).int().argmax(dim=1)
 
 
@@ -86,6 +92,8 @@ def cut_captions(
         raise UserError(f"captions have {tokens.shape[1]} tokens; this model takes {config.context_length}")
     tokens = tokens.cpu()
     ends = end_positions(tokens, config)
+    if config.text_pool == "last":
+        return _whole(tokens, ends, config, chunk_count(samples or len(tokens), chunk_size), device)
     _check_ends(tokens, ends, config)
     needed, order = ends.sort(stable=True)
     lengths = [padded_length(end + 1, tokens.shape[1]) for end in needed.tolist()]
@@ -99,6 +107,17 @@ def cut_captions(
     # All in one copy, from pinned memory: the host doesn't wait for it.
     *chunks, ends, place = _copied([*cut, ends[order], place], device)
     return Captions(tuple(chunks), ends.split(sizes), None if len(sizes) == 1 else place)
+
+
+def _whole(tokens: Tensor, ends: Tensor, config: ClipConfig, count: int, device: torch.device) -> Captions:
+    """All of each caption, padding included: every token sees it, and so it was in training."""
+    if tokens.shape[1] != config.context_length:
+        raise UserError(
+            f"captions have {tokens.shape[1]} tokens; this model is pooled at its last position and takes {config.context_length}, padded"
+        )
+    sizes = _equal_sizes(len(tokens), count)
+    *chunks, ends = _copied([*tokens.split(sizes), ends], device)
+    return Captions(tuple(chunks), ends.split(sizes), None)
 
 
 def _equal_sizes(n: int, count: int) -> list[int]:

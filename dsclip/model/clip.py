@@ -82,7 +82,7 @@ class Clip(nn.Module):
         self.visual = Tower(VisionEmbed(c), vision, VisionHead(c))
         text = [
             Block(c.text_width, c.text_heads, c.text_mlp_width, c.activation, c.layer_norm_eps,
-                  causal=True, text_layers=c.text_layers, backend=c.attention)
+                  causal=c.text_pool == "end", text_layers=c.text_layers, backend=c.attention)
             for _ in range(c.text_layers)
         ]  # fmt: skip
         self.text = Tower(TextEmbed(c), text, TextHead(c))

@@ -9,7 +9,12 @@ from dsclip.errors import UserError, did_you_mean
 
 AUTO = "auto"  # the model of the weights that a run starts from, or this preset without any
 DEFAULT = "ViT-B-32"
-ATTENTION = ("auto", "flash", "cudnn", "efficient", "math")
+CHOICES = {
+    "activation": ("gelu", "quick_gelu", "gelu_tanh"),
+    "vision_pool": ("class", "average", "attention"),
+    "text_pool": ("end", "last"),
+    "attention": ("auto", "flash", "cudnn", "efficient", "math"),
+}
 # Fields that say how a model is trained here: the weights fit a model with others.
 OF_THE_RUN = ("patch_dropout", "attention", "fp8")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -34,8 +39,11 @@ class ClipConfig:
     context_length: int = 77
     vocab_size: int = 49408
     eot_token_id: int = 49407
-    activation: str = "gelu"  # gelu (erf) | quick_gelu (x·sigmoid(1.702x)); not visible in the weights
-    vision_pool: str = "class"  # class (token) | average (of the patches; there is no class token then)
+    activation: str = "gelu"  # see `ACTIVATIONS`; not visible in the weights
+    vision_pool: str = (
+        "class"  # class (token) | average (of the patches) | attention (SigLIP's tower, see `VisionHead`)
+    )
+    text_pool: str = "end"  # end (token, causal) | last (position: SigLIP's tower, in which all tokens see each other)
     patch_dropout: float = 0.0
     attention: str = "auto"  # auto | flash | cudnn | efficient | math: how it is computed, not what
     fp8: bool = False  # products of the image tower's inner blocks
@@ -53,18 +61,20 @@ class ClipConfig:
                 f"model.eot_token_id is {self.eot_token_id}, and model.vocab_size {self.vocab_size}: no caption could hold that end token, "
                 "where the text tower is pooled; give the tokenizer's own eot_token_id beside vocab_size"
             )
-        if self.image_size % self.patch_size:
+        if self.image_size % self.patch_size and self.vision_pool != "attention":  # SigLIP leaves a margin out
             raise UserError(f"model.image_size {self.image_size} is no multiple of model.patch_size {self.patch_size}")
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
                 raise UserError(f"model.{tower}_width {width} is no multiple of model.{tower}_heads {heads}")
-        if self.activation not in ("gelu", "quick_gelu"):
-            raise UserError(f"model.activation is `{self.activation}`; choose gelu or quick_gelu")
-        if self.vision_pool not in ("class", "average"):
-            raise UserError(f"model.vision_pool is `{self.vision_pool}`; choose class or average")
-        if self.attention not in ATTENTION:
-            raise UserError(f"model.attention is `{self.attention}`; choose from {', '.join(ATTENTION)}")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"model.{name} is `{value}`; choose from {', '.join(choices)}")
+        if self.vision_pool == "attention" and self.embed_dim != self.vision_width:
+            raise UserError(
+                f"model.embed_dim is {self.embed_dim} and model.vision_width {self.vision_width}: with vision_pool attention the image tower "
+                "has no projection, and both must be equal"
+            )
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"model.patch_dropout is {self.patch_dropout}; it is a share: 0 ≤ share < 1")
         for name in ("image_mean", "image_std"):
@@ -135,6 +145,25 @@ VARIANTS: dict[str, ClipConfig] = {
     "ViT-e-14": _vit(1280, 224, 14, (1792, 56, 16, 15360), (1280, 36, 20)),
 }
 
+_TOWER_B, _TOWER_L, _TOWER_SO = (768, 12, 12, 3072), (1024, 24, 16, 4096), (1152, 27, 16, 4304)
+
+
+def _siglip(image_size: int, patch_size: int, tower: tuple[int, int, int, int]) -> ClipConfig:
+    """Both towers alike (Zhai et al. 2023); colours from -1 to 1."""
+    half = (0.5, 0.5, 0.5)
+    return ClipConfig(
+        tower[0], image_size, patch_size, *tower, *tower, context_length=64, vocab_size=32000, eot_token_id=1, activation="gelu_tanh",
+        vision_pool="attention", text_pool="last", layer_norm_eps=1e-6, image_mean=half, image_std=half,
+    )  # fmt: skip
+
+
+# Under OpenCLIP's names.
+SIGLIP: dict[str, ClipConfig] = {
+    "ViT-B-16-SigLIP": _siglip(224, 16, _TOWER_B),
+    "ViT-L-16-SigLIP-256": _siglip(256, 16, _TOWER_L),
+    "ViT-SO400M-14-SigLIP-384": _siglip(384, 14, _TOWER_SO),
+}
+
 
 def resolve_preset(preset: str, **overrides: Any) -> ClipConfig:
     """The configuration of a preset, with every override that is not None applied.
@@ -150,7 +179,7 @@ def resolve_preset(preset: str, **overrides: Any) -> ClipConfig:
                 f"model.preset is {preset} and model.activation is {overrides['activation']}; leave one of them out"
             )
         overrides["activation"] = "quick_gelu"
-    models = PRESETS | VARIANTS
+    models = PRESETS | VARIANTS | SIGLIP
     if name not in models:
         raise UserError(
             f"unknown model preset `{preset}`.{did_you_mean(name, list(models))} Known: {', '.join(models)}"

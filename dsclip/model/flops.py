@@ -10,8 +10,13 @@ def forward_flops(config: ClipConfig, text_tokens: int | None = None) -> tuple[f
     c = config
     visible = c.visible_patches
     image = _blocks(c.vision_layers, c.class_tokens + visible, c.vision_width, c.vision_mlp_width)
-    image += 2 * visible * c.vision_width * 3 * c.patch_size**2 + 2 * c.vision_width * c.embed_dim
-    tokens = text_tokens or c.context_length
+    image += 2 * visible * c.vision_width * 3 * c.patch_size**2
+    if c.vision_pool == "attention":  # keys and values, one query's attention, output, MLP; the query is one for all
+        image += visible * (4 * c.vision_width**2 + 4 * c.vision_width)
+        image += 2 * c.vision_width**2 + 4 * c.vision_width * c.vision_mlp_width
+    else:
+        image += 2 * c.vision_width * c.embed_dim
+    tokens = c.context_length if text_tokens is None or c.text_pool == "last" else text_tokens
     text = _blocks(c.text_layers, tokens, c.text_width, c.text_mlp_width) + 2 * c.text_width * c.embed_dim
     return image, text
 

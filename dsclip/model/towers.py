@@ -5,12 +5,13 @@ Shapes: B samples of a chunk, P patches, K visible patches, T tokens, W width, D
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsclip.model.attention_pool import AttentionPool
 from dsclip.model.blocks import Linear
 from dsclip.model.config import ClipConfig
 from dsclip.model.layer_major import Layer, over_chunks
@@ -18,6 +19,9 @@ from dsclip.model.layer_major import Layer, over_chunks
 
 class VisionEmbed(Layer):
     """Images [B, 3, S, S] -> tokens [B, 1 + K, W], class token first; [B, K, W] without one.
+
+    With vision_pool attention there is a bias on patches and no norm, as in SigLIP; what the patches leave of an image at its
+    right and lower edges isn't seen.
 
     uint8 images are normalised here, on the device; float images are taken as normalised.
     """
@@ -28,12 +32,13 @@ class VisionEmbed(Layer):
         self.patch_size = patch
         self.mean, self.std = config.image_mean, config.image_std
         # A convolution whose stride is its kernel is a matrix product of patches; the weight keeps the Conv2d shape.
-        self.patch_embedding = PatchEmbedding(width, patch)
+        attended = config.vision_pool == "attention"
+        self.patch_embedding = PatchEmbedding(width, patch, bias=attended)
         self.class_embedding: nn.Parameter | None = None
         if config.class_tokens:
             self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.position_embedding = nn.Parameter(width**-0.5 * torch.randn(config.image_tokens, width))
-        self.ln_pre = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.ln_pre = nn.Identity() if attended else nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     @over_chunks
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -61,27 +66,29 @@ class VisionEmbed(Layer):
     def _cut(self, images: Tensor) -> Tensor:
         size, p = images.shape[-1], self.patch_size
         grid = size // p
-        cut = images.view(-1, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
+        images = images[..., : grid * p, : grid * p]
+        cut = images.reshape(-1, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
         return cut.reshape(len(images), grid * grid, 3 * p * p)
 
 
 class PatchEmbedding(nn.Module):
     """The weight of a patch convolution [W, 3, p, p], applied to patches that are already cut out, [B, P, 3·p·p]."""
 
-    def __init__(self, width: int, patch: int):
+    def __init__(self, width: int, patch: int, *, bias: bool):
         super().__init__()
         # Conv2d's own default, U(±1/sqrt(fan-in)).
         bound = (3 * patch * patch) ** -0.5
         self.weight = nn.Parameter(torch.empty(width, 3, patch, patch).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, patches: Tensor) -> Tensor:
-        return F.linear(patches, self.weight.flatten(1))
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class VisionHead(Layer):
-    """Tokens [B, T, W] -> unit embeddings [B, D] in float32, from the class token or from the average of all tokens.
+    """Tokens [B, T, W] -> unit embeddings [B, D] in float32, from the class token, or all tokens' average, or attention to them.
 
-    The average is that of normalised tokens (Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k"), added up in
+    Attention's output is the embedding, without a projection. The average is that of normalised tokens (Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k"), added up in
     float32 or wider. With `token_wise`, every token is embedded: [B, T, D].
     """
 
@@ -92,15 +99,27 @@ class VisionHead(Layer):
         width = config.vision_width
         self.average = config.vision_pool == "average"
         self.ln_post = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.projection = Linear(width, config.embed_dim, std=width**-0.5, bias=False)
+        self.pool = AttentionPool(config) if config.vision_pool == "attention" else None
+        projection = (
+            nn.Identity
+            if self.pool is not None
+            else partial(Linear, width, config.embed_dim, std=width**-0.5, bias=False)
+        )
+        self.projection: nn.Module = projection()
 
     @over_chunks
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.average and not self.token_wise:
-            normalised = self.ln_post(tokens)
-            wide = torch.promote_types(tokens.dtype, torch.float32)
-            return unit_rows(self.projection(normalised.mean(dim=1, dtype=wide).to(tokens.dtype)))
-        return unit_rows(self.projection(self.ln_post(tokens if self.token_wise else tokens[:, 0])))
+        if self.token_wise or self.average or self.pool is not None:
+            return unit_rows(self.projection(self._pooled(self.ln_post(tokens))))
+        return unit_rows(self.projection(self.ln_post(tokens[:, 0])))
+
+    def _pooled(self, normalised: Tensor) -> Tensor:
+        if self.token_wise:
+            return normalised
+        if self.pool is not None:
+            return self.pool(normalised)
+        wide = torch.promote_types(normalised.dtype, torch.float32)
+        return normalised.mean(dim=1, dtype=wide).to(normalised.dtype)
 
 
 class TextEmbed(Layer):
@@ -120,8 +139,9 @@ class TextEmbed(Layer):
 
 
 class TextHead(Layer):
-    """Tokens [B, T, W] and end positions [B] -> unit embeddings [B, D] in float32, from the end token.
+    """Tokens [B, T, W] and end positions [B] -> unit embeddings [B, D] in float32, from the token that is pooled.
 
+    With text_pool last the projection has a bias, as in SigLIP.
     With `token_wise`, every token is embedded and those behind the context's end are zero: [B, context, D].
     """
 
@@ -132,7 +152,8 @@ class TextHead(Layer):
         width = config.text_width
         self.context_length = config.context_length
         self.ln_final = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.projection = Linear(width, config.embed_dim, std=width**-0.5, bias=False)
+        biased = config.text_pool == "last"
+        self.projection = Linear(width, config.embed_dim, std=width**-0.5, zero_bias=True, bias=biased)
 
     @over_chunks
     def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:

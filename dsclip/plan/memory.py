@@ -65,7 +65,7 @@ def towers(config: ClipConfig, text_tokens: int | None) -> tuple[Tower, Tower]:
     """The image and the text tower. text_tokens: of the longest caption of a chunk; None: the context length."""
     c = config
     visible = c.visible_patches
-    text = min(text_tokens or c.context_length, c.context_length)
+    text = c.context_length if c.text_pool == "last" else min(text_tokens or c.context_length, c.context_length)
     return (
         Tower(c.vision_layers, c.class_tokens + visible, c.vision_width, c.vision_heads, c.vision_mlp_width, visible * 3 * c.patch_size**2, c.attention),
         Tower(c.text_layers, text, c.text_width, c.text_heads, c.text_mlp_width, 0, c.attention),

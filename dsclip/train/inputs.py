@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsclip.config import Recipe, load_ds_config, load_recipe
-from dsclip.convert.hf import check_expressible
+from dsclip.convert.hf import hf_class
 from dsclip.convert.init import starting_config, starting_tokenizer
 from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.decoding.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     check_fp8_shapes(model)
     if recipe.train.export_hf:  # now, not after the training
         try:
-            check_expressible(model)
+            hf_class(model)
         except UserError as error:
             raise UserError(f"{error}. Set train.export_hf=false to train it all the same") from error
     init = None if resume else recipe.model.init

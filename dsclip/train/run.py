@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dsclip.checkpoint import CheckpointStore, load_verified, read_checkpoint
 from dsclip.command_line import say
 from dsclip.convert import export_hf
+from dsclip.convert.hf import hf_class
 from dsclip.convert.init import load_init_once
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import RunFailed, RunStopped
@@ -89,14 +90,16 @@ def build_engine(inputs: RunInputs) -> ContrastiveEngine:
     """The engine, with the weights of `model.init`, which rank 0 reads. Collective."""
     from dsclip.engine.contrastive import ContrastiveEngine
 
-    weights = scale = None
+    weights = scale = bias = None
     if inputs.init:
         group = Collectives.current()
         initial = load_init_once(inputs.init, inputs.model, group, inputs.recipe.model.stretch)
-        weights, scale = initial.weights, initial.scale
+        weights, scale, bias = initial.weights, initial.scale, initial.bias
         for note in initial.notes if group.rank == 0 else ():
             say(note)
-    return ContrastiveEngine(inputs.recipe, inputs.ds_config, inputs.model, state_dict=weights, init_scale=scale)
+    return ContrastiveEngine(
+        inputs.recipe, inputs.ds_config, inputs.model, state_dict=weights, init_scale=scale, init_bias=bias
+    )
 
 
 def finish(inputs: RunInputs, engine: ContrastiveEngine, watch: Watch, outcome: Outcome, planned_mb: float) -> None:
@@ -106,9 +109,8 @@ def finish(inputs: RunInputs, engine: ContrastiveEngine, watch: Watch, outcome: 
     if group.rank == 0:
         if inputs.recipe.train.export_hf:
             checkpoint = read_checkpoint(outcome.checkpoint)
-            without = (
-                "" if checkpoint.logit_bias is None else ", without the loss's bias, which CLIPModel has no place for"
-            )
+            left_out = checkpoint.logit_bias is not None and hf_class(checkpoint.config) == "CLIPModel"
+            without = ", without the loss's bias, which CLIPModel has no place for" * left_out
             watch.message(f"converting {outcome.checkpoint} to a HuggingFace folder{without}")
             export_hf(
                 checkpoint,

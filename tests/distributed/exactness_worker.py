@@ -25,7 +25,10 @@ CONFIG = resolve_preset(
     "demo", image_size=32, vision_layers=2, vision_width=64, vision_mlp_width=128, text_width=32, text_heads=2,
     text_mlp_width=64, embed_dim=24, vocab_size=50, eot_token_id=49, context_length=CONTEXT,
 )  # fmt: skip
-AVERAGE = replace(CONFIG, vision_pool="average")
+OTHER_TOWERS = {
+    "average": replace(CONFIG, vision_pool="average"),
+    "siglip": replace(CONFIG, vision_pool="attention", text_pool="last", activation="gelu_tanh", embed_dim=64),
+}
 OPTIM = OptimSection(lr=1e-3, warmup_steps=0, schedule="constant", weight_decay=0.1, eps=1e-6)
 
 
@@ -95,7 +98,7 @@ def build(stage, micro_batches, chunks, patch_dropout, bf16, group, loss=None, s
         loss=loss or LossSection(),
         train=TrainSection(seed=SEED, steps=10, compile="on" if special == "compiled" else "off"),
     )
-    config = replace(AVERAGE if special == "average" else CONFIG, patch_dropout=patch_dropout)
+    config = replace(OTHER_TOWERS.get(special, CONFIG), patch_dropout=patch_dropout)
     return ContrastiveEngine(recipe, ds_config(stage, bf16, group.world_size), config)
 
 
@@ -106,7 +109,7 @@ def gradient_case(case: dict, group: Collectives) -> dict:
     weights, log_scale = whole_weights(engine), engine.scalars.log_scale.item()
     ours = engine.accumulate(local_part(batch, group))
     grads = whole_gradients(engine)
-    config = AVERAGE if case.get("special") == "average" else CONFIG
+    config = OTHER_TOWERS.get(case.get("special"), CONFIG)
     reference, d_scale, loss = reference_gradient(weights, log_scale, batch, 0, case["patch_dropout"], config=config)
     result = {
         "gradient": relative(grads, reference),
@@ -196,7 +199,7 @@ def cases(group: Collectives) -> list[dict]:
     ):
         case = dict(stage=stage, micro_batches=micro_batches, chunks=chunks, patch_dropout=dropout, bf16=bf16)
         results.append({"kind": "gradient", "ranks": group.world_size, **case, **gradient_case(case, group)})
-    for stage, special in ((2, "coalesced"), (3, "coalesced"), (3, "average"), (3, "compiled")):
+    for stage, special in ((2, "coalesced"), (3, "coalesced"), (3, "average"), (3, "siglip"), (3, "compiled")):
         if special == "compiled" and group.world_size > 1:
             continue  # compiling takes a while, and no rank compiles anything else than a single one does
         case = dict(stage=stage, micro_batches=3, chunks=2, patch_dropout=0.5, bf16=False, special=special)
