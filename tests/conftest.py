@@ -1,8 +1,9 @@
-"""Shared by all tests: one thread, and one copy of the demo data set for the whole run."""
+"""Shared by all tests: one thread, and one copy of the demo data set for the whole run, whoever asks first."""
 
 import os
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,7 +13,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 @pytest.fixture(scope="session", autouse=True)
 def demo_cache(tmp_path_factory):
     """A cache of its own, so that tests neither need nor touch the user's."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose base is a folder in that of the whole run
+        folder = tmp_path_factory.getbasetemp().parent / "cache"
+    folder.mkdir(exist_ok=True)
     os.environ["DSCLIP_CACHE"] = str(folder)
     return folder
 
@@ -22,7 +26,8 @@ def demo(demo_cache):
     """The embedded data set's folder."""
     from dsclip.datasets.demo import demo_folder
 
-    return demo_folder()
+    with FileLock(demo_cache / "demo.lock"):
+        return demo_folder()
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def plan(preset, batch, world_size=1, machine=GPU, **options):
 
 @pytest.mark.parametrize(
     ("preset", "batch", "chunk_size", "stage"),
-    [("demo", 64, None, 1), ("ViT-S-32", 32, None, 1), ("ViT-S-32", 32, 8, 1), ("ViT-S-32", 8, None, 3)],
+    [("demo", 64, None, 1), ("demo", 512, 64, 1), ("ViT-S-32", 16, None, 1), ("ViT-S-32", 8, None, 3)],
 )
 def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(preset, batch, chunk_size, stage):
     settings = dict(

@@ -1,8 +1,12 @@
-"""DeepSpeed, imported with four corrections: what it prints, how its checkpoints name an enum, what it releases and gathers."""
+"""DeepSpeed, imported with five corrections.
+
+What it prints, how its checkpoints name an enum, what it releases and gathers, and when it compiles.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import logging
@@ -18,7 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402  (after the choice of accelerator)
-from deepspeed.runtime import bf16_optimizer  # noqa: E402
+from deepspeed.runtime import bf16_optimizer, compiler  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
@@ -71,7 +75,25 @@ def _forget_releases_with_the_trace() -> None:
     PartitionedParameterCoordinator._clear_trace_structures = clear_trace_and_releases
 
 
+def _import_muon_uncompiled() -> None:
+    """ZeRO imports Muon, whoever optimizes, and Muon's functions TorchInductor: 2 s of processor time of every rank's start.
+
+    They are compiled when they are first called, as before.
+    """
+
+    def compile_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = functools.cache(lambda: compile_now()(function))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    compile_now, compiler.compile = compiler.compile, lambda: compile_when_called
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_now
+
+
 _forget_releases_with_the_trace()
+_import_muon_uncompiled()
 Init._allgather_params_coalesced = gather_flat(Init._allgather_params_coalesced, deepspeed.comm.all_gather_into_tensor)
 
 __all__ = ["deepspeed"]

@@ -22,7 +22,7 @@ from tests.distributed.launch import write_cases
 
 GLOBAL_BATCH, CONTEXT, SEED = 12, 16, 3
 CONFIG = resolve_preset(
-    "demo", image_size=32, vision_layers=2, vision_width=64, vision_mlp_width=128, text_width=32, text_heads=2,
+    "demo", image_size=32, vision_layers=2, vision_width=64, vision_mlp_width=128, text_layers=1, text_width=32, text_heads=2,
     text_mlp_width=64, embed_dim=24, vocab_size=50, eot_token_id=49, context_length=CONTEXT,
 )  # fmt: skip
 OTHER_TOWERS = {

@@ -17,7 +17,7 @@ from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.plan.estimate import passes
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, global_batch, local_part
 
-WIDE = replace(CONFIG, vision_width=128, vision_mlp_width=512, vision_layers=3)
+WIDE = replace(CONFIG, vision_width=128, vision_mlp_width=512)
 
 
 EVALUATED = (("image", "", ""), ("", "image", ""), ("", "", "text image"))

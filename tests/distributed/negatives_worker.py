@@ -28,6 +28,8 @@ from tests.distributed.exactness_worker import (
 )  # fmt: skip
 from tests.distributed.launch import write_cases
 
+SHALLOW = replace(CONFIG, vision_layers=1)  # a loss sees features alone, however many layers made them
+
 OPTIONS = {
     "plain": {},
     "smoothing": {"label_smoothing": 0.1},
@@ -82,7 +84,7 @@ def whole_batch() -> Batch:
 
 
 def reference(weights: dict, name: str, options: dict, batch: Batch, queue) -> dict:
-    model = Clip(CONFIG).double()
+    model = Clip(SHALLOW).double()
     model.load_state_dict(weights)
     log_scale = torch.nn.Parameter(
         torch.tensor(-torch.log(torch.tensor(LossSection().init_temperature)).item()).double()
@@ -127,7 +129,7 @@ def case(name: str, options: dict, micro_batches: int, group: Collectives) -> di
         batch=BatchSection(GLOBAL_BATCH, -(-local // micro_batches), None if micro_batches == 1 else 2),
         optim=OPTIM, loss=LossSection(name=name, **options), train=TrainSection(seed=SEED, steps=10),
     )  # fmt: skip
-    engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), CONFIG)
+    engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), SHALLOW)
     batch, queue = whole_batch(), None
     if engine.queue is not None:
         generator = torch.Generator().manual_seed(11)
@@ -161,7 +163,7 @@ def second_losses_by_chunk(group: Collectives) -> list[float]:
             batch=BatchSection(GLOBAL_BATCH, None, chunk), optim=OPTIM, train=TrainSection(seed=SEED, steps=10),
             loss=LossSection(name="filip", queue_size=GLOBAL_BATCH, queue_warmup_steps=0),
         )  # fmt: skip
-        engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), CONFIG)
+        engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), SHALLOW)
         batch = whole_batch()
         batch = replace(batch, tokens=batch.tokens.clamp(max=48))
         batch.tokens[torch.arange(GLOBAL_BATCH), torch.tensor([2, 3, 12, 13, 4, 5, 10, 11, 6, 2, 3, 9])] = (
@@ -177,7 +179,7 @@ def second_backward(group: Collectives) -> str:
     """What the engine says when somebody differentiates twice after one forward."""
     local = GLOBAL_BATCH // group.world_size
     recipe = Recipe(batch=BatchSection(GLOBAL_BATCH), optim=OPTIM, train=TrainSection(steps=10))
-    engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), CONFIG)
+    engine = ContrastiveEngine(recipe, ds_config(3, False, group.world_size), SHALLOW)
     batch = local_part(whole_batch(), group)
     image, text = engine.deepspeed(batch.images, batch.tokens)
     first, second = (image * text)[: local // 2].sum(), (image * text)[local // 2 :].sum()
