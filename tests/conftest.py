@@ -1,9 +1,9 @@
 """Shared by all tests: one thread, and one copy of the demo data set for the whole run, whoever asks first."""
 
+import fcntl
 import os
 
 import pytest
-from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,7 +26,8 @@ def demo(demo_cache):
     """The embedded data set's folder."""
     from dsclip.datasets.demo import demo_folder
 
-    with FileLock(demo_cache / "demo.lock"):
+    with (demo_cache / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         return demo_folder()
 
 

@@ -87,7 +87,7 @@ class Fused(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", ["flash", "math"])
 def test_the_towers_use_the_backend_that_the_model_says_and_keep_their_numbers(backend, compiled):
     torch._dynamo.reset()
     images, tokens = torch.randn(4, 3, 64, 64).double(), torch.randint(0, 58, (4, 24))
@@ -96,7 +96,7 @@ def test_the_towers_use_the_backend_that_the_model_says_and_keep_their_numbers(b
     for name in ("auto", backend):
         torch.manual_seed(0)
         model = create_model("demo", **SMALL, attention=name).double()
-        if compiled:
+        if compiled and name == backend:  # the other is the eager model that it must equal
             compile_blocks(model, "aot_eager_decomp_partition")
         with Fused() as fused:
             image, text = model(images, tokens, chunk_size=2, checkpointing="full")

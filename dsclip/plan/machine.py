@@ -22,7 +22,7 @@ GPUS = {
 CPU_TFLOPS_A_THREAD = 0.35  # measured with AMX; cores without it reach a tenth, but the order of plans is the same
 # A CPU process after its first step, beside tensors (threads, packed weights, compiled ops, more of the libraries'
 # pages): measured with torch's CPU and CUDA builds, in GB and as a share of what the imports took.
-LIBRARIES_GB, LIBRARIES_SHARE = 0.13, 0.25
+LIBRARIES_GB, LIBRARIES_SHARE = 0.07, 0.25
 CUDA_WORKSPACE_GB = 0.2
 
 
