@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from dsclip.command_line import parser, report_error, say
-from dsclip.data import build_eval_dataset
+from dsclip.data import EvalDataset, build_eval_dataset
 from dsclip.data.shards.overlap import trained_on
 from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
-from dsclip.evaluate import TASKS, Options, measure_task, prepare_task, with_intervals
+from dsclip.evaluate import TASKS, measure_task, with_intervals
+from dsclip.evaluate.arguments import add_task_options, task_options
 from dsclip.evaluate.opened import DTYPES, OpenedModel, Wanted, open_model
 from dsclip.evaluate.protocol import whole_protocol
 from dsclip.evaluate.record import values_of, write_result
@@ -73,16 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--images", help="folder or zip with the images of a compositional set (default: near its JSON)")
     p.add_argument("--tokenizer", help="folder or hub name (default: the model's own)")
-    p.add_argument("--classnames", help="file with one class name a line (default: those of the shards)")
-    p.add_argument(
-        "--templates", help="openai, cifar, simple, or a file of sentences with {} (default: those of the shards)"
-    )
+    add_task_options(p)
     p.add_argument(
         "--caption-key",
         default="caption",
         help="key of the captions in .json members, or a table's column (default: caption)",
     )
     p.add_argument("--negative-key", default="negatives", help="key of hard negatives in .json (default: negatives)")
+    p.add_argument("--group-key", help="key in .json of a sample's group, such as a region: zeroshot's worst group")
     p.add_argument("--batch-size", type=int, default=64, help="samples a forward and rank (default: 64)")
     p.add_argument("--max-samples", type=int, help="evaluate on the first samples only")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
@@ -132,19 +131,25 @@ def _wanted(a: argparse.Namespace) -> Wanted:
 
 def _measure(arguments: argparse.Namespace, model: OpenedModel) -> dict[str, Any]:
     storage = storage_of(arguments)
-    dataset = build_eval_dataset(
-        arguments.data,
-        image_size=model.image_size,
-        max_samples=arguments.max_samples,
-        caption_key=arguments.caption_key,
-        negative_key=arguments.negative_key,
-        images=arguments.images,
-        split=arguments.split,
-        storage=storage,
-        prepare=model.prepare,
-    )
-    options = Options(arguments.classnames, arguments.templates)
-    task = prepare_task(arguments.task, dataset, options)
+
+    def open_set(data: str, split: str | None) -> EvalDataset:
+        return build_eval_dataset(
+            data,
+            image_size=model.image_size,
+            max_samples=arguments.max_samples,
+            caption_key=arguments.caption_key,
+            negative_key=arguments.negative_key,
+            group_key=arguments.group_key,
+            images=arguments.images,
+            split=split,
+            storage=storage,
+            prepare=model.prepare,
+        )
+
+    kind = TASKS[arguments.task]
+    options = task_options(arguments, kind, open_set, model.logit_scale)
+    dataset = open_set(arguments.data, arguments.split)
+    task = kind.prepare(dataset, options)
     measured = measure_task(task, model.embedder)
     result = {
         "task": arguments.task, "metrics": with_intervals(measured), "model": arguments.model, "data": arguments.data,

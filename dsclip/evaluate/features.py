@@ -62,7 +62,9 @@ class Embedder:
     embedded: Callable[[str, int], None] | None = None
 
     def texts(self, texts: list[str]) -> Tensor:
-        """Features [len(texts), d] of captions, on the CPU of every rank, in order."""
+        """Features [len(texts), d] of captions, on the CPU of every rank, in order; [0, 0] of none."""
+        if not texts:
+            return torch.empty(0, 0)
 
         def compute() -> Tensor:
             features = self._gathered("texts", self._text_rows(texts), len(texts))

@@ -45,7 +45,7 @@ class Wanted:
 class OpenedModel:
     """prepare: what becomes of a decoded picture, None: dsclip's preprocessing for image_size. protocol: see `run_protocol`.
 
-    train_shards: what it was trained on, where that is known.
+    train_shards: what it was trained on, where that is known. logit_scale: as a factor, None where the model doesn't say.
     """
 
     name: str
@@ -54,6 +54,7 @@ class OpenedModel:
     prepare: Callable[[Image.Image], Tensor] | None
     protocol: Callable[[], dict[str, Any]]
     train_shards: str | list[str] | None
+    logit_scale: float | None = None
 
 
 def open_model(wanted: Wanted, device: torch.device, group: Collectives, temporary: Path) -> OpenedModel:
@@ -91,7 +92,7 @@ def _loaded(
     def protocol() -> dict[str, Any]:
         return run_protocol(model, str(source.path), config, tokenizer, name, dtype, device, source.stored)
 
-    return OpenedModel(wanted.model, embedder, config.image_size, None, protocol, source.train_shards)
+    return OpenedModel(wanted.model, embedder, config.image_size, None, protocol, source.train_shards, source.scale)
 
 
 def _encoders(

@@ -70,10 +70,12 @@ class Measured:
         return replace(self, outcomes=outcomes)
 
 
-def by_group(name: str, outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, Outcomes]:
+def by_group(
+    name: str, outcomes: Outcomes, groups: Sequence[str | None], *, worst: bool = False
+) -> dict[str, Outcomes]:
     """A metric's mean over the parts of a set, and, if they are few, each part's: groups [n] names them, None is of none.
 
-    {} where there are fewer than two parts.
+    worst: also that of the worst part. {} where there are fewer than two parts.
     """
     names = sorted({group for group in groups if group is not None})
     if len(names) < 2:
@@ -86,6 +88,8 @@ def by_group(name: str, outcomes: Outcomes, groups: Sequence[str | None]) -> dic
             outcomes, values=outcomes.values[within], units=outcomes.units[within], reduction="mean_of_groups", groups=of_value[within]
         )
     }  # fmt: skip
+    if worst:
+        found[f"{name}_worst_group"] = replace(found[f"{name}_mean_of_groups"], reduction="worst_group")
     for group, i in number.items() if len(names) <= MOST_GROUPS else ():
         of_group = of_value == i
         found[f"{name}_{group}"] = replace(outcomes, values=outcomes.values[of_group], units=outcomes.units[of_group])

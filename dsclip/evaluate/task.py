@@ -17,10 +17,21 @@ Words = str | list[str] | None  # a file of lines, the lines, or those of the sh
 
 @dataclass(frozen=True)
 class Options:
-    """What a user says of a task; each reads what `TaskKind.reads` names."""
+    """What a user says of a task; each reads what `TaskKind.reads` names.
+
+    train, validation: sets of probes. shots: training samples a class, () for all; seeds: how many draws of them. solver: a name in
+    `logistic.FITS`. neighbours: of kNN. logit_scale: the model's, as a factor, for its confidence; None: none is measured.
+    """
 
     classnames: Words = None
     templates: Words = None
+    train: EvalDataset | None = None
+    validation: EvalDataset | None = None
+    shots: tuple[int, ...] = ()
+    seeds: int = 3
+    solver: str = "lbfgs"
+    neighbours: int = 20
+    logit_scale: float | None = None
 
 
 DEFAULTS = Options()

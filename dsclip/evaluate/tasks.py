@@ -6,13 +6,15 @@ from dsclip.data import EvalDataset
 from dsclip.evaluate.features import Embedder
 from dsclip.evaluate.hard_negatives import HARD_NEGATIVES
 from dsclip.evaluate.hard_positives import HARD_POSITIVES
+from dsclip.evaluate.knn import KNN
+from dsclip.evaluate.probe import LINEAR_PROBE
 from dsclip.evaluate.result import Measured
 from dsclip.evaluate.retrieval import RETRIEVAL
 from dsclip.evaluate.task import DEFAULTS, Embedded, Options, Task
 from dsclip.evaluate.winoground import WINOGROUND
 from dsclip.evaluate.zeroshot import ZEROSHOT
 
-KINDS = (ZEROSHOT, RETRIEVAL, HARD_NEGATIVES, HARD_POSITIVES, WINOGROUND)
+KINDS = (ZEROSHOT, RETRIEVAL, HARD_NEGATIVES, HARD_POSITIVES, WINOGROUND, LINEAR_PROBE, KNN)
 TASKS = {kind.name: kind for kind in KINDS}
 IN_TRAINING = ("zeroshot", "retrieval", "hard_negatives")  # those with a key `eval.NAME_shards` in the recipe
 

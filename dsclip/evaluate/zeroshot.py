@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,11 @@ from torch import Tensor
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
 from dsclip.evaluate.features import check_finite
-from dsclip.evaluate.result import Measured, Outcomes
+from dsclip.evaluate.result import Measured, Outcomes, by_group
 from dsclip.evaluate.task import Embedded, Images, Options, TaskKind, Words, lines_sha256
 from dsclip.evaluate.templates import SIMPLE, load_classnames, load_templates
+
+BINS = 15  # of confidence
 
 
 class Zeroshot:
@@ -25,7 +28,7 @@ class Zeroshot:
 
     def __init__(self, dataset: EvalDataset, options: Options):
         self._names, self._templates = zeroshot_prompts(dataset, options.classnames, options.templates)
-        self._labels = dataset.labels
+        self._labels, self._groups, self._scale = dataset.labels, dataset.groups, options.logit_scale
         self.images = (Images(dataset, zeroshot_samples(dataset, len(self._names))),)
         self.texts = prompts(self._names, self._templates)
         self.protocol = {
@@ -34,10 +37,19 @@ class Zeroshot:
         }  # fmt: skip
 
     def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
-        """{"top1", "top5" (with five classes or more), "mean_per_class_recall", "samples", "classes"}."""
+        """{"top1", "top5" (with five classes or more), "mean_per_class_recall", "samples", "classes"}; where there is a logit scale
+        "calibration_error"; where samples are of groups top1 and top5 of each, their mean and the worst."""
         image, decoded = images[0]
         labels = torch.tensor([self._labels[i] for i in decoded])
-        return measure_classification(image @ classifier(text, len(self._names)).T, labels).of_samples(decoded)
+        logits = image @ classifier(text, len(self._names)).T
+        found = measure_classification(logits, labels)
+        outcomes = dict(found.outcomes)
+        if self._scale is not None:
+            outcomes["calibration_error"] = calibration_error(logits * self._scale, labels)
+        groups = [self._groups[i] for i in decoded]
+        for name in ("top1", "top5"):
+            outcomes |= by_group(name, found.outcomes[name], groups, worst=True) if name in found.outcomes else {}
+        return replace(found, outcomes=outcomes).of_samples(decoded)
 
 
 ZEROSHOT = TaskKind("zeroshot", Zeroshot, reads=("classnames", "templates"))
@@ -77,13 +89,26 @@ def classifier(text: Tensor, classes: int) -> Tensor:
 
 
 def measure_classification(logits: Tensor, labels: Tensor) -> Measured:
-    """The result of logits [n, classes] and labels [n]. Raises UserError for logits that are not finite."""
+    """The result of logits [n, classes] and labels [n]; among equal logits the class with the lower number comes first.
+
+    Raises UserError for logits that are not finite.
+    """
     check_finite("logits", logits)
     classes, rows = logits.shape[1], torch.arange(len(labels))
-    ranked = logits.topk(min(5, classes), dim=1).indices
-    hits = (ranked == labels[:, None]).float()
-    outcomes = {"top1": Outcomes(hits[:, 0], rows)}
+    own = logits.gather(1, labels[:, None])
+    first = torch.arange(classes) < labels[:, None]
+    rank = ((logits > own) | ((logits == own) & first)).sum(dim=1)
+    top1 = (rank == 0).float()
+    outcomes = {"top1": Outcomes(top1, rows)}
     if classes >= 5:
-        outcomes["top5"] = Outcomes(hits.amax(dim=1), rows)
-    outcomes["mean_per_class_recall"] = Outcomes(hits[:, 0], rows, "mean_of_groups", labels)
+        outcomes["top5"] = Outcomes((rank < 5).float(), rows)
+    outcomes["mean_per_class_recall"] = Outcomes(top1, rows, "mean_of_groups", labels)
     return Measured(outcomes, {"samples": len(labels), "classes": classes})
+
+
+def calibration_error(logits: Tensor, labels: Tensor) -> Outcomes:
+    """Expected calibration error of logits [n, classes]: how far confidence and share of hits lie apart, on average over 15 bins of
+    confidence of equal width, the upper end included. Source: Guo et al. 2017, equation 3."""
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    return Outcomes((predicted == labels).double() - confidence, torch.arange(len(labels)), "gap_of_groups", bins)

@@ -120,6 +120,12 @@ def read_group(raw: RawSample, group_key: str | None, caption: str) -> int:
     return int.from_bytes(blake2b(str(value).encode(), digest_size=8).digest(), "big", signed=True)
 
 
+def read_part(raw: RawSample, part_key: str | None) -> str | None:
+    """The part of its set that a sample is of: the word or number under `part_key`, None where there is none. Raises BadSample."""
+    value = None if part_key is None else _json_value(raw, part_key, None)
+    return str(value) if isinstance(value, str | int) else None
+
+
 @lru_cache(maxsize=1)
 def _parsed(content: bytes) -> Any:
     """A .json member, parsed once for its captions, hard negatives and group."""

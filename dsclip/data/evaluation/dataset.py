@@ -22,7 +22,15 @@ from zipfile import BadZipFile
 from PIL import Image
 from torch import Tensor
 
-from dsclip.data.decoding.sample import BadSample, RawSample, decode_image, read_captions, read_label, read_negatives
+from dsclip.data.decoding.sample import (
+    BadSample,
+    RawSample,
+    decode_image,
+    read_captions,
+    read_label,
+    read_negatives,
+    read_part,
+)
 from dsclip.data.decoding.transforms import eval_image
 from dsclip.data.evaluation.texts import TextSample, read_texts
 from dsclip.data.layouts.files import FileSet
@@ -136,10 +144,16 @@ class EvalDataset:
         return self._copies[location]
 
     def add(
-        self, sample: TextSample, location: str, captions: list[str], negatives: list[str], label: int | None
+        self,
+        sample: TextSample,
+        location: str,
+        captions: list[str],
+        negatives: list[str],
+        label: int | None,
+        group: str | None,
     ) -> None:
         """Appends a sample of a shard."""
-        self._append(_Image(location, sample.extension, sample.start, sample.size), captions, negatives, label)
+        self._append(_Image(location, sample.extension, sample.start, sample.size), captions, negatives, label, group)
 
     def add_files(self, layout: FileLayout, most: int | None) -> None:
         """Appends the image files of a layout, the first `most`."""
@@ -180,6 +194,7 @@ class _Reading:
 
     caption_key: str
     negative_key: str
+    group_key: str | None
     captions_by_line: bool
 
     def captions(self, raw: RawSample, label: int | None) -> list[str]:
@@ -202,6 +217,7 @@ def build_eval_dataset(
     max_samples: int | None = None,
     caption_key: str = "caption",
     negative_key: str = "negatives",
+    group_key: str | None = None,
     split: str | None = None,
     images: str | None = None,
     max_image_pixels: int = 64_000_000,
@@ -210,8 +226,8 @@ def build_eval_dataset(
 ) -> EvalDataset:
     """Opens an evaluation set (see `recognise`): texts and places of its first `max_samples`, in order; no image is read or decoded.
 
-    caption_key: of captions in .json members, or the column of a table. split: of a set that has several, by default the one that
-    is held out. images: folder or zip with the images of a compositional set. storage: how remote shards are read.
+    caption_key: of captions in .json members, or the column of a table. group_key: of the part of the set that a sample is of. split: of a
+    set that has several, by default the one that is held out. images: folder or zip with the images of a compositional set. storage: how remote shards are read.
     prepare: another preprocessing than CLIP's for image_size. Samples without an image or with texts that can't be read are left out
     and counted in `.bad`, as are those whose image can't be decoded, later. Raises UserError when nothing is found, it isn't recognised, or
     nothing in it is usable.
@@ -224,7 +240,9 @@ def build_eval_dataset(
         if isinstance(layout, FileLayout):
             dataset.add_files(layout, max_samples)
         else:
-            _add_shards(dataset, layout, max_samples, _Reading(caption_key, negative_key, layout.captions_by_line))
+            _add_shards(
+                dataset, layout, max_samples, _Reading(caption_key, negative_key, group_key, layout.captions_by_line)
+            )
     if not len(dataset):
         reasons = ", ".join(f"{n} {reason}" for reason, n in dataset.bad.items()) or "they are empty"
         raise UserError(f"no usable sample in {_names(dataset.shards) or spec} ({reasons})")
@@ -261,7 +279,11 @@ def _add_shard(dataset: EvalDataset, location: str, most: int | None, reading: _
             try:
                 label = read_label(sample.raw)
                 captions = reading.captions(sample.raw, label)
-                dataset.add(sample, location, captions, read_negatives(sample.raw, reading.negative_key), label)
+                negatives, group = (
+                    read_negatives(sample.raw, reading.negative_key),
+                    read_part(sample.raw, reading.group_key),
+                )
+                dataset.add(sample, location, captions, negatives, label, group)
             except BadSample as reason:
                 dataset.left_out[str(reason)] += 1
             if most and len(dataset) == most:

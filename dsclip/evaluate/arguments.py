@@ -1,0 +1,67 @@
+"""What the command line says of a task: `Options`, with the sets that probes train on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from dsclip.data import EvalDataset
+from dsclip.errors import UserError
+from dsclip.evaluate.logistic import FITS
+from dsclip.evaluate.task import Options, TaskKind
+
+OpenSet = Callable[[str, str | None], EvalDataset]  # data and its split, None for the one that is held out
+FLAGS = {
+    "classnames": "--classnames", "templates": "--templates", "train": "--train-data", "validation": "--validation-data", "shots": "--shots",
+    "seeds": "--seeds", "solver": "--solver", "neighbours": "--neighbours",
+}  # fmt: skip
+
+
+def add_task_options(p: argparse.ArgumentParser) -> None:
+    """Adds them; each is None where it isn't given."""
+    p.add_argument("--classnames", help="zeroshot: file with one class name a line (default: those of the data)")
+    p.add_argument(
+        "--templates",
+        help="zeroshot: openai, cifar, simple, or a file of sentences with {} (default: those of the data)",
+    )
+    p.add_argument(
+        "--train-data", dest="train", help="linear_probe, knn: training set (default: the data's split train)"
+    )
+    p.add_argument(
+        "--validation-data", dest="validation", help="linear_probe: for the regularisation (default: training samples)"
+    )
+    p.add_argument(
+        "--shots", type=int, nargs="+", metavar="K", help="linear_probe: training samples a class (default: all)"
+    )
+    p.add_argument("--seeds", type=int, help="linear_probe: draws of the shots (default: 3)")
+    p.add_argument("--solver", choices=list(FITS), help="linear_probe: adamw is CLIP_benchmark's (default: lbfgs)")
+    p.add_argument("--neighbours", type=int, help="knn: that vote (default: 20)")
+
+
+def task_options(
+    arguments: argparse.Namespace, kind: TaskKind, open_set: OpenSet, logit_scale: float | None
+) -> Options:
+    """The options of a task. Raises UserError for one that the task doesn't read, and for numbers below 1."""
+    given = {name: getattr(arguments, name) for name in FLAGS if getattr(arguments, name) is not None}
+    for name, value in given.items():
+        if name not in kind.reads:
+            raise UserError(f"{FLAGS[name]} says nothing to the task {kind.name}; leave it out")
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and number < 1 for number in numbers):
+            raise UserError(f"{FLAGS[name]} must be 1 or more")
+    if "train" in kind.reads:
+        given["train"] = open_set(given["train"], None) if "train" in given else _own_training(arguments.data, open_set)
+    if "validation" in given:
+        given["validation"] = open_set(given["validation"], None)
+    if "shots" in given:
+        given["shots"] = tuple(given["shots"])
+    elif "seeds" in given:
+        raise UserError("--seeds counts draws of few shots; give --shots too")
+    return Options(**given, logit_scale=logit_scale)
+
+
+def _own_training(data: str, open_set: OpenSet) -> EvalDataset:
+    try:
+        return open_set(data, "train")
+    except UserError as error:
+        raise UserError(f"no training samples in {data} ({error}); give --train-data") from error

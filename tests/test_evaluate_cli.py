@@ -1,0 +1,115 @@
+"""`evaluate.py` on real folders: every task from its command line to its JSON."""
+
+import json
+
+import pytest
+
+from dsclip.convert.hf import export_hf
+from dsclip.errors import UserError
+from dsclip.evaluate import TASKS
+from dsclip.evaluate.cli import _parser, evaluate
+from dsclip.evaluate.compare_cli import main as compare_command
+from tests.shard_files import jpeg, write_tar
+from tests.test_convert import checkpoint_of, perturbed, small
+
+
+@pytest.fixture(scope="module")
+def model(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    export_hf(checkpoint_of(perturbed(small("demo")), demo), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """A set for each task; returns {task: its options}."""
+    root = tmp_path_factory.mktemp("sets")
+    for split, count in (("train", 12), ("test", 6)):
+        for i in range(count):
+            folder = root / "pictures" / split / f"class {i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i}.jpg").write_bytes(jpeg(i + 100 * (split == "test")))
+    (root / "images").mkdir()
+    for i in range(2):
+        (root / "images" / f"{i}.jpg").write_bytes(jpeg(i))
+    samples = [
+        {"filename": f"{i}.jpg", "caption": "a ring", "caption2": "one ring", "negative_caption": "a star"}
+        for i in range(2)
+    ]
+    (root / "swap_obj.json").write_text(json.dumps(samples))
+    pair = {
+        "image_0": "0.jpg",
+        "image_1": "1.jpg",
+        "caption_0": "a ring above a star",
+        "caption_1": "a star above a ring",
+    }
+    (root / "examples.jsonl").write_text(json.dumps(pair))
+    shards = {f"{i}": {"jpg": jpeg(i), "cls": str(i % 2).encode(), "json": json.dumps({"caption": "x", "region": "north" if i < 4 else "south"}).encode()} for i in range(8)}  # fmt: skip
+    write_tar(root / "regions.tar", shards)
+    (root / "names.txt").write_text("ring\nstar\n")
+    regions = ["--data", str(root / "regions.tar")]
+    return {
+        "zeroshot": [
+            *regions,
+            "--classnames",
+            str(root / "names.txt"),
+            "--group-key",
+            "region",
+            "--templates",
+            "simple",
+        ],
+        "retrieval": regions,
+        "hard_negatives": ["--data", str(root / "swap_obj.json"), "--images", str(root / "images")],
+        "hard_positives": ["--data", str(root / "swap_obj.json")],
+        "winoground": ["--data", str(root / "examples.jsonl")],
+        "linear_probe": ["--data", str(root / "pictures"), "--shots", "1", "2", "--seeds", "2"],
+        "knn": ["--data", str(root / "pictures"), "--neighbours", "3"],
+    }
+
+
+METRICS = {
+    "zeroshot": {"top1", "top1_worst_group", "top1_north", "top1_south", "calibration_error", "mean_per_class_recall"},
+    "retrieval": {"image_to_text_recall@1", "text_to_image_recall@5"},
+    "hard_negatives": {"accuracy"},
+    "hard_positives": {"image_text", "text_only"},
+    "winoground": {"text", "image", "group"},
+    "linear_probe": {"top1_1shot", "top1_2shot"},
+    "knn": {"top1", "mean_per_class_recall"},
+}
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_every_task_has_metrics_intervals_and_a_protocol(task, model, sets, tmp_path, capsys):
+    options = ["--model", str(model), "--task", task, *sets[task], "--output", str(tmp_path / "a.json")]
+    found = evaluate(_parser().parse_args(options))
+    assert METRICS[task] <= found["metrics"].keys()
+    for name in METRICS[task]:
+        low, high = found["metrics"][f"{name}_ci95"]
+        assert 0 <= low <= high <= 1 and 0 <= found["metrics"][name] <= 1
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written == json.loads(json.dumps(found))
+    protocol = written["protocol"]
+    assert protocol.keys() == {"model", "image", "text", "precision", "versions", "task", "data"} and protocol["task"]
+    assert len(protocol["model"]["weights_sha256"]) == len(protocol["text"]["tokenizer_sha256"]) == 64
+    assert compare_command([str(tmp_path / "a.json")] * 2) == 0
+    assert "| +0.00 (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "task, options, message",
+    [
+        ("retrieval", ["--templates", "simple"], "--templates says nothing to the task retrieval"),
+        ("zeroshot", ["--shots", "1"], "--shots says nothing to the task zeroshot"),
+        ("linear_probe", ["--shots", "0"], "--shots must be 1 or more"),
+        ("linear_probe", ["--seeds", "2"], "give --shots too"),
+    ],
+)
+def test_options_of_another_task_are_refused(task, options, message, model, sets):
+    given = sets[task][:2]
+    with pytest.raises(UserError, match=message):
+        evaluate(_parser().parse_args(["--model", str(model), "--task", task, *given, *options]))
+
+
+def test_a_probe_without_training_samples_says_so(model, sets):
+    with pytest.raises(UserError, match="no training samples in .* give --train-data"):
+        evaluate(_parser().parse_args(["--model", str(model), "--task", "knn", *sets["retrieval"]]))
