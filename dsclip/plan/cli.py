@@ -23,6 +23,7 @@ from dsclip.plan.estimate import Estimate, parameter_counts
 from dsclip.plan.interconnect import LINKS, Interconnect
 from dsclip.plan.machine import USABLE, Machine, named_gpu, this_machine
 from dsclip.plan.measured import measured
+from dsclip.plan.reliability_cli import add_reliability, reliability
 from dsclip.plan.scaling import figure, point, scaling
 from dsclip.plan.scaling import table as scaling_table
 
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         "--interconnect", choices=tuple(LINKS), help="a rank's link between nodes; --bandwidth says otherwise"
     )
     net.add_argument("--figure", type=Path, metavar="SVG", help="draw MFU against the number of GPUs")
+    add_reliability(p)
     p.add_argument("--text-tokens", type=int, help="of the longest caption in a chunk (default: the context length)")
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="as of launchers/train.py")
     sys.exit(run_tool(plan, p.parse_args(argv)))
@@ -78,6 +80,8 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if a.efficiency is not None and a.efficiency > 1:
         raise UserError(f"--efficiency is {a.efficiency}; it is a share of the peak, at most 1")
     net = _interconnect(a)
+    if a.reliability:
+        return reliability(a)
     preset = [f"model.preset={a.preset}"] if a.config is None else []
     given = {key: flag for key, flag in FLAGS.items() if _value(a, flag) is not None}
     overrides = [f"{key}={_value(a, flag)}" for key, flag in given.items()]

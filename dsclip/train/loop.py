@@ -60,8 +60,9 @@ def train(
         if data_state is None:
             raise RuntimeError(f"step {engine.step}: the loader's batches don't say their position in the data")
         clock.restart()
-        folder = store.save(engine, data_state, asdict(recipe), watch.counted())
-        watch.message(f"step {engine.step}: saved {folder}")
+        counted, started = watch.counted(), time.monotonic()
+        folder = store.save(engine, data_state, asdict(recipe), counted)
+        watch.saved(engine.step, folder, time.monotonic() - started)
         return folder
 
     def save_on_the_way() -> Path | None:

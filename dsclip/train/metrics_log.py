@@ -34,7 +34,7 @@ GROUPS = {
     ),
     "features": ("alignment", "uniformity"),
     "negatives": ("masked_negatives", "hard_negatives", "queue_length"),
-    "speed": ("samples_per_second", "data_wait"),
+    "speed": ("samples_per_second", "data_wait", "save_seconds", "start_seconds"),
     "memory": ("memory_gb",),
     "data": ("samples_read", "bad_samples", "slow_decoded"),
 }

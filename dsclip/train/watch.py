@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
@@ -67,6 +70,7 @@ class Watch:
         self._memory_gb: float | None = None  # before evaluation and conversion add theirs
         self._seconds = 0.0
         self._steps = 0
+        self._start_seconds: float | None = None  # from the start of this process to the end of its first step
         self._unwritten: Callable[[], None] | None = None  # the logged step whose numbers may still be computed
         if shown:
             self._log.text("recipe", f"```yaml\n{dump_recipe(inputs.recipe)}\n```")
@@ -90,6 +94,8 @@ class Watch:
         window.decoding_s += report.seconds
         self._seconds += seconds
         self._steps += 1
+        if self._steps == 1:
+            self._start_seconds = time.time() - psutil.Process().create_time()
         if metrics.skipped and not self._skipped_in_a_row:
             self.message(f"step {metrics.step}: skipped, not finite: {metrics.skip_reason}")
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics.skipped else 0
@@ -149,6 +155,8 @@ class Watch:
         }
         if self._memory_gb is not None:
             scalars["memory_gb"] = self._memory_gb
+        if self._start_seconds is not None:  # once a launch
+            scalars["start_seconds"], self._start_seconds = round(self._start_seconds, 1), None
         if metrics.features is not None:
             self._log.histogram("similarity/positive", metrics.features.positive, step)
             self._log.histogram("similarity/negative", metrics.features.negative, step)
@@ -188,6 +196,12 @@ class Watch:
         self.flush()
         self._log.log(step, {}, evaluation_error=error)
         self.message(f"step {step}: the evaluation failed, and the run goes on: {error}")
+
+    def saved(self, step: int, folder: Path, seconds: float) -> None:
+        """A checkpoint is complete; seconds: that training stood still for it."""
+        self.flush()
+        self._log.log(step, {"save_seconds": round(seconds, 3)})
+        self.message(f"step {step}: saved {folder}")
 
     def picture(self, tag: str, image: NDArray[np.uint8], step: int) -> None:
         """A uint8 picture [H, W, 3] for TensorBoard's image tab."""
