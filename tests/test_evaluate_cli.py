@@ -46,6 +46,10 @@ def sets(tmp_path_factory):
     (root / "examples.jsonl").write_text(json.dumps(pair))
     shards = {f"{i}": {"jpg": jpeg(i), "cls": str(i % 2).encode(), "json": json.dumps({"caption": "x", "region": "north" if i < 4 else "south"}).encode()} for i in range(8)}  # fmt: skip
     write_tar(root / "regions.tar", shards)
+    write_tar(
+        root / "several.tar",
+        {f"{i}": {"jpg": jpeg(i), "json": json.dumps({"labels": [i % 2]}).encode()} for i in range(4)},
+    )
     (root / "names.txt").write_text("ring\nstar\n")
     regions = ["--data", str(root / "regions.tar")]
     return {
@@ -59,6 +63,7 @@ def sets(tmp_path_factory):
             "simple",
         ],
         "retrieval": regions,
+        "multilabel": ["--data", str(root / "several.tar"), "--classnames", str(root / "names.txt")],
         "hard_negatives": ["--data", str(root / "swap_obj.json"), "--images", str(root / "images")],
         "hard_positives": ["--data", str(root / "swap_obj.json")],
         "winoground": ["--data", str(root / "examples.jsonl")],
@@ -70,6 +75,7 @@ def sets(tmp_path_factory):
 METRICS = {
     "zeroshot": {"top1", "top1_worst_group", "top1_north", "top1_south", "calibration_error", "mean_per_class_recall"},
     "retrieval": {"image_to_text_recall@1", "text_to_image_recall@5"},
+    "multilabel": {"mean_average_precision"},
     "hard_negatives": {"accuracy"},
     "hard_positives": {"image_text", "text_only"},
     "winoground": {"text", "image", "group"},

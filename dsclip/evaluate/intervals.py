@@ -112,6 +112,8 @@ def _alike(results: Sequence[Outcomes], columns: Sequence[Tensor], units: int) -
         value = _mixed(found.values.double().numpy().view(np.uint64))
         if found.groups is not None:
             value = _mixed(value + found.groups.numpy().astype(np.uint64))
+        if found.reduction == "mean_average_precision":  # whose values count by their places: no two samples are alike
+            value = _mixed(value + np.arange(len(value)).astype(np.uint64))
         of_unit = np.zeros(units, np.uint64)
         np.add.at(of_unit, column.numpy(), value)  # modulo 2^64
         alike = _mixed(alike) + of_unit

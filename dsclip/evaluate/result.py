@@ -11,7 +11,8 @@ from torch import Tensor
 
 # How values become a metric: their mean; the mean, or the smallest, of the means of groups; the sum over groups of how far
 # the values of each are off together, a share of all (of correct - confidence, grouped by confidence: calibration error).
-Reduction = Literal["mean", "mean_of_groups", "worst_group", "gap_of_groups"]
+# mean_average_precision: values are relevances, 1 or 0, each group's in the order of its ranking.
+Reduction = Literal["mean", "mean_of_groups", "worst_group", "gap_of_groups", "mean_average_precision"]
 
 MOST_GROUPS = 20  # that are reported one by one
 
@@ -41,6 +42,8 @@ class Outcomes:
         count, values = weights[columns], self.values.to(weights.dtype)[:, None]
         if self.groups is None:
             return (count * values).sum(dim=0) / count.sum(dim=0)
+        if self.reduction == "mean_average_precision":
+            return self._average_precision(weights, columns, self.groups)
         groups = int(self.groups.max()) + 1
         sums = weights.new_zeros(groups, weights.shape[1]).index_add_(0, self.groups, count * values)
         counts = weights.new_zeros(groups, weights.shape[1]).index_add_(0, self.groups, count)
@@ -49,6 +52,17 @@ class Outcomes:
         if self.reduction == "worst_group":
             return (sums / counts).nan_to_num(nan=torch.inf).amin(dim=0)
         return (sums / counts).nansum(dim=0) / (counts > 0).sum(dim=0)
+
+    def _average_precision(self, weights: Tensor, columns: Tensor, groups: Tensor) -> Tensor:
+        """The precision at each relevant value, averaged over a group's, then over groups; a sample that is drawn twice stands at one place."""
+        of_groups = []
+        for group in range(int(groups.max()) + 1):
+            inside = groups == group
+            drawn = weights[columns[inside]]
+            relevant = drawn * self.values[inside].to(weights.dtype)[:, None]
+            precision = relevant.cumsum(dim=0) / drawn.cumsum(dim=0).clamp(min=1)
+            of_groups.append((relevant * precision).sum(dim=0) / relevant.sum(dim=0))
+        return torch.stack(of_groups).nanmean(dim=0)
 
 
 @dataclass(frozen=True)

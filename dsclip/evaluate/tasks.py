@@ -7,6 +7,7 @@ from dsclip.evaluate.features import Embedder
 from dsclip.evaluate.hard_negatives import HARD_NEGATIVES
 from dsclip.evaluate.hard_positives import HARD_POSITIVES
 from dsclip.evaluate.knn import KNN
+from dsclip.evaluate.multilabel import MULTI_LABEL
 from dsclip.evaluate.probe import LINEAR_PROBE
 from dsclip.evaluate.result import Measured
 from dsclip.evaluate.retrieval import RETRIEVAL
@@ -14,7 +15,7 @@ from dsclip.evaluate.task import DEFAULTS, Embedded, Options, Task
 from dsclip.evaluate.winoground import WINOGROUND
 from dsclip.evaluate.zeroshot import ZEROSHOT
 
-KINDS = (ZEROSHOT, RETRIEVAL, HARD_NEGATIVES, HARD_POSITIVES, WINOGROUND, LINEAR_PROBE, KNN)
+KINDS = (ZEROSHOT, RETRIEVAL, HARD_NEGATIVES, HARD_POSITIVES, WINOGROUND, LINEAR_PROBE, KNN, MULTI_LABEL)
 TASKS = {kind.name: kind for kind in KINDS}
 IN_TRAINING = ("zeroshot", "retrieval", "hard_negatives")  # those with a key `eval.NAME_shards` in the recipe
 

@@ -31,10 +31,7 @@ class Zeroshot:
         self._labels, self._groups, self._scale = dataset.labels, dataset.groups, options.logit_scale
         self.images = (Images(dataset, zeroshot_samples(dataset, len(self._names))),)
         self.texts = prompts(self._names, self._templates)
-        self.protocol = {
-            "classes": len(self._names), "classnames_sha256": lines_sha256(self._names), "templates": len(self._templates),
-            "templates_sha256": lines_sha256(self._templates),
-        }  # fmt: skip
+        self.protocol = prompt_protocol(self._names, self._templates)
 
     def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
         """{"top1", "top5" (with five classes or more), "mean_per_class_recall", "samples", "classes"}; where there is a logit scale
@@ -81,6 +78,14 @@ def prompts(names: list[str], templates: list[str]) -> list[str]:
     """Each name in each sentence, name by name."""
     # Not str.format: a class name or template is data, and braces in it are text.
     return [template.replace("{}", name) for name in names for template in templates]
+
+
+def prompt_protocol(names: list[str], templates: list[str]) -> dict[str, int | str]:
+    """What the record says of prompts."""
+    return {
+        "classes": len(names), "classnames_sha256": lines_sha256(names), "templates": len(templates),
+        "templates_sha256": lines_sha256(templates),
+    }  # fmt: skip
 
 
 def classifier(text: Tensor, classes: int) -> Tensor:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -130,6 +131,27 @@ def read_part(raw: RawSample, part_key: str | None) -> str | None:
 def _parsed(content: bytes) -> Any:
     """A .json member, parsed once for its captions, hard negatives and group."""
     return json.loads(content)
+
+
+def read_label_set(raw: RawSample) -> tuple[int, ...] | None:
+    """The classes of a sample that may have several: where its `.npy` isn't zero, or `labels` in its `.json`; None where there is neither.
+
+    Raises BadSample.
+    """
+    if "npy" in raw.members:
+        try:
+            marks = np.load(io.BytesIO(raw.members["npy"]), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise BadSample("unreadable labels") from error
+        if marks.ndim != 1 or marks.dtype.kind not in "biuf":
+            raise BadSample("unreadable labels")
+        return tuple(np.flatnonzero(marks).tolist())
+    labels = _json_value(raw, "labels", None)
+    if labels is None:
+        return None
+    if not isinstance(labels, list) or not all(type(label) is int and label >= 0 for label in labels):
+        raise BadSample("unreadable labels")
+    return tuple(sorted(set(labels)))
 
 
 def _json_value(raw: RawSample, key: str, otherwise: Any) -> Any:

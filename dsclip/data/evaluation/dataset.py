@@ -28,6 +28,7 @@ from dsclip.data.decoding.sample import (
     decode_image,
     read_captions,
     read_label,
+    read_label_set,
     read_negatives,
     read_part,
 )
@@ -66,7 +67,7 @@ class EvalSample(TypedDict):
 class EvalDataset:
     """Samples by their number, see `EvalSample`.
 
-    captions, negatives (lists of strings), labels (int or None) and groups (parts of the set, or None) are those of all samples, in
+    captions, negatives (lists of strings), labels (int or None), label_sets (several classes, or None) and groups (parts of the set, or None) are those of all samples, in
     order. pairs: samples 2i and 2i + 1 are each other's hard negatives. broken: {index: reason} of samples whose image turned out
     to be unusable.
     """
@@ -81,6 +82,7 @@ class EvalDataset:
         self.negatives: list[list[str]] = []
         self.labels: list[int | None] = []
         self.groups: list[str | None] = []
+        self.label_sets: list[tuple[int, ...] | None] = []
         self.pairs = False
         self.left_out: Counter[str] = Counter()  # when the shards were opened
         self.broken: dict[int, str] = {}
@@ -151,9 +153,11 @@ class EvalDataset:
         negatives: list[str],
         label: int | None,
         group: str | None,
+        label_set: tuple[int, ...] | None,
     ) -> None:
         """Appends a sample of a shard."""
         self._append(_Image(location, sample.extension, sample.start, sample.size), captions, negatives, label, group)
+        self.label_sets[-1] = label_set
 
     def add_files(self, layout: FileLayout, most: int | None) -> None:
         """Appends the image files of a layout, the first `most`."""
@@ -183,6 +187,7 @@ class EvalDataset:
     ) -> None:
         self._images.append(place)
         self.groups.append(group)
+        self.label_sets.append(None)
         self.captions.append(captions)
         self.negatives.append(negatives)
         self.labels.append(label)
@@ -197,12 +202,12 @@ class _Reading:
     group_key: str | None
     captions_by_line: bool
 
-    def captions(self, raw: RawSample, label: int | None) -> list[str]:
+    def captions(self, raw: RawSample, labelled: bool) -> list[str]:
         """Raises BadSample, unless it has a label."""
         try:
             captions = read_captions(raw, self.caption_key)
         except BadSample:
-            if label is None:
+            if not labelled:
                 raise
             return []  # a labelled image needs no caption
         if not self.captions_by_line:
@@ -277,13 +282,13 @@ def _add_shard(dataset: EvalDataset, location: str, most: int | None, reading: _
         path = dataset.path(location)
         for sample in read_texts(path, dataset.left_out):
             try:
-                label = read_label(sample.raw)
-                captions = reading.captions(sample.raw, label)
+                label, label_set = read_label(sample.raw), read_label_set(sample.raw)
+                captions = reading.captions(sample.raw, label is not None or label_set is not None)
                 negatives, group = (
                     read_negatives(sample.raw, reading.negative_key),
                     read_part(sample.raw, reading.group_key),
                 )
-                dataset.add(sample, location, captions, negatives, label, group)
+                dataset.add(sample, location, captions, negatives, label, group, label_set)
             except BadSample as reason:
                 dataset.left_out[str(reason)] += 1
             if most and len(dataset) == most:

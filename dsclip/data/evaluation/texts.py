@@ -21,7 +21,7 @@ from dsclip.data.shards.tar_index import BLOCK, DamagedTar, ShardIndex, locate_m
 from dsclip.data.sources.storage import SourceError
 from dsclip.errors import UserError
 
-TEXT_EXTENSIONS = tuple(e for e in MEMBER_EXTENSIONS if e not in IMAGE_EXTENSIONS)
+TEXT_EXTENSIONS = (*(e for e in MEMBER_EXTENSIONS if e not in IMAGE_EXTENSIONS), "npy")  # several labels a sample
 SMALL_SAMPLE = 1 << 16  # bytes: up to here, reading whole samples is faster than going from header to header
 GROUP_BYTES = 1 << 25  # of samples that are looked at together
 GROUP_SAMPLES = 4096

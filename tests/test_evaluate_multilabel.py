@@ -1,0 +1,114 @@
+"""Several classes an image: mean average precision against a loop in float64, and labels from .npy and .json."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsclip.data import build_eval_dataset
+from dsclip.errors import UserError
+from dsclip.evaluate import Embedder, Options, run_task
+from dsclip.evaluate.intervals import bootstrap, intervals
+from dsclip.evaluate.multilabel import measure_multilabel
+from dsclip.losses import SingleRank
+from tests.shard_files import jpeg, write_tar
+
+
+def reference(logits, targets, counts) -> float:
+    """Images as often as counts says; an image that is there twice stands at one place of the ranking."""
+    found = []
+    for scores, relevant in zip(logits.T.tolist(), targets.T.tolist(), strict=True):
+        seen = right = total = 0.0
+        for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
+            seen += counts[i]
+            right += counts[i] * relevant[i]
+            total += counts[i] * relevant[i] * right / seen if counts[i] else 0
+        if right:
+            found.append(total / right)
+    return sum(found) / len(found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(2, 12), classes=st.integers(1, 4), seed=st.integers(0, 10**6))
+def test_mean_average_precision_equals_a_loop_with_ties_absent_classes_and_resamples(n, classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 4, (n, classes), generator=generator).float()
+    targets = torch.rand(n, classes, generator=generator) < 0.3
+    targets[0, 0] = True
+    outcomes = measure_multilabel(logits, targets).outcomes["mean_average_precision"]
+    assert outcomes.value() == pytest.approx(reference(logits, targets, [1] * n))
+    weights = torch.randint(0, 3, (n, 4), generator=generator).double()
+    weights[0] += 1
+    expected = [reference(logits, targets, column.tolist()) for column in weights.T]
+    assert outcomes.statistic(weights, outcomes.units).tolist() == pytest.approx(expected)
+
+
+def test_its_interval_is_that_of_resamples_drawn_one_at_a_time():
+    generator = torch.Generator().manual_seed(3)
+    targets = torch.rand(60, 3, generator=generator) < 0.3
+    logits = targets + torch.randn(60, 3, generator=generator)
+    measured = measure_multilabel(logits, targets)
+    draws = np.random.default_rng(1)
+    drawn = [
+        reference(logits, targets, np.bincount(draws.integers(0, 60, 60), minlength=60).tolist()) for _ in range(300)
+    ]
+    ours = bootstrap([measured.outcomes["mean_average_precision"]])[0]
+    assert ours.std().item() == pytest.approx(np.std(drawn), rel=0.15)
+    assert ours.mean().item() == pytest.approx(np.mean(drawn), abs=0.01)
+    low, high = intervals(measured)["mean_average_precision"]
+    assert low < measured.metrics["mean_average_precision"] < high
+
+
+def npy(values) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.array(values))
+    return stream.getvalue()
+
+
+class Texts:
+    """Class embeddings along the axes; an image's feature is its mean colour."""
+
+    @staticmethod
+    def encode(images):
+        return torch.nn.functional.normalize(images.float().mean(dim=(2, 3)), dim=1)
+
+
+def test_labels_come_from_npy_as_clip_benchmark_writes_them_and_from_json(tmp_path):
+    write_tar(tmp_path / "0.tar", {
+        "0": {"jpg": jpeg(0), "npy": npy([0, 1, 1])},
+        "1": {"jpg": jpeg(1), "json": json.dumps({"labels": [2, 0]}).encode()},
+        "2": {"jpg": jpeg(2), "npy": npy([0.0, 0.0, 0.0])},
+        "3": {"jpg": jpeg(3), "npy": npy([[1]])},
+        "4": {"jpg": jpeg(4), "npy": b"\x93NUMPY"},
+        "5": {"jpg": jpeg(5), "json": json.dumps({"labels": ["cat"]}).encode()},
+        "6": {"jpg": jpeg(6), "txt": b"a caption"},
+    })  # fmt: skip
+    dataset = build_eval_dataset(str(tmp_path / "0.tar"), image_size=16)
+    assert dataset.label_sets == [(1, 2), (0, 2), (), None]
+    assert dict(dataset.bad) == {"unreadable labels": 3}
+    tokens = {"red": 0, "green": 1, "blue": 2}
+    embedder = Embedder(
+        Texts.encode, lambda t: torch.eye(3)[t[:, 0]], lambda texts, _: torch.tensor([[tokens[t]] for t in texts]), SingleRank(), 1, 2
+    )  # fmt: skip
+    found = run_task("multilabel", embedder, dataset, Options(classnames=list(tokens), templates=["{}"]))
+    images = torch.stack([dataset.image(i) for i in range(3)])
+    targets = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0]])
+    assert found.metrics["mean_average_precision"] == pytest.approx(reference(Texts.encode(images), targets, [1] * 3))
+    assert found.metrics["samples"] == 3 and found.metrics["classes_without_samples"] == 0
+    with pytest.raises(UserError, match="a sample has class 2, but there are 2 class names"):
+        run_task("multilabel", embedder, dataset, Options(classnames=["red", "green"], templates=["{}"]))
+    with pytest.raises(UserError, match="no image has any of the classes"):
+        measure_multilabel(torch.eye(3), torch.zeros(3, 3, dtype=torch.bool))
+
+
+def test_an_array_of_objects_is_never_loaded(tmp_path):
+    stream = io.BytesIO()
+    np.save(stream, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    write_tar(
+        tmp_path / "0.tar", {"0": {"jpg": jpeg(0), "npy": stream.getvalue()}, "1": {"jpg": jpeg(1), "npy": npy([1])}}
+    )
+    assert dict(build_eval_dataset(str(tmp_path / "0.tar"), image_size=16).bad) == {"unreadable labels": 1}
