@@ -15,7 +15,7 @@ from dsclip.data import build_eval_dataset, load_tokenizer
 from dsclip.errors import UserError
 from dsclip.evaluate import Embedder, Options, measure_classification, measure_retrieval, run_task
 from dsclip.evaluate.features import AHEAD
-from dsclip.evaluate.templates import CIFAR, OPENAI, load_classnames, load_templates
+from dsclip.evaluate.templates import load_classnames, load_templates, template_sets
 from dsclip.evaluate.zeroshot import classifier, prompts
 from dsclip.losses import SingleRank
 
@@ -95,9 +95,15 @@ def test_a_classifier_averages_unit_embeddings_over_templates(demo):
 
 
 def test_the_published_template_sets_are_whole():
-    assert len(set(OPENAI)) == 80 and len(set(CIFAR)) == 18
-    assert all(t.count("{}") == 1 for t in OPENAI + CIFAR)
-    assert load_templates("openai") == OPENAI
+    sets = template_sets()
+    assert len(set(sets["openai"])) == 80 and len(set(sets["cifar"])) == 18 and len(sets) == 32
+    assert all(
+        t.count("{}") == 1 and len(set(templates)) == len(templates) for templates in sets.values() for t in templates
+    )
+    assert load_templates("openai") == sets["openai"] and load_templates("food101") == [
+        "a photo of {}, a type of food."
+    ]
+    assert load_templates(["one {c}"]) == ["one {}"]
 
 
 def test_names_and_templates_come_from_files_too(tmp_path):

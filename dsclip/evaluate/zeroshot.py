@@ -60,7 +60,7 @@ def zeroshot_prompts(dataset: EvalDataset, classnames: Words, templates: Words) 
             "zero-shot classification needs class names, and these shards' manifest has none: give eval.classnames "
             "(--classnames), one name a line"
         )
-    return names, load_templates(templates) or dataset.templates or SIMPLE
+    return names, load_templates(templates) or load_templates(dataset.templates) or SIMPLE
 
 
 def zeroshot_samples(dataset: EvalDataset, classes: int) -> list[int]:
