@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dsclip.command_line import format_seconds
 from dsclip.config.schema import OptimSection, Recipe, TrainSection
 from dsclip.data.batch import Batch, LoadReport
 from dsclip.distributed import Collectives
@@ -19,7 +20,7 @@ from dsclip.engine.step_metrics import StepMetrics
 from dsclip.optim.schedule import learning_rate
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.pictures import INK, RIGHT, retrieval_grid, similarity_matrix
-from dsclip.train.progress import Progress, describe, format_seconds
+from dsclip.train.progress import Progress, describe
 from dsclip.train.summary import console_summary, write_summary
 from dsclip.train.watch import Watch
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +26,9 @@ from dsclip.evaluate.opened import DTYPES, OpenedModel, Wanted, open_model
 from dsclip.evaluate.protocol import whole_protocol
 from dsclip.evaluate.record import values_of, write_result
 from dsclip.evaluate.report import markdown, text
+from dsclip.evaluate.suite import suite_names
+from dsclip.evaluate.suite_cli import NONE, check_choice, evaluate_suite, feature_cache
+from dsclip.evaluate.suite_report import suite_markdown, suite_text
 
 EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
 
@@ -45,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             _report(result, arguments)
         shutdown_distributed()
+        if any(entry["state"] == "failed" for entry in result.get("entries", ())):
+            sys.exit(1)
         return
     sys.stderr.flush()
     os._exit(code)  # the teardown would wait for ranks that may be elsewhere
@@ -61,10 +67,18 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoint, run, HuggingFace CLIP folder, OpenCLIP folder or state dict, hf:NAME, openclip:NAME, or "
         "adapter:MODULE:FUNCTION for a model of another framework",
     )
-    p.add_argument("--task", required=True, choices=list(TASKS))
+    p.add_argument("--task", choices=list(TASKS))
+    p.add_argument("--suite", help=f"many tasks in one go: {', '.join(suite_names())}, or a YAML file")
+    p.add_argument("--data-root", type=Path, help="with --suite: where its sets are (default: this folder)")
+    p.add_argument(
+        "--feature-cache",
+        help="folder where features are kept and looked for, or `none` (default: none; with --suite features/ below DSCLIP_CACHE)",
+    )
+    p.add_argument(
+        "--feature-cache-gb", type=float, default=20, help="what that folder may take; old files give way (default: 20)"
+    )
     p.add_argument(
         "--data",
-        required=True,
         help="shards (a folder, glob, brace expression or address; demo:val), a folder or zip of images with captions.tsv or "
         "with a folder a class, a .tsv or .csv of pairs, or a folder in CLIP_benchmark's layout",
     )
@@ -103,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output",
         type=Path,
-        help="also write the JSON to this file, and the values of single samples beside it, for tools/compare.py",
+        help="also write the JSON to this file, and the values of single samples beside it, for tools/compare.py; with --suite "
+        "the folder of its results, which goes on where it was (default: runs/evaluations/SUITE/MODEL)",
     )
     add_remote(p)
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -111,18 +126,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """{"task", "metrics", ...} of the model on the data, the same on every number of ranks, with a protocol on rank 0."""
+    """{"task", "metrics", ...} of the model on the data, the same on every number of ranks, with a protocol on rank 0; of a suite, see `evaluate_suite`."""
+    check_choice(arguments)
+    if arguments.suite is None:
+        _check_output(arguments)
+    if arguments.json and arguments.markdown:
+        raise UserError("--json and --markdown: give one of them")
+    device, group = _join_ranks(arguments)
+    with TemporaryDirectory(prefix="dsclip-offload-") as temporary:
+        model = open_model(_wanted(arguments), device, group, Path(temporary))
+        if arguments.suite is not None:
+            return evaluate_suite(arguments, model, group)
+        if arguments.feature_cache not in (None, NONE):
+            store = feature_cache(arguments, model, group, in_suite=False)
+            model = replace(model, embedder=replace(model.embedder, store=store))
+        return _measure(arguments, model)
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
     if arguments.output and (arguments.output.is_dir() or not os.access(arguments.output.resolve().parent, os.W_OK)):
         raise UserError(f"--output {arguments.output}: no file can be written there")
     if arguments.output and values_of(arguments.output) == arguments.output:
         raise UserError(
             f"--output {arguments.output}: that is the name of its values; give a name that ends with .json"
         )
-    if arguments.json and arguments.markdown:
-        raise UserError("--json and --markdown: give one of them")
-    device, group = _join_ranks(arguments)
-    with TemporaryDirectory(prefix="dsclip-offload-") as temporary:
-        return _measure(arguments, open_model(_wanted(arguments), device, group, Path(temporary)))
 
 
 def _wanted(a: argparse.Namespace) -> Wanted:
@@ -177,5 +204,7 @@ def _join_ranks(arguments: argparse.Namespace) -> tuple[torch.device, Collective
 def _report(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result))
-        return
-    print(markdown([result]) if arguments.markdown else text(result))
+    elif arguments.suite is not None:
+        print(suite_markdown(result) if arguments.markdown else suite_text(result))
+    else:
+        print(markdown([result]) if arguments.markdown else text(result))

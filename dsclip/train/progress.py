@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dsclip.command_line import format_seconds
+
 LINE_EVERY_S = 5.0  # seconds between lines where there is no terminal
 RATE_WINDOW = 50  # steps the estimate of the remaining time looks back
 
@@ -78,15 +80,3 @@ def describe(metrics: Mapping[str, Any]) -> str:
     if metrics.get("bad_samples"):
         text += f" · {metrics['bad_samples']} bad samples"
     return text
-
-
-def format_seconds(seconds: float) -> str:
-    """`42s`, `3m07s`, `5h12m`, `3d04h`."""
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    if seconds < 86400:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"

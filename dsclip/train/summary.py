@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dsclip.command_line import format_seconds
 from dsclip.evaluate.intervals import table
 from dsclip.files import write_whole
-from dsclip.train.progress import format_seconds
 from dsclip.train.records import Resume, Summary
 
 

@@ -19,9 +19,14 @@ DEFAULT_GB = 50.0
 _ABANDONED_S = 86400  # a part that nobody has written to for a day
 
 
+def dsclip_cache() -> Path:
+    """DSCLIP_CACHE, or ~/.cache/dsclip."""
+    return Path(os.environ.get("DSCLIP_CACHE") or Path.home() / ".cache" / "dsclip")
+
+
 def cache_folder() -> Path:
-    """Below DSCLIP_CACHE, or ~/.cache/dsclip."""
-    return Path(os.environ.get("DSCLIP_CACHE") or Path.home() / ".cache" / "dsclip") / "shards"
+    """Of copies of shards."""
+    return dsclip_cache() / "shards"
 
 
 def most_bytes() -> int:

@@ -1,0 +1,175 @@
+"""A suite from its entries to its table: sets are opened, images embedded once, finished entries kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dsclip.command_line import say
+from dsclip.data import EvalDataset, build_eval_dataset
+from dsclip.data.shards.overlap import trained_on
+from dsclip.data.sources.storage import Storage
+from dsclip.distributed import Collectives
+from dsclip.errors import UserError
+from dsclip.evaluate.feature_cache import FeatureCache
+from dsclip.evaluate.intervals import with_intervals
+from dsclip.evaluate.opened import OpenedModel
+from dsclip.evaluate.protocol import task_protocol, whole_protocol
+from dsclip.evaluate.record import write_result
+from dsclip.evaluate.suite import Entry, Suite, present_entries
+from dsclip.evaluate.suite_progress import SuiteProgress
+from dsclip.evaluate.task import Task
+from dsclip.evaluate.tasks import measure_task, prepare_task
+from dsclip.files import sha256
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a suite's sets are, and where its results go: a file an entry in `folder`/entries."""
+
+    data_root: Path
+    folder: Path
+    storage: Storage
+
+
+@dataclass
+class _Open:
+    """An entry whose set is there. file: of its result, which depends on all that decides about it."""
+
+    entry: Entry
+    path: str
+    dataset: EvalDataset
+    task: Task
+    file: Path = Path()
+
+
+def run_suite(
+    suite: Suite, model: OpenedModel, cache: FeatureCache, group: Collectives, place: Place
+) -> dict[str, Any]:
+    """{"suite", "title", "model", "entries": [{"name", "state", …}], "protocol"}; results are on rank 0, states on all. Collective.
+
+    state: `done`, `kept` (finished before, of the same weights, data and settings), `missing`, `unsupported` or `failed`, with
+    `reason`. Raises UserError when no set is there.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    places = present_entries(suite, place.data_root)
+    for entry in suite.entries:
+        if entry.unsupported is not None:
+            rows[entry.name] = {"state": "unsupported", "reason": entry.unsupported}
+        elif entry.name not in places:
+            rows[entry.name] = {"state": "missing", "reason": f"none of {', '.join(entry.data)}"}
+    present = [(entry, places[entry.name]) for entry in suite.entries if entry.name in places]
+    run = model.protocol() if group.rank == 0 else {}
+    waiting = _opened(present, model, place, run, group, rows)
+    finished = group.broadcast_object([o.file.is_file() for o in waiting])
+    left = [o for o, done in zip(waiting, finished, strict=True) if not done]
+    progress = SuiteProgress(_work(left, cache) if group.rank == 0 else {"images": 0, "texts": 0}, group.rank == 0)
+    embedder = replace(model.embedder, store=cache, embedded=progress.embedded)
+    for number, o in enumerate(waiting, start=1):
+        if o not in left:
+            rows[o.entry.name] = {"state": "kept"}
+            continue
+        progress.begin(f"{number}/{len(waiting)} {o.entry.name}")
+        rows[o.entry.name] = _measured(o, replace(model, embedder=embedder), run, group, place)
+        if rows[o.entry.name]["state"] == "failed":
+            progress.message(f"{o.entry.name}: {rows[o.entry.name]['reason']}")
+    files = {o.entry.name: o.file for o in waiting}
+    entries = [_row(entry, rows[entry.name], files.get(entry.name), group.rank) for entry in suite.entries]
+    return {
+        "suite": suite.name,
+        "title": suite.title,
+        "average": suite.average,
+        "model": model.name,
+        "entries": entries,
+        "protocol": run,
+    }
+
+
+def _opened(
+    present: list[tuple[Entry, str]], model: OpenedModel, place: Place, run: Mapping[str, Any], group: Collectives,
+    rows: dict[str, dict[str, Any]],
+) -> list[_Open]:  # fmt: skip
+    """The entries whose sets hold what they need; the others are put into rows."""
+    sets: dict[str, EvalDataset] = {}
+    waiting = []
+    for entry, path in present:
+        try:
+            known = json.dumps([path, dict(entry.of_data)], sort_keys=True)
+            if known not in sets:
+                sets[known] = build_eval_dataset(
+                    path, image_size=model.image_size, storage=place.storage, prepare=model.prepare, **entry.of_data
+                )
+            task = prepare_task(entry.task, sets[known], entry.options)
+        except UserError as error:
+            rows[entry.name] = {"state": "failed", "reason": str(error)}
+            continue
+        waiting.append(_Open(entry, path, sets[known], task))
+    if group.rank == 0:
+        for o in waiting:
+            o.file = place.folder / "entries" / f"{_slug(o.entry.name)}-{_identity(o, run)}.json"
+    files = group.broadcast_object([o.file for o in waiting])
+    for o, file in zip(waiting, files, strict=True):
+        o.file = file
+    return waiting
+
+
+def _identity(o: _Open, run: Mapping[str, Any]) -> str:
+    """Of the weights, the preparation, the task's settings and the files of its images: what a kept result must have in common."""
+    weights = {key: value for key, value in run["model"].items() if key != "path"}
+    parts = [weights, run["image"], run["text"], run["precision"], o.entry.task, task_protocol(o.task)]
+    prints = [part.dataset.fingerprint() for part in o.task.images]
+    return sha256(json.dumps([parts, prints], sort_keys=True).encode())[:16]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", name)
+
+
+def _work(left: list[_Open], cache: FeatureCache) -> dict[str, int]:
+    """How many images and texts are in no cache; what several entries share is counted once."""
+    images = {
+        cache.key_of_images(part.dataset, part.indices): len(part.indices) for o in left for part in o.task.images
+    }
+    texts = {cache.key_of_texts(list(o.task.texts)): len(o.task.texts) for o in left}
+    return {
+        kind: sum(n for key, n in keyed.items() if not cache.has(key))
+        for kind, keyed in (("images", images), ("texts", texts))
+    }
+
+
+def _measured(o: _Open, model: OpenedModel, run: Mapping[str, Any], group: Collectives, place: Place) -> dict[str, Any]:
+    """The entry's row. Features are of all ranks; the metrics, their intervals and files of rank 0 alone."""
+    try:
+        measured = measure_task(o.task, model.embedder)
+    except UserError as error:  # of all ranks alike: features and decoded images are the same everywhere
+        return {"state": "failed", "reason": str(error)}
+    if group.rank == 0:
+        o.file.parent.mkdir(parents=True, exist_ok=True)
+        result = {
+            "task": o.entry.task, "metrics": with_intervals(measured), "model": model.name, "data": o.path,
+            "training_pairs": trained_on(o.dataset.shards, model.train_shards, place.storage),
+            "bad_samples": dict(o.dataset.bad), "protocol": whole_protocol(run, o.task, o.dataset, o.path),
+        }  # fmt: skip
+        write_result(o.file, result, measured)
+    return {"state": "done"}
+
+
+def _row(entry: Entry, row: Mapping[str, Any], file: Path | None, rank: int) -> dict[str, Any]:
+    """What the table says of an entry; with the result that is in its file, on rank 0."""
+    whole: dict[str, Any] = {"name": entry.name, "task": entry.task, "groups": list(entry.groups), **row}
+    if rank != 0 or file is None or row["state"] not in ("done", "kept"):
+        return whole
+    result = json.loads(file.read_text(encoding="utf-8"))
+    metrics = result["metrics"]
+    whole |= {key: result[key] for key in ("data", "metrics", "training_pairs", "bad_samples")}
+    main = entry.main or (next(iter(metrics)),)
+    if absent := [name for name in main if name not in metrics]:
+        say(f"{entry.name}: the task reports no {absent[0]}, which the suite names as its main metric")
+        return whole | {"main": " and ".join(main), "value": None}
+    values = [float(metrics[name]) for name in main]
+    between = metrics.get(f"{main[0]}_ci95") if len(main) == 1 else None
+    return whole | {"main": " and ".join(main), "value": sum(values) / len(values), "ci95": between, "file": str(file)}
