@@ -2,11 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 from dsclip.convert import export_hf
 from dsclip.evaluate.cli import _parser, evaluate
@@ -29,8 +30,7 @@ def start(model, tmp_path) -> subprocess.Popen:
     ]  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        list(map(str, command)), cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        list(map(str, command)), cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
 
 
@@ -42,7 +42,9 @@ def test_a_suite_on_two_ranks_goes_on_where_it_was_killed(demo, tmp_path):
     while not list((tmp_path / "out").glob("entries/first-*.json")) and killed.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
+    ranks = psutil.Process(killed.pid).children(recursive=True)  # each in a session of its own
+    for process in (*ranks, killed):
+        process.kill()
     killed.communicate()
     assert not (tmp_path / "out" / "results.json").exists(), "it was killed before its end"
 
