@@ -127,6 +127,18 @@ def test_a_suite_without_any_set_is_one_line(tmp_path, capsys):
     assert "none of the 5 sets of the suite suite is in" in shown.err and len(shown.err.splitlines()) == 1
 
 
+def test_probes_find_their_training_set_below_the_root(tmp_path, model, capsys):
+    write_set(tmp_path / "data" / "labelled")
+    write_set(tmp_path / "data" / "more", samples=24)
+    write_suite(tmp_path, "entries: [{name: k, task: knn, data: labelled, train: more, neighbours: 3}]\n")
+    entry = json.loads(run(tmp_path, model, capsys, "--json").out)["entries"][0]
+    alone = cli.evaluate(cli._parser().parse_args([
+        "--model", str(model), "--data", str(tmp_path / "data" / "labelled"), "--batch-size", "4", "--task", "knn",
+        "--train-data", str(tmp_path / "data" / "more"), "--neighbours", "3",
+    ]))  # fmt: skip
+    assert entry["state"] == "done" and entry["metrics"] == alone["metrics"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import yaml
 from dsclip.data.shards.specification import DEMO
 from dsclip.data.sources.storage import is_remote
 from dsclip.errors import UserError, did_you_mean
-from dsclip.evaluate.task import Options
+from dsclip.evaluate.arguments import FLAGS
 from dsclip.evaluate.tasks import TASKS
 
 PACKAGED = Path(__file__).with_name("suites")
-OF_THE_TASK = tuple(f.name for f in fields(Options))  # what an entry may say of its task
+OF_THE_TASK = tuple(FLAGS)  # what an entry may say of its task
 OF_THE_DATA = (
     "caption_key",
+    "group_key",
     "negative_key",
     "split",
     "images",
@@ -33,6 +34,7 @@ class Entry:
     """A task on a set. data: places where the set may be, the first that exists counts; main: the metric that the table shows, or several, whose mean it shows.
 
     groups: averages that it is a part of, beside that of all. unsupported: why it can't be measured here (task is "" then).
+    options: of the task, as the command line has them (`arguments.FLAGS`); of_data: of `build_eval_dataset`.
     """
 
     name: str
@@ -41,7 +43,7 @@ class Entry:
     main: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     unsupported: str | None = None
-    options: Options = field(default_factory=Options)
+    options: Mapping[str, Any] = field(default_factory=dict)
     of_data: Mapping[str, Any] = field(default_factory=dict)
 
     def find(self, data_root: Path) -> str | None:
@@ -130,7 +132,7 @@ def _entry(values: Any, where: str, folder: Path) -> Entry:
     of_data = {key: values[key] for key in OF_THE_DATA if values.get(key) is not None}
     return Entry(
         str(values.get("name", data[0])), str(task), data, _words(values.get("main"), "main", where),
-        _words(values.get("groups"), "groups", where), unsupported, Options(**beside), of_data,
+        _words(values.get("groups"), "groups", where), unsupported, beside, of_data,
     )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from dsclip.data.shards.overlap import trained_on
 from dsclip.data.sources.storage import Storage
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
+from dsclip.evaluate.arguments import FLAGS, task_options
 from dsclip.evaluate.feature_cache import FeatureCache
 from dsclip.evaluate.intervals import with_intervals
 from dsclip.evaluate.opened import OpenedModel
@@ -23,7 +26,7 @@ from dsclip.evaluate.record import write_result
 from dsclip.evaluate.suite import Entry, Suite, present_entries
 from dsclip.evaluate.suite_progress import SuiteProgress
 from dsclip.evaluate.task import Task
-from dsclip.evaluate.tasks import measure_task, prepare_task
+from dsclip.evaluate.tasks import TASKS, measure_task
 from dsclip.files import sha256
 
 
@@ -98,16 +101,9 @@ def _opened(
     waiting = []
     for entry, path in present:
         try:
-            known = json.dumps([path, dict(entry.of_data)], sort_keys=True)
-            if known not in sets:
-                sets[known] = build_eval_dataset(
-                    path, image_size=model.image_size, storage=place.storage, prepare=model.prepare, **entry.of_data
-                )
-            task = prepare_task(entry.task, sets[known], entry.options)
+            waiting.append(_open(entry, path, model, place, sets))
         except UserError as error:
             rows[entry.name] = {"state": "failed", "reason": str(error)}
-            continue
-        waiting.append(_Open(entry, path, sets[known], task))
     if group.rank == 0:
         for o in waiting:
             o.file = place.folder / "entries" / f"{_slug(o.entry.name)}-{_identity(o, run)}.json"
@@ -115,6 +111,28 @@ def _opened(
     for o, file in zip(waiting, files, strict=True):
         o.file = file
     return waiting
+
+
+def _open(entry: Entry, path: str, model: OpenedModel, place: Place, sets: dict[str, EvalDataset]) -> _Open:
+    """The entry with its sets, which are opened once for all entries. Raises UserError when they lack what the task needs."""
+    said = dict(entry.of_data)
+    own_split = said.pop("split", None)
+
+    def open_set(data: str, split: str | None) -> EvalDataset:
+        below = os.path.join(place.data_root, data)
+        found = below if data != path and os.path.exists(below) else data
+        known = json.dumps([found, split, said], sort_keys=True)
+        if known not in sets:
+            sets[known] = build_eval_dataset(
+                found, image_size=model.image_size, storage=place.storage, prepare=model.prepare, split=split, **said
+            )
+        return sets[known]
+
+    kind = TASKS[entry.task]
+    arguments = argparse.Namespace(**{flag: entry.options.get(flag) for flag in FLAGS}, data=path)
+    options = task_options(arguments, kind, open_set, model.logit_scale)
+    dataset = open_set(path, own_split)
+    return _Open(entry, path, dataset, kind.prepare(dataset, options))
 
 
 def _identity(o: _Open, run: Mapping[str, Any]) -> str:
