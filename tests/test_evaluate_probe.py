@@ -118,6 +118,33 @@ def test_the_probe_is_fitted_by_the_solver_that_is_asked_for_with_the_best_stren
         assert found.metrics["top1"] == pytest.approx(expected) and found.metrics["regularisation"] == strength
 
 
+@pytest.mark.parametrize(
+    "options, fitted_on, tried_on",
+    [
+        (dict(), [48, 60], 12),  # every fifth of 20 a class decides, and all train in the end
+        (dict(validation=9), [60, 69], 9),
+        (dict(shots=(2,)), [6, 6], 6),
+        (dict(shots=(6,)), [18, 18], 12),  # four more of each class
+        (dict(shots=(6,), validation=9), [18, 18], 9),
+    ],
+)
+def test_which_samples_a_probe_is_fitted_and_its_strength_is_chosen_on(monkeypatch, options, fitted_on, tried_on):
+    fits, tries = [], []
+
+    def fit(x, y, classes, strength):
+        assert y.bincount().unique().numel() == 1, "as many of each class"
+        fits.append(len(x))
+        return lambda seen: tries.append(len(seen)) or torch.zeros(len(seen), classes)
+
+    monkeypatch.setitem(FITS, "lbfgs", fit)
+    if "validation" in options:
+        options = options | {"validation": Labelled(4, options["validation"])}
+    test = Labelled(3, 15)
+    run_task("linear_probe", test.embedder(), test, Options(train=Labelled(2, 60), seeds=1, **options))
+    assert [fits[0], fits[-1]] == fitted_on and set(fits[:-1]) == {fitted_on[0]}
+    assert set(tries[:-1]) == {tried_on} and tries[-1] == 15
+
+
 def test_what_a_probe_lacks_is_said():
     test = Labelled(0, 12)
     for options, message in (
