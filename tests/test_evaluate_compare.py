@@ -142,3 +142,32 @@ def test_the_protocol_tells_prompts_texts_weights_and_tokenizers_apart(demo):
         next(model.parameters()).flatten()[0] += 1
     assert weights_sha256(model) != record["model"]["weights_sha256"]
     assert weights_sha256(model.to("meta")) is None
+
+
+def test_suites_are_compared_entry_by_entry(tmp_path, capsys):
+    hits = torch.arange(40) % 2 == 0
+
+    def suite(name, entries):
+        (tmp_path / name / "entries").mkdir(parents=True)
+        rows = [{"name": "absent", "state": "missing"}]
+        for entry, values in entries.items():
+            write(
+                tmp_path / name / "entries" / f"{entry}-{name}.json",
+                values,
+                task={"templates_sha256": values.sum().item() if entry == "c" else 0},
+            )
+            rows.append({"name": entry, "state": "done", "file": f"elsewhere/entries/{entry}-{name}.json"})
+        (tmp_path / name / "results.json").write_text(json.dumps({"suite": "s", "entries": rows}))
+        return str(tmp_path / name / "results.json")
+
+    one = suite("one", {"a": hits, "b": hits, "c": hits})
+    two = suite("two", {"a": ~hits, "c": hits | True})
+    assert main([one, two, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["entries"].keys() == {"a"} and found["entries"]["a"]["metrics"]["top1"]["values"] == [0.5, 0.5]
+    assert found["not_compared"]["b"] == f"no result in {two}" and "templates_sha256" in found["not_compared"]["c"]
+    assert main([one, two]) == 0
+    shown = capsys.readouterr().out
+    assert "**a**" in shown and f"not compared: b: no result in {two}" in shown
+    assert main([one, str(tmp_path / "two" / "entries" / "a-two.json")]) == 2
+    assert "some of these are results of suites" in capsys.readouterr().err
