@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import traceback
@@ -57,7 +58,10 @@ def run_tool(tool: Callable[[argparse.Namespace], tuple[dict[str, Any], str]], a
         result, text = tool(arguments)
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error, as_json=arguments.json)
-    print(json.dumps(result) if arguments.json else text)
+    try:
+        print(json.dumps(result) if arguments.json else text, flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

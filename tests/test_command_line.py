@@ -19,6 +19,8 @@ WRONG = {
     "tools/check_data.py": "nowhere",
     "tools/compare.py": "nowhere.json nowhere.json",
     "tools/index_shards.py": "nowhere",
+    "tools/soup.py": "nowhere nowhere --out OUT",
+    "tools/compose.py": "nowhere --add nowhere --out OUT",
     "tools/convert.py": "nowhere OUT --to openclip",
     "tools/convert_hf.py": "nowhere OUT",
     "tools/bench_data.py": "--shards nowhere",
@@ -99,3 +101,11 @@ def test_a_training_without_a_recipe_says_that_it_is_the_demos():
     process = start("launchers/train.py", "data.train_shards=nowhere")
     output, log = process.communicate(timeout=200)
     assert process.returncode == 2 and "WARNING: no --config is given" in log and "nowhere" in log.splitlines()[-1]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As in `tool | head -1`."""
+    command = [sys.executable, "tools/plan.py", "--preset", "demo", "--gpu", "H100"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 0)
