@@ -32,7 +32,7 @@ def test_the_command_that_make_shards_prints_trains_and_evaluates_held_out_pairs
 
     # A model that is converted later keeps the results of its run.
     with pytest.raises(SystemExit) as converted:
-        convert_command([str(run), str(tmp_path / "hf")])
+        convert_command([str(run), str(tmp_path / "hf"), "--to", "hf"])
     assert converted.value.code == 0
     for card in (tmp_path / "hf" / "README.md", run / "hf" / "README.md"):
         assert f"| retrieval | {out}/val | image_to_text_recall@1 |" in card.read_text()
