@@ -12,9 +12,10 @@ def sha256(content: Path | bytes | Iterable[bytes]) -> str:
     """Hex digest of a file, of bytes, or of bytes that come in pieces."""
     digest = hashlib.sha256()
     if isinstance(content, Path):
-        with content.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        buffer = memoryview(bytearray(1 << 20))
+        with content.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
     else:
         for piece in [content] if isinstance(content, bytes) else content:
             digest.update(piece)

@@ -26,6 +26,7 @@ WRONG = {
     "tools/bench_data.py": "--shards nowhere",
     "tools/bench_loss.py": "--n 0",
     "tools/bench_captions.py": "--batch 0",
+    "tools/bench_convert.py": "--folder nowhere --ranks 0",
     "tools/bench_step.py": "--preset no-such",
     "tools/make_reference.py": "nowhere/page.md",
     "launchers/evaluate.py": "--model nowhere --task zeroshot --data demo:val",

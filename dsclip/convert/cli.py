@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dsclip.errors import UserError
 
 HF_EXAMPLE = "python tools/convert_hf.py runs/demo/checkpoints/step_00000400 OUT --dtype bf16"
 EXAMPLE = "python tools/convert.py open_clip_folder OUT --to dsclip"
+PHASES = ("verified", "written", "compared")
 # What a format is called, and the largest difference of float32 embeddings, whose entries are at most 1.
 FORMATS = {"hf": ("a model of transformers", 1e-5), "openclip": ("an OpenCLIP model", 1e-6), "dsclip": ("a dsclip checkpoint", 1e-5)}  # fmt: skip
 
@@ -63,16 +65,21 @@ def main(argv: list[str] | None = None, *, to: str | None = None) -> None:
 def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     a = arguments
     _check_options(a)
+    laps = [time.perf_counter()]
     source = open_source(a.model)
     with tempfile.TemporaryDirectory(prefix="dsclip-tokenizer-") as folder:
         model = whole_model(source, Path(folder), a.tokenizer)
         say(f"read {model.path}" + (f": step {model.step}, verified" if source.checkpoint else ""))
         for note in source.notes(model.config, of_the_bias=False):
             say(note)
+        laps.append(time.perf_counter())
         more = _write(model, a)
+        laps.append(time.perf_counter())
         difference, compared = _compare(model, source, a)
+        laps.append(time.perf_counter())
     result = {
         "out": str(a.out), "to": a.to, "checkpoint": str(model.path), "dtype": a.dtype, "max_difference": difference,
+        "seconds": {phase: stop - start for phase, start, stop in zip(PHASES, laps, laps[1:], strict=False)},
     }  # fmt: skip
     if a.push is not None:
         result["pushed"] = push_folder(a.out, a.push)

@@ -41,7 +41,7 @@ def _float32(value: float | None) -> float | None:
 
 
 @torch.no_grad()
-def difference_in_transformers(model: Checkpoint, folder: Path, samples: int = 4) -> float:
+def difference_in_transformers(model: Checkpoint, folder: Path, samples: int = 2) -> float:
     """Largest absolute difference between dsclip's float32 embeddings and those of the folder in `transformers`.
 
     One of the two models is in memory at a time, and only what fits of it.
@@ -69,7 +69,7 @@ def _in_transformers(folder: Path, offload: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def difference_in_openclip(model: Checkpoint, folder: Path, samples: int = 4) -> float | None:
+def difference_in_openclip(model: Checkpoint, folder: Path, samples: int = 2) -> float | None:
     """Largest absolute difference between dsclip's float32 embeddings and those of the folder in OpenCLIP; None without it."""
     try:
         import open_clip

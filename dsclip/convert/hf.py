@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dsclip.checkpoint import Checkpoint
 from dsclip.convert.finite import finite
 from dsclip.convert.folder import whole_folder, write_json
 from dsclip.convert.model_card import Metrics, model_card
+from dsclip.convert.safetensors_file import write_one_file
 from dsclip.convert.weights import Named, fitting, to_hf, to_siglip
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
@@ -62,7 +62,9 @@ def _write(
     scale = checkpoint.logit_scale
     clip = hf_class(checkpoint.config) == "CLIPModel"
     named = to_hf(weights, scale) if clip else to_siglip(weights, scale, checkpoint.logit_bias)
-    stored = finite(as_stored(named, DTYPES[dtype]), checkpoint.path)
+    stored = as_stored(named, DTYPES[dtype])
+    if dtype != "fp32":  # a narrower range may not hold them
+        stored = finite(stored, checkpoint.path)
     write_safetensors(stored, folder, most)
     write_json(folder / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
     if not clip:
@@ -182,7 +184,8 @@ def write_safetensors(weights: Named, folder: Path, most_bytes: int) -> None:
     pending: dict[str, Tensor] = {}
 
     def flush() -> None:
-        save_file(pending, folder / f"model-{len(written):05d}.tmp", metadata={"format": "pt"})
+        shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in pending.items()]
+        write_one_file(folder / f"model-{len(written):05d}.tmp", shapes, pending.items())
         written.append(list(pending))
         pending.clear()
 

@@ -51,8 +51,9 @@ def full_precision_weights(folder: Path) -> ShardedWeights:
 
 
 def _copied(weight: Any) -> Tensor:
-    copy: Tensor = weight.contiguous().detach().clone()
-    return copy
+    """Put together, which is a copy of its own for parts of several ranks, and no view of a mapped file."""
+    whole: Tensor = weight.contiguous().detach()
+    return whole.clone() if isinstance(weight, Tensor) else whole
 
 
 def _from_bf16_optimizer(files: Path, shards: list[Path]) -> ShardedWeights:
