@@ -106,7 +106,7 @@ class EvalDataset:
         """uint8 [3, S, S], or as `prepare` makes it; several threads may ask at once. Raises BadSample."""
         place = self._images[index]
         try:
-            content = self._read(place)
+            content = self.file(index)
         except (OSError, SourceError, BadZipFile, EOFError, zlib.error) as error:
             raise BadSample("unreadable shard" if place.size >= 0 else "unreadable file") from error
         raw = RawSample(place.location, "", {place.extension: content})
@@ -125,6 +125,10 @@ class EvalDataset:
     def blank(self) -> Tensor:
         """A black image, in the place of one that can't be decoded."""
         return self._prepare(Image.new("RGB", (self._image_size, self._image_size)))
+
+    def file(self, index: int) -> bytes:
+        """The image's file, undecoded. Raises OSError, SourceError, or what zipfile raises."""
+        return self._read(self._images[index])
 
     def _read(self, place: _Image) -> bytes:
         if place.size < 0:
