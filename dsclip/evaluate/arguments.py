@@ -22,7 +22,7 @@ def add_task_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--classnames", help="zeroshot: file with one class name a line (default: those of the data)")
     p.add_argument(
         "--templates",
-        help="zeroshot: openai, cifar, simple, or a file of sentences with {} (default: those of the data)",
+        help="zeroshot: openai, cifar, simple, the name of a data set such as food101, or a file of sentences with {} (default: those of the data)",
     )
     p.add_argument(
         "--train-data", dest="train", help="linear_probe, knn: training set (default: the data's split train)"
