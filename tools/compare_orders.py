@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsclip.command_line import parser, run_tool, say
-from dsclip.data import load_tokenizer
 from dsclip.data.shards.manifest import MANIFEST
 from dsclip.data.shards.writer import ShardWriter
 from dsclip.datasets.demo import SHARD_SIZE, demo_folder
@@ -69,13 +68,13 @@ def train_open_clip(a: argparse.Namespace, order: str, seed: int) -> Path:
     out = a.out / f"open_clip-{order}-{seed}-{a.steps}x{a.batch}-{a.precision}"
     if not (out / "open_clip_config.json").exists():
         shards = sorted((a.out / "one_caption").glob("*.tar"))
-        tokenizer = demo_folder() / "tokenizer"
-        settings = dict(
-            out=str(out), shards=f"{shards[0].parent}/{{{shards[0].stem}..{shards[-1].stem}}}.tar", tokenizer=str(tokenizer),
-            vocab_size=load_tokenizer(str(tokenizer)).vocab_size, resampled=order == "resampled", seed=seed, steps=a.steps,
-            batch=a.batch, precision=a.precision,
+        pattern = f"{shards[0].parent}/{{{shards[0].stem}..{shards[-1].stem}}}.tar"
+        start(
+            out,
+            [a.open_clip, "tools/open_clip_training.py", str(out), "--shards", pattern, "--tokenizer", str(demo_folder() / "tokenizer"),
+             "--seed", str(seed), "--steps", str(a.steps), "--batch", str(a.batch), "--precision", a.precision,
+             *(["--resampled"] if order == "resampled" else [])],
         )  # fmt: skip
-        start(out, [a.open_clip, "tools/open_clip_training.py", json.dumps(settings)])
     return out
 
 
