@@ -15,8 +15,8 @@ from dsclip.data import build_eval_dataset, load_tokenizer
 from dsclip.errors import UserError
 from dsclip.evaluate import Embedder, Options, measure_classification, measure_retrieval, run_task
 from dsclip.evaluate.features import AHEAD
-from dsclip.evaluate.templates import load_classnames, load_templates, template_sets
-from dsclip.evaluate.zeroshot import classifier, prompts
+from dsclip.evaluate.tasks.templates import load_classnames, load_templates, template_sets
+from dsclip.evaluate.tasks.zeroshot import classifier, prompts
 from dsclip.losses import SingleRank
 
 
@@ -68,7 +68,7 @@ def test_chunks_do_not_change_recall(monkeypatch):
     image, text = torch.randn(23, 4, generator=generator), torch.randn(50, 4, generator=generator)
     owner = torch.arange(50) % 23
     whole = measure_retrieval(image, text, owner).metrics
-    monkeypatch.setattr(importlib.import_module("dsclip.evaluate.retrieval"), "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(importlib.import_module("dsclip.evaluate.tasks.retrieval"), "ROWS_AT_ONCE", 7)
     assert measure_retrieval(image, text, owner).metrics == whole
 
 

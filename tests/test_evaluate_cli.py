@@ -8,7 +8,7 @@ from dsclip.convert.hf import export_hf
 from dsclip.errors import UserError
 from dsclip.evaluate import TASKS
 from dsclip.evaluate.cli import _parser, evaluate
-from dsclip.evaluate.compare_cli import main as compare_command
+from dsclip.evaluate.results.compare_cli import main as compare_command
 from tests.shard_files import jpeg, write_tar
 from tests.test_convert import checkpoint_of, perturbed, small
 

@@ -9,11 +9,11 @@ from dsclip.create import create_model
 from dsclip.data import build_eval_dataset, load_tokenizer
 from dsclip.errors import UserError
 from dsclip.evaluate import Measured, Options, Outcomes, prepare_task, with_intervals
-from dsclip.evaluate.compare import compare, differing, p_value
-from dsclip.evaluate.compare_cli import main
-from dsclip.evaluate.intervals import bootstrap
-from dsclip.evaluate.protocol import run_protocol, task_protocol, weights_sha256
-from dsclip.evaluate.record import read_result, write_result
+from dsclip.evaluate.results.compare import compare, differing, p_value
+from dsclip.evaluate.results.compare_cli import main
+from dsclip.evaluate.results.intervals import bootstrap
+from dsclip.evaluate.results.protocol import run_protocol, task_protocol, weights_sha256
+from dsclip.evaluate.results.record import read_result, write_result
 
 PROTOCOL = {
     "task": {"templates_sha256": "t"},

@@ -9,8 +9,8 @@ import torch
 
 from dsclip.errors import UserError
 from dsclip.evaluate import Measured, Outcomes, table, with_intervals
-from dsclip.evaluate.intervals import bootstrap, interval, intervals
-from dsclip.evaluate.report import markdown, text
+from dsclip.evaluate.results.intervals import bootstrap, interval, intervals
+from dsclip.evaluate.results.report import markdown, text
 
 
 def resampled(outcomes: Outcomes, resamples: int) -> torch.Tensor:

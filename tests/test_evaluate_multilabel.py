@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from dsclip.data import build_eval_dataset
 from dsclip.errors import UserError
 from dsclip.evaluate import Embedder, Options, run_task
-from dsclip.evaluate.intervals import bootstrap, intervals
-from dsclip.evaluate.multilabel import measure_multilabel
+from dsclip.evaluate.results.intervals import bootstrap, intervals
+from dsclip.evaluate.tasks.multilabel import measure_multilabel
 from dsclip.losses import SingleRank
 from tests.shard_files import jpeg, write_tar
 

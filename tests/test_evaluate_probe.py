@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from dsclip.errors import UserError
 from dsclip.evaluate import Embedder, Options, measure_classification, run_task
-from dsclip.evaluate.knn import TEMPERATURE, knn_votes
-from dsclip.evaluate.logistic import FITS, STRENGTHS, fit_adamw, fit_lbfgs, search_strength
-from dsclip.evaluate.probe import places_in_class
-from dsclip.evaluate.zeroshot import calibration_error
+from dsclip.evaluate.tasks.knn import TEMPERATURE, knn_votes
+from dsclip.evaluate.tasks.logistic import FITS, STRENGTHS, fit_adamw, fit_lbfgs, search_strength
+from dsclip.evaluate.tasks.probe import places_in_class
+from dsclip.evaluate.tasks.zeroshot import calibration_error
 from dsclip.losses import SingleRank
 from tests.thread_ranks import ThreadRanks
 

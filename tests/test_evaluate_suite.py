@@ -7,10 +7,10 @@ import pytest
 from dsclip.data import ShardWriter
 from dsclip.errors import UserError
 from dsclip.evaluate import cli
-from dsclip.evaluate.suite import load_suite, suite_names
-from dsclip.evaluate.suite_progress import SuiteProgress
-from dsclip.evaluate.suite_report import averages
-from dsclip.evaluate.tasks import TASKS
+from dsclip.evaluate.suites.progress import SuiteProgress
+from dsclip.evaluate.suites.report import averages
+from dsclip.evaluate.suites.suite import load_suite, suite_names
+from dsclip.evaluate.tasks.registry import TASKS
 from tests.shard_files import jpeg
 
 ENTRIES = """

@@ -7,7 +7,7 @@ python tools/compare.py a.json b.json
 
 import sys
 
-from dsclip.evaluate.compare_cli import main
+from dsclip.evaluate.results.compare_cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -184,7 +184,7 @@ def logistic_regression(_: Any) -> Both:
     """The `lbfgs` solver against scikit-learn's, which comes with CLIP_benchmark: the largest difference of two probabilities."""
     from sklearn.linear_model import LogisticRegression
 
-    from dsclip.evaluate.logistic import fit_lbfgs
+    from dsclip.evaluate.tasks.logistic import fit_lbfgs
 
     data = Drawn(7, 400)
     x, y = F.normalize(data.images, dim=1).double(), torch.tensor(data.labels)

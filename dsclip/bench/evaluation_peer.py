@@ -27,8 +27,8 @@ from dsclip.data import EvalDataset, ShardWriter, build_eval_dataset, load_token
 from dsclip.distributed import Collectives
 from dsclip.evaluate.feature_cache import FeatureCache
 from dsclip.evaluate.opened import Wanted, open_model
-from dsclip.evaluate.task import Options
-from dsclip.evaluate.tasks import run_task
+from dsclip.evaluate.tasks.registry import run_task
+from dsclip.evaluate.tasks.task import Options
 
 PRESET, IMAGE_SIZE, SIDES = "ViT-B-32", 224, (500, 375)
 CLASSES, CAPTIONS, BATCH = 20, 5, 64

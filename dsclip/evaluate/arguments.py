@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.logistic import FITS
-from dsclip.evaluate.task import Options, TaskKind
+from dsclip.evaluate.tasks.logistic import FITS
+from dsclip.evaluate.tasks.task import Options, TaskKind
 
 OpenSet = Callable[[str, str | None], EvalDataset]  # data and its split, None for the one that is held out
 FLAGS = {

@@ -23,12 +23,12 @@ from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, measure_task, with_intervals
 from dsclip.evaluate.arguments import add_task_options, task_options
 from dsclip.evaluate.opened import DTYPES, OpenedModel, Wanted, open_model
-from dsclip.evaluate.protocol import whole_protocol
-from dsclip.evaluate.record import values_of, write_result
-from dsclip.evaluate.report import markdown, text
-from dsclip.evaluate.suite import suite_names
-from dsclip.evaluate.suite_cli import NONE, check_choice, evaluate_suite, feature_cache
-from dsclip.evaluate.suite_report import suite_markdown, suite_text
+from dsclip.evaluate.results.protocol import whole_protocol
+from dsclip.evaluate.results.record import values_of, write_result
+from dsclip.evaluate.results.report import markdown, text
+from dsclip.evaluate.suites.cli import NONE, check_choice, evaluate_suite, feature_cache
+from dsclip.evaluate.suites.report import suite_markdown, suite_text
+from dsclip.evaluate.suites.suite import suite_names
 
 EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
 

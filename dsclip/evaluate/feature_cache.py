@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dsclip.data import EvalDataset
-from dsclip.evaluate.task import lines_sha256
+from dsclip.evaluate.tasks.task import lines_sha256
 from dsclip.files import sha256, write_whole
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.evaluate.adapter import ADAPTER, load_adapter
 from dsclip.evaluate.features import Embedder
-from dsclip.evaluate.protocol import precision, run_protocol, versions
+from dsclip.evaluate.results.protocol import precision, run_protocol, versions
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.captions import cut_captions
 

@@ -13,7 +13,7 @@ from dsclip.data.shards.overlap import data_name, training_pairs
 from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
 from dsclip.evaluate import IN_TRAINING, Embedder, Options, prepare_task, run_task, with_intervals
-from dsclip.evaluate.retrieval import retrieval_samples
+from dsclip.evaluate.tasks.retrieval import retrieval_samples
 from dsclip.model import ClipConfig
 from dsclip.train.pictures import retrieval_grid, similarity_matrix
 from dsclip.train.records import Results

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dsclip.command_line import format_seconds
-from dsclip.evaluate.intervals import table
+from dsclip.evaluate.results.intervals import table
 from dsclip.files import write_whole
 from dsclip.train.records import Resume, Summary
 

@@ -20,7 +20,7 @@ from dsclip.config import dump_recipe
 from dsclip.data.batch import Batch
 from dsclip.data.shards.overlap import ALL, PART
 from dsclip.errors import RunDiverged
-from dsclip.evaluate.intervals import CI95
+from dsclip.evaluate.results.intervals import CI95
 from dsclip.files import sha256
 from dsclip.train.counters import Counters
 from dsclip.train.metrics_log import MetricsLog

@@ -19,7 +19,7 @@ from dsclip.data import build_eval_dataset
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.evaluate.opened import Wanted, open_model
-from dsclip.evaluate.tasks import run_task
+from dsclip.evaluate.tasks.registry import run_task
 from dsclip.weights.combine import combine, opened
 from dsclip.weights.soup import equal_shares, greedy
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
 from dsclip.evaluate.features import check_finite
-from dsclip.evaluate.result import Measured, Outcomes, by_group
-from dsclip.evaluate.task import Embedded, Images, Options, TaskKind, Words, lines_sha256
-from dsclip.evaluate.templates import SIMPLE, load_classnames, load_templates
+from dsclip.evaluate.results.result import Measured, Outcomes, by_group
+from dsclip.evaluate.tasks.task import Embedded, Images, Options, TaskKind, Words, lines_sha256
+from dsclip.evaluate.tasks.templates import SIMPLE, load_classnames, load_templates
 
 BINS = 15  # of confidence
 

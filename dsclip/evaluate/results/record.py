@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dsclip.errors import UserError
-from dsclip.evaluate.result import Measured, Outcomes, Reduction
+from dsclip.evaluate.results.result import Measured, Outcomes, Reduction
 from dsclip.files import write_whole
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsclip.data import EvalDataset, Tokenizer
 from dsclip.data.shards.manifest import manifest_sha256
-from dsclip.evaluate.task import Task, lines_sha256
+from dsclip.evaluate.tasks.task import Task, lines_sha256
 from dsclip.files import sha256
 from dsclip.model import ClipConfig
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.captioned import Captioned
-from dsclip.evaluate.result import Measured, Outcomes, by_group
-from dsclip.evaluate.task import Embedded, Options, TaskKind
+from dsclip.evaluate.results.result import Measured, Outcomes, by_group
+from dsclip.evaluate.tasks.captioned import Captioned
+from dsclip.evaluate.tasks.task import Embedded, Options, TaskKind
 
 
 class HardNegatives:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsclip.data.shards.overlap import data_name
-from dsclip.evaluate.intervals import table
+from dsclip.evaluate.results.intervals import table
 
 
 def text(result: dict[str, Any]) -> str:

@@ -19,14 +19,14 @@ from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.evaluate.arguments import FLAGS, task_options
 from dsclip.evaluate.feature_cache import FeatureCache
-from dsclip.evaluate.intervals import with_intervals
 from dsclip.evaluate.opened import OpenedModel
-from dsclip.evaluate.protocol import task_protocol, whole_protocol
-from dsclip.evaluate.record import write_result
-from dsclip.evaluate.suite import Entry, Suite, present_entries
-from dsclip.evaluate.suite_progress import SuiteProgress
-from dsclip.evaluate.task import Task
-from dsclip.evaluate.tasks import TASKS, measure_task
+from dsclip.evaluate.results.intervals import with_intervals
+from dsclip.evaluate.results.protocol import task_protocol, whole_protocol
+from dsclip.evaluate.results.record import write_result
+from dsclip.evaluate.suites.progress import SuiteProgress
+from dsclip.evaluate.suites.suite import Entry, Suite, present_entries
+from dsclip.evaluate.tasks.registry import TASKS, measure_task
+from dsclip.evaluate.tasks.task import Task
 from dsclip.files import sha256
 
 

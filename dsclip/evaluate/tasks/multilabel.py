@@ -13,9 +13,9 @@ from torch import Tensor
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
 from dsclip.evaluate.features import check_finite
-from dsclip.evaluate.result import Measured, Outcomes
-from dsclip.evaluate.task import Embedded, Images, Options, TaskKind
-from dsclip.evaluate.zeroshot import classifier, prompt_protocol, prompts, zeroshot_prompts
+from dsclip.evaluate.results.result import Measured, Outcomes
+from dsclip.evaluate.tasks.task import Embedded, Images, Options, TaskKind
+from dsclip.evaluate.tasks.zeroshot import classifier, prompt_protocol, prompts, zeroshot_prompts
 
 
 class MultiLabel:

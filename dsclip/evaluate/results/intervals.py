@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsclip.errors import UserError
-from dsclip.evaluate.result import Measured, Outcomes
+from dsclip.evaluate.results.result import Measured, Outcomes
 
 RESAMPLES = 1000
 SEED = 0

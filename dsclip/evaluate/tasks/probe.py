@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.logistic import FITS, search_strength
-from dsclip.evaluate.result import Measured, Outcomes
-from dsclip.evaluate.task import Embedded, Images, Options, TaskKind, lines_sha256
-from dsclip.evaluate.zeroshot import measure_classification, zeroshot_samples
+from dsclip.evaluate.results.result import Measured, Outcomes
+from dsclip.evaluate.tasks.logistic import FITS, search_strength
+from dsclip.evaluate.tasks.task import Embedded, Images, Options, TaskKind, lines_sha256
+from dsclip.evaluate.tasks.zeroshot import measure_classification, zeroshot_samples
 
 HELD_OUT = 5  # one of so many training samples a class is for the search, where there is no validation set
 

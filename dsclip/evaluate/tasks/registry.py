@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dsclip.data import EvalDataset
 from dsclip.evaluate.features import Embedder
-from dsclip.evaluate.hard_negatives import HARD_NEGATIVES
-from dsclip.evaluate.hard_positives import HARD_POSITIVES
-from dsclip.evaluate.knn import KNN
-from dsclip.evaluate.multilabel import MULTI_LABEL
-from dsclip.evaluate.probe import LINEAR_PROBE
-from dsclip.evaluate.result import Measured
-from dsclip.evaluate.retrieval import RETRIEVAL
-from dsclip.evaluate.task import DEFAULTS, Embedded, Options, Task
-from dsclip.evaluate.winoground import WINOGROUND
-from dsclip.evaluate.zeroshot import ZEROSHOT
+from dsclip.evaluate.results.result import Measured
+from dsclip.evaluate.tasks.hard_negatives import HARD_NEGATIVES
+from dsclip.evaluate.tasks.hard_positives import HARD_POSITIVES
+from dsclip.evaluate.tasks.knn import KNN
+from dsclip.evaluate.tasks.multilabel import MULTI_LABEL
+from dsclip.evaluate.tasks.probe import LINEAR_PROBE
+from dsclip.evaluate.tasks.retrieval import RETRIEVAL
+from dsclip.evaluate.tasks.task import DEFAULTS, Embedded, Options, Task
+from dsclip.evaluate.tasks.winoground import WINOGROUND
+from dsclip.evaluate.tasks.zeroshot import ZEROSHOT
 
 KINDS = (ZEROSHOT, RETRIEVAL, HARD_NEGATIVES, HARD_POSITIVES, WINOGROUND, LINEAR_PROBE, KNN, MULTI_LABEL)
 TASKS = {kind.name: kind for kind in KINDS}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsclip.data import EvalDataset
-from dsclip.evaluate.task import Embedded, Images
+from dsclip.evaluate.tasks.task import Embedded, Images
 
 
 class Captioned:

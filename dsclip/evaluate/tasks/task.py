@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from dsclip.data import EvalDataset
-from dsclip.evaluate.result import Measured
+from dsclip.evaluate.results.result import Measured
 from dsclip.files import sha256
 
 Words = str | list[str] | None  # a file of lines, the lines, or those of the shards' manifest

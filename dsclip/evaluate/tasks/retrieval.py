@@ -10,8 +10,8 @@ from torch import Tensor
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
 from dsclip.evaluate.features import check_finite
-from dsclip.evaluate.result import Measured, Outcomes
-from dsclip.evaluate.task import Embedded, Images, Options, TaskKind
+from dsclip.evaluate.results.result import Measured, Outcomes
+from dsclip.evaluate.tasks.task import Embedded, Images, Options, TaskKind
 
 RECALL_AT = (1, 5, 10)
 ROWS_AT_ONCE = 1024  # of the similarity matrix

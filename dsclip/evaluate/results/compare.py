@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from dsclip.errors import UserError
-from dsclip.evaluate.intervals import Interval, bootstrap, interval
-from dsclip.evaluate.record import Record
+from dsclip.evaluate.results.intervals import Interval, bootstrap, interval
+from dsclip.evaluate.results.record import Record
 
 # Of the models themselves: models that differ in these are what a comparison is for. It is said, not refused.
 OF_THE_MODEL = ("model", "image", "text", "precision", "versions")

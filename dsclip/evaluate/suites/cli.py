@@ -17,9 +17,9 @@ from dsclip.errors import UserError
 from dsclip.evaluate.arguments import FLAGS
 from dsclip.evaluate.feature_cache import FeatureCache
 from dsclip.evaluate.opened import OpenedModel
-from dsclip.evaluate.suite import load_suite, present_entries
-from dsclip.evaluate.suite_report import averages, suite_markdown
-from dsclip.evaluate.suite_run import Place, run_suite
+from dsclip.evaluate.suites.report import averages, suite_markdown
+from dsclip.evaluate.suites.run import Place, run_suite
+from dsclip.evaluate.suites.suite import load_suite, present_entries
 from dsclip.files import sha256, write_whole
 
 NONE = "none"

@@ -14,9 +14,9 @@ from dsclip.data.shards.specification import DEMO
 from dsclip.data.sources.storage import is_remote
 from dsclip.errors import UserError, did_you_mean
 from dsclip.evaluate.arguments import FLAGS
-from dsclip.evaluate.tasks import TASKS
+from dsclip.evaluate.tasks.registry import TASKS
 
-PACKAGED = Path(__file__).with_name("suites")
+PACKAGED = Path(__file__).parent
 OF_THE_TASK = tuple(FLAGS)  # what an entry may say of its task
 OF_THE_DATA = (
     "caption_key",

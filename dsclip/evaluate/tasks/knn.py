@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
-from dsclip.evaluate.probe import labelled_training
-from dsclip.evaluate.result import Measured
-from dsclip.evaluate.task import Embedded, Images, Options, TaskKind, lines_sha256
-from dsclip.evaluate.zeroshot import measure_classification, zeroshot_samples
+from dsclip.evaluate.results.result import Measured
+from dsclip.evaluate.tasks.probe import labelled_training
+from dsclip.evaluate.tasks.task import Embedded, Images, Options, TaskKind, lines_sha256
+from dsclip.evaluate.tasks.zeroshot import measure_classification, zeroshot_samples
 
 TEMPERATURE = 0.07
 ROWS_AT_ONCE = 256  # of the similarities to all training samples

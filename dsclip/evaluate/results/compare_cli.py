@@ -10,8 +10,8 @@ from typing import Any
 
 from dsclip.command_line import parser, run_tool
 from dsclip.errors import UserError
-from dsclip.evaluate.compare import Row, compare, differing
-from dsclip.evaluate.record import Record, read_result
+from dsclip.evaluate.results.compare import Row, compare, differing
+from dsclip.evaluate.results.record import Record, read_result
 
 EXAMPLE = "python tools/compare.py before.json after.json"
 Compared = tuple[dict[str, Any], str]  # as JSON, and as Markdown

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dsclip.data import EvalDataset
-from dsclip.evaluate.captioned import Captioned
-from dsclip.evaluate.hard_negatives import hard_negative_samples
-from dsclip.evaluate.result import Measured, Outcomes, by_group
-from dsclip.evaluate.task import Embedded, Options, TaskKind
+from dsclip.evaluate.results.result import Measured, Outcomes, by_group
+from dsclip.evaluate.tasks.captioned import Captioned
+from dsclip.evaluate.tasks.hard_negatives import hard_negative_samples
+from dsclip.evaluate.tasks.task import Embedded, Options, TaskKind
 
 
 class HardPositives:

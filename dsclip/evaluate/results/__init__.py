@@ -1,0 +1,1 @@
+"""What a task returns: values, their intervals, the protocol record, and comparisons."""

@@ -1,0 +1,1 @@
+"""What is measured: a task is a file here, and a line in `registry.py`."""
