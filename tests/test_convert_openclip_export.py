@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dsclip.convert.compare import check_read_back, difference_in_openclip
-from dsclip.convert.openclip import fields_shown, read_openclip_config
+from dsclip.convert.openclip import fields_shown
 from dsclip.convert.openclip_export import export_openclip, openclip_config
 from dsclip.convert.safetensors_file import write_one_file
 from dsclip.convert.source import HIDDEN, open_source
@@ -17,7 +17,8 @@ from dsclip.convert.weights import from_openclip, to_openclip
 from dsclip.create import create_model
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
-from dsclip.model.config import PRESETS, VARIANTS, resolve_preset
+from dsclip.model.openclip_config import read_openclip_config
+from dsclip.model.presets import PRESETS, VARIANTS, resolve_preset
 from tests.test_convert import SCALE, checkpoint_of, openclip_weights, perturbed, small
 from tests.test_convert_openclip import SHAPES, UNUSUAL
 

@@ -16,7 +16,7 @@ from dsclip.convert.whole import whole_model
 from dsclip.create import create_model
 from dsclip.errors import UserError
 from dsclip.evaluate.cli import _parser, evaluate
-from dsclip.model.config import PRESETS, VARIANTS, resolve_preset
+from dsclip.model.presets import PRESETS, VARIANTS, resolve_preset
 from dsclip.train.run_folder import find_resume
 from tests.test_convert import checkpoint_of, openclip_weights, perturbed, small
 

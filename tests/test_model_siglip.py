@@ -20,8 +20,8 @@ from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.model import Clip, resolve_preset
 from dsclip.model.captions import cut_captions
-from dsclip.model.config import SIGLIP
 from dsclip.model.flops import forward_flops
+from dsclip.model.presets import SIGLIP
 from tests.test_convert import checkpoint_of, perturbed
 
 PARAMETERS = {

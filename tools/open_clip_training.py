@@ -29,7 +29,7 @@ def model_config(tokenizer: Path) -> dict[str, Any]:
     """The preset `demo` as OpenCLIP writes it, with the tokenizer's vocabulary."""
     from transformers import AutoTokenizer
 
-    from dsclip.model.config import PRESETS
+    from dsclip.model.presets import PRESETS
 
     demo = PRESETS["demo"]
     vision = {

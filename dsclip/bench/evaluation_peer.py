@@ -80,7 +80,7 @@ def write_model(folder: Path) -> None:
 
     from dsclip.convert.folder import write_json
     from dsclip.convert.hf import hf_config, hf_preprocessor
-    from dsclip.model.config import resolve_preset
+    from dsclip.model.presets import resolve_preset
 
     tokenizer = load_tokenizer("demo")
     config = resolve_preset(PRESET, vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)

@@ -42,7 +42,7 @@ class ModelSection:
     """The two towers. Every field but `preset`, `init` and `stretch` overrides the preset's own value."""
 
     preset: str = "auto"
-    """`ViT-B-32`, `ViT-L-14`, … (also written `ViT-B/32`), each with `-quickgelu`; `demo`; or `auto`: the model of `init`, `ViT-B-32` without."""
+    """`ViT-B-32`, `ViT-L-14`, … (also written `ViT-B/32`), each with `-quickgelu`; `demo`; `FILE.json`, an OpenCLIP model configuration; or `auto`: the model of `init`, `ViT-B-32` without."""
     init: str | None = None
     """Weights to start from: HuggingFace CLIP folder, OpenCLIP folder or state dict, dsclip checkpoint, or on the hub `hf:NAME`, \
 `openclip:NAME`; what it says of its model and the recipe leaves open is taken over."""

@@ -15,7 +15,7 @@ from dsclip.convert.source import OWN_CHOICE, TAKEN, Source, describe_source, op
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig, resolve_preset
-from dsclip.model.config import AUTO
+from dsclip.model.presets import AUTO
 
 IMAGE_POSITIONS = "visual.embed.position_embedding"
 TEXT_POSITIONS = "text.embed.position_embedding"
@@ -33,8 +33,8 @@ def starting_config(path: str | Path | None, preset: str, *, tokens: int = 0, **
     if tokens:
         overrides["vocab_size"] = max(tokens, said.get("vocab_size", 0))
     given = {name for name, value in overrides.items() if value is not None}
-    if preset.endswith("-quickgelu"):
-        given.add("activation")
+    if resolve_preset(preset).activation == "quick_gelu":
+        given.add("activation")  # its name or its file says so
     if preset == AUTO and path is not None and not said:
         raise UserError(
             f"{path} has no configuration beside it that says what its model is; set model.preset to the one with its shapes"

@@ -21,6 +21,7 @@ from dsclip.convert.weights import Named, from_openclip
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
 from dsclip.model.config import OF_THE_RUN
+from dsclip.model.openclip_config import read_openclip_config
 
 # What shapes of weights don't show: models that differ in it alone load without a word and compute something else.
 HIDDEN = (
@@ -169,7 +170,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _openclip_config(folder: Path) -> tuple[dict[str, Any], str | None]:
-    said, preprocessing = openclip.read_openclip_config(folder / openclip.CONFIG)
+    said, preprocessing = read_openclip_config(folder / openclip.CONFIG)
     if "eot_token_id" not in said and _has_tokenizer(folder):
         from dsclip.data import load_tokenizer
 

@@ -16,7 +16,7 @@ from dsclip.data import load_tokenizer
 from dsclip.errors import UserError
 from dsclip.files import write_whole
 from dsclip.model import resolve_preset
-from dsclip.model.config import AUTO
+from dsclip.model.presets import AUTO
 from dsclip.plan.advice import advice, describe_choice
 from dsclip.plan.choose import plan_batch
 from dsclip.plan.estimate import Estimate, parameter_counts

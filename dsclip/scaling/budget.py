@@ -11,8 +11,8 @@ import numpy as np
 from dsclip.config import Recipe, load_ds_config
 from dsclip.config.schema import BatchSection
 from dsclip.errors import UserError
-from dsclip.model.config import PRESETS
 from dsclip.model.flops import forward_flops
+from dsclip.model.presets import PRESETS
 from dsclip.plan import estimate, plan_batch
 from dsclip.plan.machine import Machine, named_gpu
 from dsclip.plan.measured import measured

@@ -20,8 +20,9 @@ from dsclip.errors import UserError
 from dsclip.evaluate import IN_TRAINING
 from dsclip.losses import check_options, find_loss, with_prefixes
 from dsclip.model import ClipConfig
-from dsclip.model.config import AUTO, OF_THE_RUN
+from dsclip.model.config import OF_THE_RUN
 from dsclip.model.fp8 import check_fp8_shapes
+from dsclip.model.presets import AUTO
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.resume import check_length
 from dsclip.train.run_folder import find_resume

@@ -11,7 +11,8 @@ from torch import Tensor
 from dsclip.bench.gpu.row import Facts, Row, Settings
 from dsclip.bench.measure import median_seconds
 from dsclip.model.attention import BACKENDS, attention
-from dsclip.model.config import PRESETS, ClipConfig
+from dsclip.model.config import ClipConfig
+from dsclip.model.presets import PRESETS
 
 SAMPLES = 64
 TEXT_TOKENS = (24, 77)  # of web captions that are cut, and of whole contexts
