@@ -18,6 +18,7 @@ def demo_cache(tmp_path_factory):
         folder = tmp_path_factory.getbasetemp().parent / "cache"
     folder.mkdir(exist_ok=True)
     os.environ["DSCLIP_CACHE"] = str(folder)
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
     return folder
 
 

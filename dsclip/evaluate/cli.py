@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--data",
         help="shards (a folder, glob, brace expression or address; demo:val), a folder or zip of images with captions.tsv or "
-        "with a folder a class, a .tsv or .csv of pairs, or a folder in CLIP_benchmark's layout",
+        "with a folder a class, a .tsv or .csv of pairs, a folder in CLIP_benchmark's layout, or datasets:NAME",
     )
     p.add_argument(
         "--split",

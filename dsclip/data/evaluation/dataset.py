@@ -34,7 +34,7 @@ from dsclip.data.decoding.sample import (
 )
 from dsclip.data.decoding.transforms import eval_image
 from dsclip.data.evaluation.texts import TextSample, read_texts
-from dsclip.data.layouts.files import FileSet
+from dsclip.data.layouts.files import FileSet, file_state
 from dsclip.data.layouts.recognise import ShardLayout, recognise
 from dsclip.data.layouts.rows import Box, FileLayout
 from dsclip.data.shards.manifest import read_manifest
@@ -115,10 +115,8 @@ class EvalDataset:
 
     def fingerprint(self) -> str:
         """Changes with the images: a hash of their places, and of sizes and times of change of the files that they lie in."""
-        files = self.shards or sorted({place.location for place in self._images})
-        folder = self._files.path if self._files is not None and self._files.path.is_dir() else ""
-        archive = [str(self._files.path)] if self._files is not None and not folder else []
-        states = [_state(name if self.shards else os.path.join(folder, name)) for name in (archive or files)]
+        names = self.shards or sorted({place.location for place in self._images})
+        states = [_state(name) for name in names] if self._files is None else self._files.state(names)
         pieces = (repr(tuple(place)).encode() for place in self._images)
         return sha256(itertools.chain((repr(states).encode(),), pieces))
 
@@ -307,11 +305,7 @@ def _state(path: str) -> tuple[str, int, int]:
     """(place, size, time of change) of a file; of a remote one its address alone."""
     if is_remote(path):
         return path, 0, 0
-    try:
-        found = os.stat(path)
-    except OSError:
-        return path, -1, 0
-    return os.path.realpath(path), found.st_size, found.st_mtime_ns
+    return file_state(path)
 
 
 def _read_file(path: str, place: _Image) -> bytes:

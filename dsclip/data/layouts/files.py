@@ -35,6 +35,12 @@ class FileSet:
         with open(os.path.join(self.path, name), "rb") as file:
             return file.read()
 
+    def state(self, names: list[str]) -> list[object]:
+        """Changes with the files of these names: place, size and time of change of each, or of the zip."""
+        if self._zip:
+            return [file_state(str(self.path))]
+        return [file_state(os.path.join(self.path, name)) for name in names]
+
     def lines(self, name: str) -> list[str]:
         """As `text_lines`."""
         return text_lines(self.read(name), f"{self.path}/{name}")
@@ -43,6 +49,15 @@ class FileSet:
     def present(self) -> frozenset[str]:
         """The names, to look one up."""
         return frozenset(self.names)
+
+
+def file_state(path: str) -> tuple[str, int, int]:
+    """(place, size, time of change) of a file, whose size is −1 where it isn't there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return path, -1, 0
+    return os.path.realpath(path), found.st_size, found.st_mtime_ns
 
 
 def text_lines(content: bytes, path: str) -> list[str]:

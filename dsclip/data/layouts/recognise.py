@@ -14,6 +14,7 @@ from dsclip.data.layouts.caption_table import CAPTIONS, is_table, read_table
 from dsclip.data.layouts.class_folders import SPLITS, find_class_folders, is_image
 from dsclip.data.layouts.compositional import read_compositional
 from dsclip.data.layouts.files import FileSet
+from dsclip.data.layouts.hf_dataset import PREFIX, open_hf_dataset
 from dsclip.data.layouts.rows import FileLayout, Row, Words
 from dsclip.data.layouts.words import CLASSNAMES, TEMPLATES, beside, folder_names, within
 from dsclip.data.shards.manifest import MANIFEST
@@ -51,6 +52,8 @@ def recognise(
         return found
     if images is not None:
         raise UserError(f"{spec} says itself where its images are; leave the folder of images out")
+    if isinstance(spec, str) and spec.startswith(PREFIX):
+        return open_hf_dataset(spec, split, caption_column, _chosen)
     path = _plain_path(spec)
     if path is None:
         _refuse_split(split, spec)

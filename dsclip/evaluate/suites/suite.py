@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from dsclip.data.layouts.hf_dataset import PREFIX
 from dsclip.data.shards.specification import DEMO
 from dsclip.data.sources.storage import is_remote
 from dsclip.errors import UserError, did_you_mean
@@ -47,9 +48,9 @@ class Entry:
     of_data: Mapping[str, Any] = field(default_factory=dict)
 
     def find(self, data_root: Path) -> str | None:
-        """The first of its places that exists; addresses and the embedded set count as existing."""
+        """The first of its places that exists; addresses, names of the library `datasets` and the embedded set count as existing."""
         for place in self.data:
-            if place in DEMO or is_remote(place):
+            if place in DEMO or is_remote(place) or place.startswith(PREFIX):
                 return place
             path = os.path.join(data_root, os.path.expanduser(place))
             if os.path.exists(path):
