@@ -15,6 +15,11 @@ CROP_TRIES = 10
 
 def eval_image(image: Image.Image, size: int) -> Tensor:
     """Resize the shorter side to `size` (bicubic, antialiased), then crop the centre. Returns uint8 [3, size, size]."""
+    return to_uint8(resized_and_cropped(image, size))
+
+
+def resized_and_cropped(image: Image.Image, size: int) -> Image.Image:
+    """The same as a picture."""
     width, height = image.size
     if width <= height:
         target = (size, int(size * height / width))
@@ -23,7 +28,7 @@ def eval_image(image: Image.Image, size: int) -> Tensor:
     if image.size != target:
         image = image.resize(target, Image.Resampling.BICUBIC)
     left, top = (target[0] - size) // 2, (target[1] - size) // 2
-    return to_uint8(image.crop((left, top, left + size, top + size)))
+    return image.crop((left, top, left + size, top + size))
 
 
 def train_image(image: Image.Image, size: int, crop_scale: list[float], rng: np.random.Generator) -> Tensor:

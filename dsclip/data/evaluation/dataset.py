@@ -6,6 +6,7 @@ found there, and `evaluate.features` has all ranks leave it out.
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import os
@@ -22,6 +23,7 @@ from zipfile import BadZipFile
 from PIL import Image
 from torch import Tensor
 
+from dsclip.data.corruptions.corruption import Corruption
 from dsclip.data.decoding.sample import (
     BadSample,
     RawSample,
@@ -69,8 +71,10 @@ class EvalDataset:
 
     captions, negatives (lists of strings), labels (int or None), label_sets (several classes, or None) and groups (parts of the set, or None) are those of all samples, in
     order. pairs: samples 2i and 2i + 1 are each other's hard negatives. broken: {index: reason} of samples whose image turned out
-    to be unusable.
+    to be unusable. corruption: what its pictures went through, see `corrupted`.
     """
+
+    corruption: Corruption | None = None
 
     def __init__(self, image_size: int, max_pixels: int, storage: Storage, prepare: Prepare | None = None):
         self._image_size, self._max_pixels, self.storage = image_size, max_pixels, storage
@@ -111,14 +115,22 @@ class EvalDataset:
             raise BadSample("unreadable shard" if place.size >= 0 else "unreadable file") from error
         raw = RawSample(place.location, "", {place.extension: content})
         image = decode_image(raw, self._max_pixels)
-        return self._prepare(image if place.box is None else image.crop(place.box))
+        image = image if place.box is None else image.crop(place.box)
+        return self._prepare(image if self.corruption is None else self.corruption(image, index))
+
+    def corrupted(self, corruption: Corruption) -> EvalDataset:
+        """The same samples, their pictures corrupted before they are prepared for the model."""
+        other = copy.copy(self)
+        other.corruption, other.broken = corruption, {}
+        return other
 
     def fingerprint(self) -> str:
-        """Changes with the images: a hash of their places, and of sizes and times of change of the files that they lie in."""
+        """Changes with the images: a hash of their places and corruption, and of sizes and times of change of the files that they lie in."""
         names = self.shards or sorted({place.location for place in self._images})
         states = [_state(name) for name in names] if self._files is None else self._files.state(names)
         pieces = (repr(tuple(place)).encode() for place in self._images)
-        return sha256(itertools.chain((repr(states).encode(),), pieces))
+        corruption = () if self.corruption is None else (repr(self.corruption).encode(),)
+        return sha256(itertools.chain((repr(states).encode(),), corruption, pieces))
 
     def blank(self) -> Tensor:
         """A black image, in the place of one that can't be decoded."""
