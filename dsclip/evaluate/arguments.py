@@ -35,6 +35,10 @@ def add_task_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--seeds", type=int, help="linear_probe: draws of the shots (default: 3)")
     p.add_argument("--solver", choices=list(FITS), help="linear_probe: adamw is CLIP_benchmark's (default: lbfgs)")
+    p.add_argument(
+        "--corruption", nargs="+", metavar="NAME[:SEVERITY]",
+        help="the same task on corrupted pictures too: names as in ImageNet-C, such as fog or jpeg_compression:3, or all (default: none; severities 1 to 5)",
+    )  # fmt: skip
     p.add_argument("--neighbours", type=int, help="knn: that vote (default: 20)")
 
 

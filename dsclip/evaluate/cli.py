@@ -16,6 +16,7 @@ import torch
 
 from dsclip.command_line import parser, report_error, say
 from dsclip.data import EvalDataset, build_eval_dataset
+from dsclip.data.corruptions.corruption import parse_corruptions
 from dsclip.data.shards.overlap import trained_on
 from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
@@ -29,6 +30,8 @@ from dsclip.evaluate.results.report import markdown, text
 from dsclip.evaluate.suites.cli import NONE, check_choice, evaluate_suite, feature_cache
 from dsclip.evaluate.suites.report import suite_markdown, suite_text
 from dsclip.evaluate.suites.suite import suite_names
+from dsclip.evaluate.tasks.corrupted import Corrupted
+from dsclip.evaluate.tasks.task import Task
 
 EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
 
@@ -173,10 +176,12 @@ def _measure(arguments: argparse.Namespace, model: OpenedModel) -> dict[str, Any
             prepare=model.prepare,
         )
 
-    kind = TASKS[arguments.task]
+    kind, corruptions = TASKS[arguments.task], parse_corruptions(arguments.corruption or [])
     options = task_options(arguments, kind, open_set, model.logit_scale)
     dataset = open_set(arguments.data, arguments.split)
-    task = kind.prepare(dataset, options)
+    task: Task = kind.prepare(dataset, options)
+    if corruptions:
+        task = Corrupted(task, corruptions)
     measured = measure_task(task, model.embedder)
     result = {
         "task": arguments.task, "metrics": with_intervals(measured), "model": arguments.model, "data": arguments.data,

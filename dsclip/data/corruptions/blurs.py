@@ -54,7 +54,7 @@ def disc(radius: int, softness: float) -> Pixels:
     padded = np.pad(sharp, soft, "reflect")
     rows = sum(tap * padded[i : i + len(line)] for i, tap in enumerate(taps / taps.sum()))
     both: Pixels = sum(tap * rows[:, i : i + len(line)] for i, tap in enumerate(taps / taps.sum()))
-    return both / sharp.sum()
+    return both / float(sharp.sum())
 
 
 def motion_blur(x: Pixels, severity: int, random: Random) -> Pixels:

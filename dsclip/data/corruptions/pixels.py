@@ -54,7 +54,7 @@ def fog(x: Pixels, severity: int, random: Random) -> Pixels:
     thickness, decay = FOG[severity - 1]
     height, width = x.shape[:2]
     cloud = plasma(1 << (max(height, width) - 1).bit_length(), decay, random)[:height, :width, None]
-    brightest = x.max()
+    brightest = float(x.max())
     return (x + thickness * cloud) * brightest / (brightest + thickness)
 
 
@@ -78,29 +78,29 @@ def plasma(size: int, decay: float, random: Random) -> Pixels:
         down = centres + np.roll(centres, 1, axis=1) + corners + np.roll(corners, -1, axis=0)
         heights[half::step, ::step] = filled(down)
         step, wibble = half, wibble / decay
-    heights -= heights.min()
-    return heights / heights.max()
+    heights -= float(heights.min())
+    return heights / float(heights.max())
 
 
 def brightness(x: Pixels, severity: int, random: Random) -> Pixels:
     """A larger value of HSV, hue and saturation as they were: all colours of a pixel times the same; black becomes grey."""
-    value = x.max(axis=2, keepdims=True)
+    value: Pixels = x.max(axis=2, keepdims=True)
     brighter = np.minimum(value + BRIGHTNESS[severity - 1], 1)
     return np.where(value > 0, x / np.where(value > 0, value, 1), 1) * brighter
 
 
 def contrast(x: Pixels, severity: int, random: Random) -> Pixels:
     """Pixels come closer to their colour's mean."""
-    means = x.mean(axis=(0, 1), keepdims=True)
+    means: Pixels = x.mean(axis=(0, 1), keepdims=True)
     return (x - means) * CONTRAST[severity - 1] + means
 
 
 def saturate(x: Pixels, severity: int, random: Random) -> Pixels:
     """Another saturation of HSV, hue and value as they were. Grey has hue 0 and becomes reddish where the summand isn't 0."""
     factor, summand = SATURATE[severity - 1]
-    value = x.max(axis=2, keepdims=True)
+    value: Pixels = x.max(axis=2, keepdims=True)
     below = value - x
-    spread = below.max(axis=2, keepdims=True)
+    spread: Pixels = below.max(axis=2, keepdims=True)
     direction = np.where(spread > 0, below / np.where(spread > 0, spread, 1), np.array([0.0, 1.0, 1.0]))
     saturation = np.clip(spread / np.where(value > 0, value, 1) * factor + summand, 0, 1)
     return value * (1 - saturation * direction)

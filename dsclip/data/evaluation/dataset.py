@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 from zipfile import BadZipFile
 
 from PIL import Image
@@ -35,10 +34,11 @@ from dsclip.data.decoding.sample import (
     read_part,
 )
 from dsclip.data.decoding.transforms import eval_image
+from dsclip.data.evaluation.place import ImagePlace, read_part_of, shard_state
 from dsclip.data.evaluation.texts import TextSample, read_texts
-from dsclip.data.layouts.files import FileSet, file_state
+from dsclip.data.layouts.files import FileSet
 from dsclip.data.layouts.recognise import ShardLayout, recognise
-from dsclip.data.layouts.rows import Box, FileLayout
+from dsclip.data.layouts.rows import FileLayout
 from dsclip.data.shards.manifest import read_manifest
 from dsclip.data.sources.cache import local_copy
 from dsclip.data.sources.storage import LOCAL, SourceError, Storage, is_remote
@@ -46,16 +46,6 @@ from dsclip.errors import UserError
 from dsclip.files import sha256
 
 Prepare = Callable[[Image.Image], Tensor]  # what becomes of a decoded RGB picture
-
-
-class _Image(NamedTuple):
-    """Where an image lies: `size` bytes from `start` of a shard, or a file of its own, whose size is −1."""
-
-    location: str
-    extension: str
-    start: int
-    size: int
-    box: Box | None = None  # what of it is shown
 
 
 class EvalSample(TypedDict):
@@ -79,7 +69,7 @@ class EvalDataset:
     def __init__(self, image_size: int, max_pixels: int, storage: Storage, prepare: Prepare | None = None):
         self._image_size, self._max_pixels, self.storage = image_size, max_pixels, storage
         self._prepare = prepare or partial(eval_image, size=image_size)
-        self._images: list[_Image] = []
+        self._images: list[ImagePlace] = []
         self._files: FileSet | None = None  # that images are files of
         self._copies: dict[str, str] = {}
         self.captions: list[list[str]] = []
@@ -127,7 +117,7 @@ class EvalDataset:
     def fingerprint(self) -> str:
         """Changes with the images: a hash of their places and corruption, and of sizes and times of change of the files that they lie in."""
         names = self.shards or sorted({place.location for place in self._images})
-        states = [_state(name) for name in names] if self._files is None else self._files.state(names)
+        states = [shard_state(name) for name in names] if self._files is None else self._files.state(names)
         pieces = (repr(tuple(place)).encode() for place in self._images)
         corruption = () if self.corruption is None else (repr(self.corruption).encode(),)
         return sha256(itertools.chain((repr(states).encode(),), corruption, pieces))
@@ -140,16 +130,16 @@ class EvalDataset:
         """The image's file, undecoded. Raises OSError, SourceError, or what zipfile raises."""
         return self._read(self._images[index])
 
-    def _read(self, place: _Image) -> bytes:
+    def _read(self, place: ImagePlace) -> bytes:
         if place.size < 0:
             return Path(place.location).read_bytes() if self._files is None else self._files.read(place.location)
         try:
-            return _read_file(self.path(place.location), place)
+            return read_part_of(self.path(place.location), place)
         except FileNotFoundError:
             if place.location not in self._copies:
                 raise
             del self._copies[place.location]  # the copy gave way to others
-            return _read_file(self.path(place.location), place)
+            return read_part_of(self.path(place.location), place)
 
     def path(self, location: str) -> str:
         """The shard's file, copied here first where it is remote. Raises SourceError."""
@@ -170,7 +160,9 @@ class EvalDataset:
         label_set: tuple[int, ...] | None,
     ) -> None:
         """Appends a sample of a shard."""
-        self._append(_Image(location, sample.extension, sample.start, sample.size), captions, negatives, label, group)
+        self._append(
+            ImagePlace(location, sample.extension, sample.start, sample.size), captions, negatives, label, group
+        )
         self.label_sets[-1] = label_set
 
     def add_files(self, layout: FileLayout, most: int | None) -> None:
@@ -183,7 +175,7 @@ class EvalDataset:
         for row in layout.rows[:most]:
             location = row.name if isinstance(files, FileSet) else str(files / row.name)
             self._append(
-                _Image(location, row.name.rpartition(".")[2].lower(), 0, -1, row.box),
+                ImagePlace(location, row.name.rpartition(".")[2].lower(), 0, -1, row.box),
                 row.captions,
                 list(row.negatives),
                 row.label,
@@ -192,12 +184,12 @@ class EvalDataset:
 
     def same_images(self, *, in_any_box: bool = False) -> list[int]:
         """Of each sample the first one that shows the same image, also where another part of it is shown."""
-        first: dict[_Image, int] = {}
+        first: dict[ImagePlace, int] = {}
         images = (image._replace(box=None) if in_any_box else image for image in self._images)
         return [first.setdefault(image, i) for i, image in enumerate(images)]
 
     def _append(
-        self, place: _Image, captions: list[str], negatives: list[str], label: int | None, group: str | None = None
+        self, place: ImagePlace, captions: list[str], negatives: list[str], label: int | None, group: str | None = None
     ) -> None:
         self._images.append(place)
         self.groups.append(group)
@@ -311,19 +303,6 @@ def _add_shard(dataset: EvalDataset, location: str, most: int | None, reading: _
         raise UserError(f"evaluation shards can't be read: {error}") from error
     except OSError as error:
         raise UserError(f"evaluation shard {location} can't be read: {error.strerror}") from error
-
-
-def _state(path: str) -> tuple[str, int, int]:
-    """(place, size, time of change) of a file; of a remote one its address alone."""
-    if is_remote(path):
-        return path, 0, 0
-    return file_state(path)
-
-
-def _read_file(path: str, place: _Image) -> bytes:
-    # A file of its own for each read: descriptors that are shared by threads may be closed by another.
-    with open(path, "rb", buffering=0) as stream:
-        return os.pread(stream.fileno(), place.size, place.start)
 
 
 def _names(paths: list[str]) -> str:

@@ -16,13 +16,16 @@ from dsclip.evaluate.tasks.task import Task, lines_sha256
 from dsclip.files import sha256
 from dsclip.model import ClipConfig
 
-PACKAGES = ("dsclip", "torch", "transformers", "pillow")
+PACKAGES = ("dsclip", "torch", "transformers", "numpy", "pillow")
 
 
 def task_protocol(task: Task) -> dict[str, Any]:
     """What the task says of itself and of its sets: {"task", "data"}; data: the texts and labels of each set as a hash."""
+    # Corrupted pictures of a set have its texts; what was done to them is in the task's own record.
     sets = [
-        {"samples": len(part.indices), "texts_sha256": texts_sha256(part.dataset, part.indices)} for part in task.images
+        {"samples": len(part.indices), "texts_sha256": texts_sha256(part.dataset, part.indices)}
+        for part in task.images
+        if part.dataset.corruption is None
     ]
     return {"task": dict(task.protocol), "data": sets[-1] if len(sets) == 1 else {"sets": sets}}
 

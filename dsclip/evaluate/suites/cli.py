@@ -24,7 +24,7 @@ from dsclip.files import sha256, write_whole
 
 NONE = "none"
 # What a suite's entries say; keys have defaults.
-OF_ONE_TASK = ("task", "data", "split", "images", "group_key", "max_samples", *FLAGS)
+OF_ONE_TASK = ("task", "data", "split", "images", "group_key", "max_samples", "corruption", *FLAGS)
 KEYS = {"caption_key": "caption", "negative_key": "negatives"}
 
 

@@ -25,6 +25,7 @@ from dsclip.evaluate.results.protocol import task_protocol, whole_protocol
 from dsclip.evaluate.results.record import write_result
 from dsclip.evaluate.suites.progress import SuiteProgress
 from dsclip.evaluate.suites.suite import Entry, Suite, present_entries
+from dsclip.evaluate.tasks.corrupted import Corrupted
 from dsclip.evaluate.tasks.registry import TASKS, measure_task
 from dsclip.evaluate.tasks.task import Task
 from dsclip.files import sha256
@@ -132,7 +133,8 @@ def _open(entry: Entry, path: str, model: OpenedModel, place: Place, sets: dict[
     arguments = argparse.Namespace(**{flag: entry.options.get(flag) for flag in FLAGS}, data=path)
     options = task_options(arguments, kind, open_set, model.logit_scale)
     dataset = open_set(path, own_split)
-    return _Open(entry, path, dataset, kind.prepare(dataset, options))
+    task: Task = kind.prepare(dataset, options)
+    return _Open(entry, path, dataset, Corrupted(task, entry.corruptions) if entry.corruptions else task)
 
 
 def _identity(o: _Open, run: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from dsclip.data.corruptions.corruption import Corruption, parse_corruptions
 from dsclip.data.layouts.hf_dataset import PREFIX
 from dsclip.data.shards.specification import DEMO
 from dsclip.data.sources.storage import is_remote
@@ -27,14 +28,14 @@ OF_THE_DATA = (
     "images",
     "max_samples",
 )  # and of its set, see `build_eval_dataset`
-OF_THE_ENTRY = ("name", "task", "data", "main", "groups", "unsupported")
+OF_THE_ENTRY = ("name", "task", "data", "main", "groups", "unsupported", "corruption")
 
 
 @dataclass(frozen=True)
 class Entry:
     """A task on a set. data: places where the set may be, the first that exists counts; main: the metric that the table shows, or several, whose mean it shows.
 
-    groups: averages that it is a part of, beside that of all. unsupported: why it can't be measured here (task is "" then).
+    corruptions: that it is measured under too. groups: averages that it is a part of, beside that of all. unsupported: why it can't be measured here (task is "" then).
     options: of the task, as the command line has them (`arguments.FLAGS`); of_data: of `build_eval_dataset`.
     """
 
@@ -46,6 +47,7 @@ class Entry:
     unsupported: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     of_data: Mapping[str, Any] = field(default_factory=dict)
+    corruptions: tuple[Corruption, ...] = ()
 
     def find(self, data_root: Path) -> str | None:
         """The first of its places that exists; addresses, names of the library `datasets` and the embedded set count as existing."""
@@ -133,8 +135,15 @@ def _entry(values: Any, where: str, folder: Path) -> Entry:
     of_data = {key: values[key] for key in OF_THE_DATA if values.get(key) is not None}
     return Entry(
         str(values.get("name", data[0])), str(task), data, _words(values.get("main"), "main", where),
-        _words(values.get("groups"), "groups", where), unsupported, beside, of_data,
+        _words(values.get("groups"), "groups", where), unsupported, beside, of_data, _corruptions(values, where),
     )  # fmt: skip
+
+
+def _corruptions(values: Mapping[str, Any], where: str) -> tuple[Corruption, ...]:
+    try:
+        return parse_corruptions(_words(values.get("corruption"), "corruption", where))
+    except UserError as error:
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
 
 
 def _words(value: Any, key: str, where: str) -> tuple[str, ...]:

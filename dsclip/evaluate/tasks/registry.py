@@ -5,6 +5,7 @@ from __future__ import annotations
 from dsclip.data import EvalDataset
 from dsclip.evaluate.features import Embedder
 from dsclip.evaluate.results.result import Measured
+from dsclip.evaluate.tasks.corrupted import Corrupted
 from dsclip.evaluate.tasks.hard_negatives import HARD_NEGATIVES
 from dsclip.evaluate.tasks.hard_positives import HARD_POSITIVES
 from dsclip.evaluate.tasks.knn import KNN
@@ -27,8 +28,11 @@ def prepare_task(name: str, dataset: EvalDataset, options: Options = DEFAULTS) -
 
 def measure_task(task: Task, embedder: Embedder) -> Measured:
     """What the model does in a task that is prepared, the same on every number of ranks. Collective."""
-    images = [Embedded(*embedder.images(part.dataset, part.indices)) for part in task.images]
-    return task.measure(images, embedder.texts(list(task.texts)))
+    images = (Embedded(*embedder.images(part.dataset, part.indices)) for part in task.images)
+    if isinstance(task, Corrupted):
+        return task.measure(images, embedder.texts(list(task.texts)))
+    embedded = list(images)
+    return task.measure(embedded, embedder.texts(list(task.texts)))
 
 
 def run_task(name: str, embedder: Embedder, dataset: EvalDataset, options: Options = DEFAULTS) -> Measured:
