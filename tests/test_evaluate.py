@@ -111,6 +111,11 @@ def test_names_and_templates_come_from_files_too(tmp_path):
     (tmp_path / "templates.txt").write_text("one {}\n")
     assert load_classnames(str(tmp_path / "names.txt")) == ["sea lion", "cat"]
     assert load_templates(str(tmp_path / "templates.txt")) == ["one {}"]
+    (tmp_path / "names.txt").write_bytes("\ufeffSeelöwe\n".encode())
+    assert load_classnames(str(tmp_path / "names.txt")) == ["Seelöwe"], "without the mark that some editors begin with"
+    (tmp_path / "names.txt").write_bytes("Seelöwe\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"names\.txt is not UTF-8"):
+        load_classnames(str(tmp_path / "names.txt"))
     with pytest.raises(UserError, match="is no file"):
         load_templates("openay")
     with pytest.raises(UserError, match="has no {} where"):

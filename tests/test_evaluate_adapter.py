@@ -77,3 +77,13 @@ def test_features_of_another_shape_and_options_an_adapter_cannot_obey_are_refuse
         run("--model", spec, "--task", "zeroshot", "--data", "demo:val")
     with pytest.raises(UserError, match="--dtype can't be obeyed with an adapter"):
         run("--model", spec, "--task", "zeroshot", "--data", "demo:val", "--dtype", "bf16")
+
+
+def test_features_of_two_widths_can_not_be_compared(demo, tmp_path):
+    (tmp_path / "wide.py").write_text(
+        "import torch\n"
+        "def model():\n"
+        "    return (lambda image: torch.zeros(3), lambda batch: torch.ones(len(batch), 9), lambda texts: torch.ones(len(texts), 8))\n"
+    )
+    with pytest.raises(UserError, match="image features have 9 numbers and its text features 8"):
+        run("--model", f"adapter:{tmp_path}/wide.py:model", "--task", "retrieval", "--data", "demo:val")

@@ -86,9 +86,21 @@ def test_times_come_from_a_run(tmp_path):
             ["--save-seconds", "2", "--restart-seconds", "9", "--write-seconds", "1"],
             "--write-seconds is 1.0, less than",
         ),
+        (
+            ["--save-seconds", "20000", "--restart-seconds", "120", "--mtbf-hours", "0.1"],
+            "such a job makes no progress",
+        ),
+        (["--save-seconds", "2", "--restart-seconds", "2", "--mtbf-hours", "1e-4"], "such a job makes no progress"),
         (["--run", "/nowhere"], "--run /nowhere: there is no metrics.jsonl in it"),
     ],
 )
 def test_what_is_missing_or_wrong_is_said(options, message):
     found, code = plan(*options)
     assert code == 2 and found["error"].startswith(message)
+
+
+def test_options_of_failures_are_refused_where_nobody_asks_about_them():
+    done = run_program("tools/plan.py", "--gpu", "H100", "--save-seconds", "3", "--json")
+    assert done.returncode == 2 and json.loads(done.stdout)["error"].startswith(
+        "--save-seconds belongs to --reliability"
+    )

@@ -151,10 +151,12 @@ def test_soups_are_written_and_measured(folders, tmp_path):
 
 def test_differences_are_taken_and_added_by_command(folders, tmp_path):
     base, tuned = folders[:2]
-    taken, code = tool("compose", base, "--from", tuned, "--keep", "0.1", "--out", tmp_path / "d.safetensors")
+    taken, code = tool("compose", base, "--from", tuned, "--keep", "0.1", "--out", tmp_path / "new" / "d.safetensors")
     assert code == 0 and taken["kept"] == round(0.1 * taken["parameters"])
-    added, code = tool("compose", base, "--add", tmp_path / "d.safetensors", "--out", tmp_path / "both")
+    added, code = tool("compose", base, "--add", tmp_path / "new" / "d.safetensors", "--out", tmp_path / "both")
     assert code == 0 and added["changed"] == taken["kept"]
+    twice, code = tool("compose", base, "--add", *[tmp_path / "new" / "d.safetensors"] * 2, "--out", tmp_path / "twice")
+    assert code == 2 and twice["error"].startswith("--add names a file twice")
     one, two = read_checkpoint(base).state_dict, read_checkpoint(tmp_path / "both").state_dict
     assert sum(int((one[n] != two[n]).sum()) for n in one) == taken["kept"]
 
@@ -166,10 +168,15 @@ def test_differences_are_taken_and_added_by_command(folders, tmp_path):
         ("soup", ["{0}", "{1}", "--greedy"], "--greedy needs --data"),
         ("soup", ["{0}", "{1}", "--shares", "1"], "--shares has 1 numbers for 2 models"),
         ("soup", ["{0}", "{1}", "{2}", "--interpolate", "3", "--data", "demo:val"], "--interpolate needs two models"),
+        ("soup", ["{0}", "{1}", "--shares", "1", "1"], "--shares add up to 2"),
+        ("soup", ["{0}", "{1}", "--shares", "nan", "1"], "--shares nan 1.0: every share must be a finite number"),
+        ("soup", ["{0}", "{1}", "--max-samples", "5"], "--max-samples belongs to --data"),
         ("compose", ["{0}", "--from", "{1}", "--keep", "2"], "--keep is 2.0"),
+        ("compose", ["{0}", "--from", "{1}", "--keep", "1e-12"], "{1} differs from {0} in nothing that would be kept"),
+        ("compose", ["{0}", "--from", "{0}"], "{0} differs from {0} in nothing that would be kept"),
         ("compose", ["{0}", "--from", "{1}", "--shares", "2"], "--shares belongs to --add"),
     ],
 )
 def test_what_can_not_be_is_said_in_one_line(folders, tmp_path, name, arguments, message):
     found, code = tool(name, *(a.format(*folders) for a in arguments), "--out", tmp_path / "out")
-    assert code == 2 and found["error"].startswith(message) and not (tmp_path / "out").exists()
+    assert code == 2 and found["error"].startswith(message.format(*folders)) and not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from dsclip.plan.estimate import Estimate, parameter_counts
 from dsclip.plan.interconnect import LINKS, Interconnect
 from dsclip.plan.machine import USABLE, Machine, named_gpu, this_machine
 from dsclip.plan.measured import measured
-from dsclip.plan.reliability_cli import add_reliability, reliability
+from dsclip.plan.reliability_cli import add_reliability, refuse_without, reliability
 from dsclip.plan.scaling import figure, point, scaling
 from dsclip.plan.scaling import table as scaling_table
 
@@ -82,6 +82,7 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     net = _interconnect(a)
     if a.reliability:
         return reliability(a)
+    refuse_without(a)
     preset = [f"model.preset={a.preset}"] if a.config is None else []
     given = {key: flag for key, flag in FLAGS.items() if _value(a, flag) is not None}
     overrides = [f"{key}={_value(a, flag)}" for key, flag in given.items()]

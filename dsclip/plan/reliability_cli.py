@@ -14,6 +14,7 @@ from dsclip.plan.reliability import GPU_HOURS_A_FAILURE, Failures, band
 
 INTERVALS_S = (60, 300, 900, 1800, 3600)  # shown beside the best; 30 minutes are `train.save_minutes` by default
 OPTIONS = ("mtbf_hours", "save_seconds", "write_seconds", "restart_seconds", "run", "run_days")
+LEAST = 0.05  # of the time; jobs below it need another machine, not another interval
 
 
 def add_reliability(p: argparse.ArgumentParser) -> None:
@@ -32,9 +33,14 @@ def add_reliability(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--write-seconds", type=float, help="until a save is complete, if it goes on in the background (default: --save-seconds)"
     )  # fmt: skip
-    group.add_argument(
-        "--run-days", type=float, default=14, help="of steps, for the range of single runs (default: 14)"
-    )
+    group.add_argument("--run-days", type=float, help="of steps, for the range of single runs (default: 14)")
+
+
+def refuse_without(a: argparse.Namespace) -> None:
+    """Raises UserError for an option of failures where nobody asks about them."""
+    for name in OPTIONS:
+        if getattr(a, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} belongs to --reliability; add that, or leave it out")
 
 
 def reliability(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -48,7 +54,8 @@ def reliability(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise UserError(f"--reliability needs {' and '.join(missing)}, or --run with a run that has saved and started")
     hours = GPU_HOURS_A_FAILURE / a.gpus if a.mtbf_hours is None else a.mtbf_hours
     write = seconds["save_seconds"] if a.write_seconds is None else a.write_seconds
-    checked = {**seconds, "mtbf_hours": hours, "write_seconds": write, "run_days": a.run_days}
+    days = 14.0 if a.run_days is None else a.run_days
+    checked = {**seconds, "mtbf_hours": hours, "write_seconds": write, "run_days": days}
     for name, value in checked.items():
         if not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be greater than 0")
@@ -57,7 +64,12 @@ def reliability(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
             f"--write-seconds is {write}, less than the {seconds['save_seconds']} for which training stands still"
         )
     job = Failures(3600 * hours, seconds["save_seconds"], write, seconds["restart_seconds"])
-    best, steps_s = job.best_interval_s(), 86_400 * a.run_days
+    best, steps_s = job.best_interval_s(), 86_400 * days
+    if job.ettr(best) < LEAST:
+        raise UserError(
+            f"such a job makes no progress: with a failure in {hours:,.3g} hours, saves that count after {write:,.3g} s and restarts of "
+            f"{job.restart_s:,.3g} s, at most {job.ettr(best):.2%} of its time would go into steps that count"
+        )
     rows = [
         (interval, job.ettr(interval)) for interval in sorted({*INTERVALS_S, best}) if interval >= write - job.stall_s
     ]
@@ -71,7 +83,7 @@ def reliability(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"{job.durable_s:.3g} s; a restart takes {job.restart_s:.3g} s", "",
         "  saved every   effective training time",
         *(f"  {_time(interval):>11}   {ettr:.2%}{'  best' if interval == best else ''}" for interval, ettr in rows), "",
-        f"90 of 100 runs of {a.run_days:g} days of steps end between {low:.2%} and {high:.2%} at the best (simulated)",
+        f"90 of 100 runs of {days:g} days of steps end between {low:.2%} and {high:.2%} at the best (simulated)",
         f"In the recipe: train.save_minutes={best / 60:.2g}",
     ]  # fmt: skip
     return result, "\n".join(lines)

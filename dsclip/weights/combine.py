@@ -52,6 +52,14 @@ def combine(models: Sequence[Checkpoint], shares: Sequence[float]) -> Checkpoint
     )
 
 
+def check_shares(shares: Sequence[float], count: int, what: str) -> None:
+    """Raises UserError unless there is a finite share for each of so many."""
+    if len(shares) != count:
+        raise UserError(f"--shares has {len(shares)} numbers for {count} {what}")
+    if not all(math.isfinite(share) for share in shares):
+        raise UserError(f"--shares {' '.join(map(str, shares))}: every share must be a finite number")
+
+
 def check_alike(one: Checkpoint, other: Checkpoint) -> None:
     """Raises UserError, with what differs by name, for models whose weights can't be added."""
     names = [f.name for f in fields(ClipConfig) if f.name not in OF_THE_RUN]

@@ -10,7 +10,7 @@ from typing import Any
 from dsclip.command_line import parser, run_tool
 from dsclip.convert.dsclip_export import export_dsclip
 from dsclip.errors import UserError
-from dsclip.weights.combine import opened
+from dsclip.weights.combine import check_shares, opened
 from dsclip.weights.difference import changed, compose, read_difference, write_difference
 
 
@@ -43,6 +43,7 @@ def _take(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
     keep = 0.05 if a.keep is None else a.keep
     if not 0 < keep <= 1:
         raise UserError(f"--keep is {keep}; it is a share of all parameters, more than 0 and at most 1")
+    a.out.parent.mkdir(parents=True, exist_ok=True)
     with opened([a.base, a.tuned]) as (base, tuned):
         made = write_difference(a.out, base, tuned, keep)
     size = a.out.stat().st_size
@@ -54,8 +55,9 @@ def _take(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _add(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
     differences = [read_difference(path) for path in a.add]
     shares = a.shares or [1.0] * len(differences)
-    if len(shares) != len(differences):
-        raise UserError(f"--shares has {len(shares)} numbers for {len(differences)} differences")
+    check_shares(shares, len(differences), "differences")
+    if len({path.resolve() for path in a.add}) < len(a.add):
+        raise UserError("--add names a file twice; give it once, with a share of 2 if that is meant")
     with opened([a.base]) as [base]:
         export_dsclip(compose(base, differences, shares), a.out)
     count = changed(differences)

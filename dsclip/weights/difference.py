@@ -108,6 +108,11 @@ def write_difference(path: Path, base: Checkpoint, tuned: Checkpoint, keep: floa
     if path.exists():
         raise UserError(f"{path} exists already; choose another file or remove it")
     tensors, parameters = largest_changes(base, tuned, keep)
+    if not any(values.any() for name, values in tensors.items() if name.endswith(VALUES)):
+        why = (
+            f"--keep {keep:g} of {parameters:,} parameters is none" if not tensors else "the two have the same weights"
+        )
+        raise UserError(f"{tuned.path} differs from {base.path} in nothing that would be kept: {why}")
     scale = math.log(tuned.logit_scale) - math.log(base.logit_scale)
     bias = None if base.logit_bias is None or tuned.logit_bias is None else tuned.logit_bias - base.logit_bias
     said = {"scale": scale, "bias": bias, "base_sha256": weights_sha256(base), "parameters": parameters}

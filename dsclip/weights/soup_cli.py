@@ -20,7 +20,7 @@ from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.evaluate.opened import Wanted, open_model
 from dsclip.evaluate.tasks.registry import run_task
-from dsclip.weights.combine import combine, opened
+from dsclip.weights.combine import check_shares, combine, opened
 from dsclip.weights.soup import equal_shares, greedy
 
 # What a task is judged by: the mean of these.
@@ -125,8 +125,12 @@ def _check(a: argparse.Namespace) -> None:
         raise UserError(f"{'--greedy' if a.greedy else '--interpolate'} needs --data: it chooses by a score")
     if a.interpolate is not None and (a.interpolate < 2 or len(a.models) != 2):
         raise UserError("--interpolate needs two models, and at least 2 points, which are the models themselves")
-    if a.shares is not None and len(a.shares) != len(a.models):
-        raise UserError(f"--shares has {len(a.shares)} numbers for {len(a.models)} models")
+    if a.shares is not None:
+        check_shares(a.shares, len(a.models), "models")
+        if abs(sum(a.shares) - 1) > 1e-6:
+            raise UserError(f"--shares add up to {sum(a.shares):g}; those of an average add up to 1")
+    if a.data is None and a.max_samples is not None:
+        raise UserError("--max-samples belongs to --data, which isn't given; leave it out")
 
 
 def _shares(a: argparse.Namespace, kitchen: Kitchen, alone: Sequence[float]) -> list[float]:

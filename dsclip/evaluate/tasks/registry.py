@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from dsclip.data import EvalDataset
+from dsclip.errors import UserError
 from dsclip.evaluate.features import Embedder
 from dsclip.evaluate.results.result import Measured
 from dsclip.evaluate.tasks.corrupted import Corrupted
@@ -28,11 +31,21 @@ def prepare_task(name: str, dataset: EvalDataset, options: Options = DEFAULTS) -
 
 def measure_task(task: Task, embedder: Embedder) -> Measured:
     """What the model does in a task that is prepared, the same on every number of ranks. Collective."""
-    images = (Embedded(*embedder.images(part.dataset, part.indices)) for part in task.images)
-    if isinstance(task, Corrupted):
-        return task.measure(images, embedder.texts(list(task.texts)))
-    embedded = list(images)
-    return task.measure(embedded, embedder.texts(list(task.texts)))
+    text = embedder.texts(list(task.texts))
+    images = (_comparable(Embedded(*embedder.images(part.dataset, part.indices)), text) for part in task.images)
+    if isinstance(task, Corrupted):  # one corruption's features at a time
+        return task.measure(images, text)
+    return task.measure(list(images), text)
+
+
+def _comparable(images: Embedded, text: Tensor) -> Embedded:
+    """The images' features. Raises UserError when those of texts are of another width, as an adapter's may be."""
+    if len(text) and len(images.features) and images.features.shape[1] != text.shape[1]:
+        raise UserError(
+            f"the model's image features have {images.features.shape[1]} numbers and its text features {text.shape[1]}: "
+            "they can't be compared"
+        )
+    return images
 
 
 def run_task(name: str, embedder: Embedder, dataset: EvalDataset, options: Options = DEFAULTS) -> Measured:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from dsclip.data.layouts.files import text_lines
 from dsclip.errors import UserError
 
 SIMPLE = ["a photo of a {}."]
@@ -45,7 +46,7 @@ def _lines(path: str, what: str) -> list[str]:
     if not Path(path).is_file():
         sets = f", or one of {', '.join(template_sets())}" if what == "templates" else ""
         raise UserError(f"{what}: {path} is no file; give a file with one a line{sets}")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = text_lines(Path(path).read_bytes(), path)
     if not lines:
         raise UserError(f"{what}: {path} is empty")
     return lines
