@@ -69,6 +69,8 @@ def sets(tmp_path_factory):
         "winoground": ["--data", str(root / "examples.jsonl")],
         "linear_probe": ["--data", str(root / "pictures"), "--shots", "1", "2", "--seeds", "2"],
         "knn": ["--data", str(root / "pictures"), "--neighbours", "3"],
+        "tip_adapter": ["--data", str(root / "pictures"), "--templates", "simple", "--shots", "1", "2"],
+        "tfup": ["--data", str(root / "pictures"), "--templates", "simple", "--cache-weight", "0.5"],
     }
 
 
@@ -81,6 +83,8 @@ METRICS = {
     "winoground": {"text", "image", "group"},
     "linear_probe": {"top1_1shot", "top1_2shot"},
     "knn": {"top1", "mean_per_class_recall"},
+    "tip_adapter": {"top1_1shot", "mean_per_class_recall_2shot", "top1_zeroshot"},
+    "tfup": {"top1", "mean_per_class_recall", "top1_zeroshot"},
 }
 
 
@@ -108,6 +112,9 @@ def test_every_task_has_metrics_intervals_and_a_protocol(task, model, sets, tmp_
         ("zeroshot", ["--shots", "1"], "--shots says nothing to the task zeroshot"),
         ("linear_probe", ["--shots", "0"], "--shots must be 1 or more"),
         ("linear_probe", ["--seeds", "2"], "give --shots too"),
+        ("linear_probe", ["--cache-weight", "2"], "--cache-weight says nothing to the task linear_probe"),
+        ("tfup", ["--cache-sharpness", "nan"], "--cache-sharpness is nan; it must be a number, 0 or more"),
+        ("tip_adapter", ["--cache-weight", "-1"], "--cache-weight is -1.0; it must be a number, 0 or more"),
     ],
 )
 def test_options_of_another_task_are_refused(task, options, message, model, sets):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 from dsclip.data import EvalDataset
@@ -13,8 +14,10 @@ from dsclip.evaluate.tasks.task import Options, TaskKind
 OpenSet = Callable[[str, str | None], EvalDataset]  # data and its split, None for the one that is held out
 FLAGS = {
     "classnames": "--classnames", "templates": "--templates", "train": "--train-data", "validation": "--validation-data", "shots": "--shots",
-    "seeds": "--seeds", "solver": "--solver", "neighbours": "--neighbours",
+    "seeds": "--seeds", "solver": "--solver", "neighbours": "--neighbours", "cache_weight": "--cache-weight",
+    "cache_sharpness": "--cache-sharpness",
 }  # fmt: skip
+REAL = ("cache_weight", "cache_sharpness")
 
 
 def add_task_options(p: argparse.ArgumentParser) -> None:
@@ -25,16 +28,30 @@ def add_task_options(p: argparse.ArgumentParser) -> None:
         help="zeroshot: openai, cifar, simple, the name of a data set such as food101, or a file of sentences with {} (default: those of the data)",
     )
     p.add_argument(
-        "--train-data", dest="train", help="linear_probe, knn: training set (default: the data's split train)"
+        "--train-data",
+        dest="train",
+        help="linear_probe, knn, tip_adapter, tfup: training set (default: the data's split train)",
     )
     p.add_argument(
         "--validation-data", dest="validation", help="linear_probe: for the regularisation (default: training samples)"
     )
     p.add_argument(
-        "--shots", type=int, nargs="+", metavar="K", help="linear_probe: training samples a class (default: all)"
+        "--shots",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="training samples a class (default: linear_probe all, tip_adapter 16)",
     )
-    p.add_argument("--seeds", type=int, help="linear_probe: draws of the shots (default: 3)")
+    p.add_argument("--seeds", type=int, help="linear_probe, tip_adapter: draws of the shots (default: 3)")
     p.add_argument("--solver", choices=list(FITS), help="linear_probe: adamw is CLIP_benchmark's (default: lbfgs)")
+    p.add_argument(
+        "--cache-weight",
+        type=float,
+        help="tip_adapter, tfup: alpha, of the cache's votes beside zero-shot logits (default: 1, 0.3)",
+    )
+    p.add_argument(
+        "--cache-sharpness", type=float, help="tip_adapter, tfup: beta of the cache's votes (default: 5.5, 1)"
+    )
     p.add_argument(
         "--corruption", nargs="+", metavar="NAME[:SEVERITY]",
         help="the same task on corrupted pictures too: names as in ImageNet-C, such as fog or jpeg_compression:3, or all (default: none; severities 1 to 5)",
@@ -45,13 +62,16 @@ def add_task_options(p: argparse.ArgumentParser) -> None:
 def task_options(
     arguments: argparse.Namespace, kind: TaskKind, open_set: OpenSet, logit_scale: float | None
 ) -> Options:
-    """The options of a task. Raises UserError for one that the task doesn't read, and for numbers below 1."""
+    """The options of a task. Raises UserError for one that the task doesn't read, and for numbers out of their bounds."""
     given = {name: getattr(arguments, name) for name in FLAGS if getattr(arguments, name) is not None}
     for name, value in given.items():
         if name not in kind.reads:
             raise UserError(f"{FLAGS[name]} says nothing to the task {kind.name}; leave it out")
         numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, int) and number < 1 for number in numbers):
+        if name in REAL:
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise UserError(f"{FLAGS[name]} is {value}; it must be a number, 0 or more")
+        elif any(isinstance(number, int) and number < 1 for number in numbers):
             raise UserError(f"{FLAGS[name]} must be 1 or more")
     if "train" in kind.reads:
         given["train"] = open_set(given["train"], None) if "train" in given else _own_training(arguments.data, open_set)

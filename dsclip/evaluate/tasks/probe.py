@@ -81,12 +81,8 @@ class LinearProbe:
         return self._measured(both, test, strength), strength
 
     def _few(self, train: Part, validation: Part | None, test: Part, shots: int, seed: int) -> Measured:
-        order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(seed)).to(train[1].device)
-        place = places_in_class(train[1][order])
-        drawn = order[place < shots]
-        if int((train[1][drawn].bincount(minlength=self._classes) < shots).sum()):
-            raise UserError(f"a class has fewer than {shots} training samples; ask for fewer shots")
-        few = _rows(train, drawn)
+        order, place = shuffled_places(train[1], self._classes, shots, seed)
+        few = _rows(train, order[place < shots])
         if validation is None:
             validation = _rows(train, order[(place >= shots) & (place < shots + min(shots, 4))])
         return self._measured(few, test, self._search(few, validation))
@@ -116,6 +112,17 @@ def labelled_training(options: Options) -> EvalDataset:
     if options.train is None:
         raise UserError("this task needs training samples: give --train-data, or a set with a split `train`")
     return options.train
+
+
+def shuffled_places(labels: Tensor, classes: int, shots: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(the samples in an order of `seed`, how many of the same class come before each there), so that places < shots are a draw of shots.
+
+    Raises UserError when a class has fewer samples.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    if int((labels.bincount(minlength=classes) < shots).sum()):
+        raise UserError(f"a class has fewer than {shots} training samples; ask for fewer shots")
+    return order, places_in_class(labels[order])
 
 
 def places_in_class(labels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Options:
     """What a user says of a task; each reads what `TaskKind.reads` names.
 
     train, validation: sets of probes. shots: training samples a class, () for all; seeds: how many draws of them. solver: a name in
-    `logistic.FITS`. neighbours: of kNN. logit_scale: the model's, as a factor, for its confidence; None: none is measured.
+    `logistic.FITS`. neighbours: of kNN. cache_weight, cache_sharpness: of a cache's votes, None: as the task's paper has them. logit_scale: the model's, as a factor, for its confidence; None: none is measured.
     """
 
     classnames: Words = None
@@ -31,6 +31,8 @@ class Options:
     seeds: int = 3
     solver: str = "lbfgs"
     neighbours: int = 20
+    cache_weight: float | None = None
+    cache_sharpness: float | None = None
     logit_scale: float | None = None
 
 
