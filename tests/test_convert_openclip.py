@@ -5,12 +5,14 @@ from copy import deepcopy
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dsclip.convert.source import open_source
+from dsclip.convert.weights import to_openclip
 from dsclip.create import create_model
 from dsclip.errors import UserError
 from dsclip.evaluate.cli import _parser, evaluate
+from dsclip.model.openclip_config import read_openclip_config
 from tests.test_convert import SCALE, openclip_weights, perturbed, small
 
 SHAPES = dict(vision_layers=2, text_layers=2, vocab_size=612)
@@ -70,12 +72,11 @@ def test_the_configuration_beside_the_weights_counts(name, model, folder):
 @pytest.mark.parametrize(
     "section, option, value, feature",
     [
-        ("vision_cfg", "pool_type", "avg", "another pooling than the class token's"),
+        ("vision_cfg", "pool_type", "none", "another pooling than the class token's or the average"),
         ("vision_cfg", "global_average_pool", True, "average pooling"),
         ("vision_cfg", "attentional_pool", True, "attention pooling"),
         ("vision_cfg", "no_ln_pre", True, "an image tower without its first norm"),
-        ("vision_cfg", "ls_init_value", 1e-4, "layer scale"),
-        ("vision_cfg", "qk_norm", True, "QK-norm"),
+        ("vision_cfg", "scaled_cosine_attn", True, "cosine attention"),
         ("vision_cfg", "act_kwargs", {"approximate": "tanh"}, "an activation with options"),
         ("vision_cfg", "timm_model_name", "vit_base", "an image tower of timm"),
         ("vision_cfg", "layers", [3, 4, 6, 3], "a ResNet"),
@@ -97,6 +98,46 @@ def test_features_that_weights_do_not_show_are_refused_by_name(section, option, 
         open_source(folder)
 
 
+def test_the_norm_of_an_average_is_refused_and_the_average_of_norms_is_read(folder):
+    configure(folder, "vision_cfg", pool_type="avg", final_ln_after_pool=True)
+    with pytest.raises(UserError, match="the norm of an average, where dsclip averages what is normalised"):
+        open_source(folder)
+    configure(folder, "vision_cfg", pool_type="avg")
+    source = open_source(folder)
+    assert (source.said["vision_pool"], source.said["vision_registers"]) == ("average", 1)
+    weights, theirs = dict(source.weights()), load_file(folder / "open_clip_model.safetensors")
+    assert torch.equal(
+        weights["visual.embed.registers"][0],
+        theirs["visual.class_embedding"] + theirs["visual.positional_embedding"][0],
+    )
+    assert torch.equal(weights["visual.embed.position_embedding"], theirs["visual.positional_embedding"][1:])
+    assert create_model("demo", init=str(folder), **SHAPES).config.vision_registers == 1
+
+
+@pytest.mark.parametrize("block_type, has_it", [(None, True), ("custom", True), ("default", False)])
+def test_towers_options_are_read_for_each_tower(block_type, has_it, folder):
+    """OpenCLIP's default block has no QK-norm, whatever the option says."""
+    configure(folder, "vision_cfg", qk_norm=True, block_type=block_type)
+    said, _ = read_openclip_config(folder / "open_clip_config.json")
+    assert (said["vision_qk_norm"], said["text_qk_norm"]) == (has_it, False)
+    configure(folder, "text_cfg", ls_init_value=1e-4)
+    said, _ = read_openclip_config(folder / "open_clip_config.json")
+    assert (said["vision_layer_scale"], said["text_layer_scale"]) == (None, 1e-4)
+
+
+def test_weights_show_layer_scale_and_qk_norm(tmp_path):
+    options = dict(vision_layer_scale=0.1, text_qk_norm=True)
+    model = perturbed(small("demo", **options))
+    torch.save(dict(to_openclip(model.state_dict().items(), SCALE, None)), tmp_path / "a.pt")
+    with pytest.warns(UserWarning, match="assumed is"):
+        created = create_model(
+            "demo", init=str(tmp_path / "a.pt"), **SHAPES, **options | {"vision_layer_scale": 0.3}, eot_token_id=611
+        )
+    assert all(torch.equal(p, created.state_dict()[n]) for n, p in model.state_dict().items())
+    with pytest.raises(UserError, match="vision_layer_scale 1e-05 against None, text_qk_norm True against False"):
+        create_model("demo", init=str(tmp_path / "a.pt"), **SHAPES, eot_token_id=611)
+
+
 def test_towers_with_different_norms_and_broken_files_are_refused(folder):
     configure(folder, "text_cfg", norm_kwargs={"eps": 1e-6})
     with pytest.raises(UserError, match="one epsilon in both towers"):
@@ -115,8 +156,7 @@ def test_towers_with_different_norms_and_broken_files_are_refused(folder):
     "name, feature",
     [
         ("visual.attn_pool.probe", "attention pooling"),
-        ("visual.transformer.resblocks.0.ls_1.gamma", "layer scale"),
-        ("visual.transformer.resblocks.0.attn.ln_q.weight", "QK-norm"),
+        ("visual.transformer.resblocks.0.attn.ln_inner.weight", "a norm inside attention"),
         ("visual.trunk.blocks.0.norm1.weight", "an image tower of timm"),
         ("visual.layer1.0.conv1.weight", "a ResNet"),
         ("text.transformer.embeddings.word_embeddings.weight", "a text tower of transformers"),

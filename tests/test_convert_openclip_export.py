@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from dsclip.convert.compare import check_read_back, difference_in_openclip
 from dsclip.convert.openclip import fields_shown
 from dsclip.convert.openclip_export import export_openclip, openclip_config
+from dsclip.convert.probe import probe_inputs
 from dsclip.convert.safetensors_file import write_one_file
 from dsclip.convert.source import HIDDEN, open_source
 from dsclip.convert.weights import from_openclip, to_openclip
@@ -22,7 +23,14 @@ from dsclip.model.presets import PRESETS, VARIANTS, resolve_preset
 from tests.test_convert import SCALE, checkpoint_of, openclip_weights, perturbed, small
 from tests.test_convert_openclip import SHAPES, UNUSUAL
 
-CASES = {"demo": {}, "odd": UNUSUAL}
+OPTIONS = dict(vision_layer_scale=0.1, text_layer_scale=0.2, vision_qk_norm=True, text_qk_norm=True)
+CASES = {
+    "demo": {},
+    "odd": UNUSUAL,
+    "options": OPTIONS | UNUSUAL,
+    "layer scale": dict(text_layer_scale=0.2),
+    "average": dict(vision_pool="average", vision_registers=1),
+}
 
 
 def exported(case, demo, out, **options):
@@ -116,6 +124,13 @@ def test_a_model_without_class_token_is_refused(demo, tmp_path):
         export_openclip(checkpoint, tmp_path / "oc")
 
 
+def test_registers_are_refused(demo, tmp_path):
+    for pool, registers in (("class", 1), ("average", 2)):
+        checkpoint = checkpoint_of(perturbed(small("demo", vision_pool=pool, vision_registers=registers)), demo)
+        with pytest.raises(UserError, match="OpenCLIP's image towers have no registers"):
+            export_openclip(checkpoint, tmp_path / "oc")
+
+
 def test_broken_weights_leave_no_folder(demo, tmp_path):
     model = perturbed(small("demo"))
     checkpoint = checkpoint_of(model, demo)
@@ -155,3 +170,32 @@ def test_names_of_other_models_are_not_written():
 def test_openclip_computes_the_same(case, demo, tmp_path):
     pytest.importorskip("open_clip")
     assert difference_in_openclip(exported(case, demo, tmp_path / "oc"), tmp_path / "oc") <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "vision, text",
+    [
+        ({"ls_init_value": 0.1}, {"qk_norm": True}),
+        ({"qk_norm": True}, {"ls_init_value": 0.3}),
+        ({"pool_type": "avg"}, {}),
+        ({"pool_type": "avg", "qk_norm": True, "ls_init_value": 0.1, "norm_kwargs": {"eps": 1e-3}}, {"norm_kwargs": {"eps": 1e-3}}),
+    ],
+)  # fmt: skip
+def test_openclips_own_models_compute_the_same_here(vision, text, tmp_path):
+    """Random weights of OpenCLIP's classes, every one moved from where it began."""
+    open_clip = pytest.importorskip("open_clip")
+    content = openclip_config(small("demo").config, None, "tokenizer")
+    content["model_cfg"]["vision_cfg"] |= vision
+    content["model_cfg"]["text_cfg"] |= text
+    torch.manual_seed(0)
+    theirs = open_clip.model.CLIP(**content["model_cfg"]).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+        torch.save(theirs.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+        ours = create_model("auto", init=str(tmp_path))
+        images, tokens = probe_inputs(ours.config, ours.config.vocab_size, 3)
+        image, caption = ours(images, tokens)
+        assert (image - theirs.encode_image(images, normalize=True)).abs().max() <= 1e-6
+        assert (caption - theirs.encode_text(tokens, normalize=True)).abs().max() <= 1e-6

@@ -55,6 +55,16 @@ class ModelSection:
 in SigLIP's image tower."""
     text_pool: Literal["end", "last"] | None = None
     """Where a caption's feature is taken: at its `end` token, in a causal tower, or at the `last` position of SigLIP's."""
+    vision_registers: Count | None = None
+    """Learned tokens beside the image's, whose outputs are not read; null: none."""
+    vision_layer_scale: PositiveFloat | None = None
+    """Where the learned factors of the image tower's branches begin, such as 1e-5; null: there are none."""
+    text_layer_scale: PositiveFloat | None = None
+    """The same in the text tower."""
+    vision_qk_norm: bool | None = None
+    """Queries and keys of the image tower's attention are normalised; null: no."""
+    text_qk_norm: bool | None = None
+    """The same in the text tower."""
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] | None = None
     """Kernels that compute attention, see [training](training.md#attention); null: `auto`, torch chooses on a GPU."""
     fp8: bool | None = None

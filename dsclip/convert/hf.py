@@ -19,6 +19,7 @@ from dsclip.convert.safetensors_file import write_one_file
 from dsclip.convert.weights import Named, fitting, to_hf, to_siglip
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
+from dsclip.model.config import TOWER_OPTIONS
 
 TRAINING_DATA = "training_data.json"  # so that results on training pairs are known for what they are
 MAX_SHARD_GB = 5.0  # of a weight file, as transformers had it for long
@@ -88,6 +89,11 @@ def as_stored(weights: Named, dtype: torch.dtype) -> Named:
 
 def hf_class(c: ClipConfig) -> str:
     """`CLIPModel`, or `SiglipModel` for a model of SigLIP's two towers. Raises UserError for a model that neither can express."""
+    if options := [f"model.{name}" for name in TOWER_OPTIONS if getattr(c, name)]:
+        raise UserError(
+            f"{' and '.join(options)}: transformers' CLIPModel and SiglipModel have no such thing, so the model can't be expressed there. "
+            "It can be evaluated and continued from its checkpoint"
+        )
     if (c.vision_pool, c.text_pool) == ("attention", "last"):
         return "SiglipModel"
     if "attention" in c.vision_pool or c.text_pool == "last":

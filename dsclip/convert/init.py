@@ -83,7 +83,7 @@ def _check_said(source: Source, config: ClipConfig) -> None:
     contradictions = {
         name: (value, getattr(config, name))
         for name, value in said.items()
-        if name not in OWN_CHOICE and _listed(value) != _listed(getattr(config, name))
+        if name not in OWN_CHOICE and _compared(name, value) != _compared(name, getattr(config, name))
     }
     if contradictions:
         differences = ", ".join(
@@ -98,6 +98,11 @@ def _check_said(source: Source, config: ClipConfig) -> None:
             else f"Leave out what says otherwise, or set {settings}"
         )
         raise UserError(f"model.init={source.path} is another model than this one: {differences}. {advice}.")
+
+
+def _compared(name: str, value: object) -> object:
+    """What must be equal; of a layer scale that there is one, as its beginning is behind the weights."""
+    return value is not None if name.endswith("layer_scale") else _listed(value)
 
 
 def _listed(value: object) -> object:

@@ -30,8 +30,6 @@ _IN_NAMES = {
     r"visual\.trunk\.": "an image tower of timm",
     r"visual\.layer\d": "a ResNet as image tower",
     r"visual\.attn_?pool": "attention pooling",
-    r"ls_\d\.gamma": "layer scale",
-    r"(attn\.ln_[qk]|[qk]_norm)\.": "QK-norm",
     r"(ln_attn|ln_inner|mlp\.ln)\.": "a norm inside attention or the MLP",
     r"head_scale|attn\.logit_scale": "cosine attention or scaled heads",
     r"text_projection\.bias": "a bias in the text projection",
@@ -51,9 +49,15 @@ def fields_shown(weights: dict[str, Tensor]) -> dict[str, Any]:
             embed_dim=weights["visual.head.projection.weight"].shape[0], patch_size=patches[-1],
             image_size=side * patches[-1], context_length=weights["text.embed.position_embedding"].shape[0],
             vocab_size=weights["text.embed.token_embedding"].shape[0], vision_pool="class" if class_tokens else "average",
+            vision_registers=0,
             text_pool="last" if "text.head.projection.bias" in weights else "end",
         )  # fmt: skip
         for tower, name in (("visual", "vision"), ("text", "text")):
+            first = f"{tower}.blocks.0.attn"
+            shown[f"{name}_layer_scale"] = (
+                1e-5 if f"{first}.out.gamma" in weights else None
+            )  # where it began is behind it
+            shown[f"{name}_qk_norm"] = f"{first}.ln_q.weight" in weights
             shown[f"{name}_width"] = weights[f"{tower}.embed.position_embedding"].shape[1]
             shown[f"{name}_mlp_width"] = weights[f"{tower}.blocks.0.mlp.fc1.weight"].shape[0]
             shown[f"{name}_layers"] = len({m[1] for n in weights if (m := re.match(rf"{tower}\.blocks\.(\d+)\.", n))})

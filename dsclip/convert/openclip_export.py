@@ -14,7 +14,7 @@ from dsclip.convert.folder import whole_folder, write_json
 from dsclip.convert.hf import DTYPES, as_stored
 from dsclip.convert.openclip import CONFIG, WEIGHT_FILES
 from dsclip.convert.safetensors_file import write_one_file
-from dsclip.convert.weights import fitting, to_openclip
+from dsclip.convert.weights import fitting, register_to_class_token, to_openclip
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
 
@@ -24,16 +24,21 @@ def export_openclip(checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32") -
 
     One tensor at a time is in memory. A sigmoid loss's bias goes along. Written aside and renamed, so `out` is whole or
     absent. Raises UserError when `out` exists with content, for weights that are not finite, and for a model without class
-    token, which OpenCLIP's image towers always have.
+    token, which OpenCLIP's image towers always have; one register beside an average of patches is what it is there.
     """
     if "attention" in checkpoint.config.vision_pool or checkpoint.config.text_pool == "last":
         raise UserError(
             "OpenCLIP's SigLIP models have an image tower of timm, with other names; convert it to a SiglipModel (--to hf), which transformers loads"
         )
-    if checkpoint.config.vision_pool != "class":
+    average, registers = checkpoint.config.vision_pool == "average", checkpoint.config.vision_registers
+    if average and not registers:
         raise UserError(
-            f"model.vision_pool is {checkpoint.config.vision_pool}: the model has no class token, and OpenCLIP's image towers always "
-            "have one; it can't be expressed there"
+            "model.vision_pool is average: the model has no class token, and OpenCLIP's image towers always have one; it can't be "
+            "expressed there. With model.vision_registers=1, which is what its class token is beside an average, it could"
+        )
+    if registers != average:
+        raise UserError(
+            f"model.vision_registers is {registers}: OpenCLIP's image towers have no registers; it can't be expressed there"
         )
     out = Path(out)
     with whole_folder(out) as temporary:
@@ -42,9 +47,12 @@ def export_openclip(checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32") -
         with torch.device("meta"):
             empty = Clip(checkpoint.config).state_dict()
         stored = DTYPES[dtype]
-        shapes = ((n, x.shape, x.dtype) for n, x in as_stored(to_openclip(empty.items(), scale, bias), stored))
+        in_openclip = register_to_class_token if average else lambda named: named
+        shapes = (
+            (n, x.shape, x.dtype) for n, x in as_stored(to_openclip(in_openclip(empty.items()), scale, bias), stored)
+        )
         weights = fitting(empty, finite(checkpoint.state_dict.items(), checkpoint.path))
-        named = as_stored(to_openclip(weights, scale, bias), stored)
+        named = as_stored(to_openclip(in_openclip(weights), scale, bias), stored)
         write_one_file(temporary / WEIGHT_FILES[0], shapes, finite(named, checkpoint.path))
         write_json(temporary / CONFIG, openclip_config(checkpoint.config, bias, tokenizer=out.name))
 
@@ -52,16 +60,23 @@ def export_openclip(checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32") -
 def openclip_config(c: ClipConfig, logit_bias: float | None, tokenizer: str) -> dict[str, Any]:
     """open_clip_config.json. tokenizer: any name; for a local folder OpenCLIP takes the tokenizer in it."""
     norms = {} if c.layer_norm_eps == 1e-5 else {"norm_kwargs": {"eps": c.layer_norm_eps}}
-    vision = {
+    vision: dict[str, Any] = {
         "image_size": c.image_size, "patch_size": c.patch_size, "width": c.vision_width, "layers": c.vision_layers,
         "head_width": c.vision_width // c.vision_heads, "mlp_ratio": _ratio(c.vision_mlp_width, c.vision_width),
     }  # fmt: skip
-    text = {
+    text: dict[str, Any] = {
         "context_length": c.context_length, "vocab_size": c.vocab_size, "width": c.text_width, "heads": c.text_heads,
         "layers": c.text_layers, "mlp_ratio": _ratio(c.text_mlp_width, c.text_width), "hf_tokenizer_name": tokenizer,
     }  # fmt: skip
     if c.eot_token_id != c.vocab_size - 1 or c.vocab_size != 49408:  # OpenCLIP's default pools at the largest id
         text |= {"pool_type": "eos", "eos_id": c.eot_token_id}
+    section: dict[str, Any]
+    for section, scale, qk_norm in (
+        (vision, c.vision_layer_scale, c.vision_qk_norm), (text, c.text_layer_scale, c.text_qk_norm),
+    ):  # fmt: skip
+        section |= ({} if scale is None else {"ls_init_value": scale}) | ({"qk_norm": True} if qk_norm else {})
+    if c.vision_pool == "average":
+        vision["pool_type"] = "avg"
     model: dict[str, Any] = {"embed_dim": c.embed_dim, "vision_cfg": vision | norms, "text_cfg": text | norms}
     if c.activation == "quick_gelu":
         model["quick_gelu"] = True

@@ -17,17 +17,17 @@ from dsclip.convert import openclip
 from dsclip.convert.finite import finite, finite_scale
 from dsclip.convert.hf_folder import open_hf_folder, read_hf_config, training_data
 from dsclip.convert.hub import layout_on_hub, local_path
-from dsclip.convert.weights import Named, from_openclip
+from dsclip.convert.weights import Named, class_token_to_register, from_openclip
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
-from dsclip.model.config import OF_THE_RUN
+from dsclip.model.config import OF_THE_RUN, TOWER_OPTIONS
 from dsclip.model.openclip_config import read_openclip_config
 
 # What shapes of weights don't show: models that differ in it alone load without a word and compute something else.
 HIDDEN = (
     "vision_heads", "text_heads", "activation", "layer_norm_eps", "image_mean", "image_std", "eot_token_id",
 )  # fmt: skip
-TAKEN = (*HIDDEN, "vision_pool", "text_pool")  # what a model takes over from its weights' source
+TAKEN = (*HIDDEN, "vision_pool", "text_pool", *TOWER_OPTIONS)  # what a model takes over from its weights' source
 OWN_CHOICE = ("image_size", "context_length")  # what it may have otherwise
 
 
@@ -187,6 +187,8 @@ def _openclip_source(path: Path) -> Source:
     if missing := openclip.features_in(stored):
         raise UserError(f"{file}: these weights need {', '.join(missing)}; dsclip's towers have no such thing")
     weights, scale, bias = from_openclip(stored)
+    if said.get("vision_pool") == "average":
+        weights = class_token_to_register(weights)
     shown = None if configured else openclip.fields_shown(weights)
     return Source(
         file, said, finite_scale(scale, file), weights, shown, preprocessing, logit_bias=bias,

@@ -58,6 +58,7 @@ _HF_BLOCK = {
 }
 _HF_TOWER = {"visual": "vision_model", "text": "text_model"}
 _BLOCK = re.compile(r"(visual|text)\.blocks\.(\d+)\.(.+)\.(weight|bias)")
+_OWN_BLOCK = re.compile(r"(visual|text)\.blocks\.(\d+)\.(.+)")
 _HF_BLOCK_NAME = re.compile(r"(vision_model|text_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 _OPENCLIP_OUTSIDE = {
@@ -73,6 +74,7 @@ _OPENCLIP_OUTSIDE = {
     "ln_final.weight": "text.head.ln_final.weight",
     "ln_final.bias": "text.head.ln_final.bias",
 }
+_POSITIONS = "visual.embed.position_embedding"
 _OPENCLIP_TRANSPOSED = {
     "visual.proj": "visual.head.projection.weight",
     "text_projection": "text.head.projection.weight",
@@ -83,6 +85,8 @@ _OPENCLIP_BLOCK = {
     "attn.out_proj.weight": "attn.out.weight", "attn.out_proj.bias": "attn.out.bias",
     "mlp.c_fc.weight": "mlp.fc1.weight", "mlp.c_fc.bias": "mlp.fc1.bias",
     "mlp.c_proj.weight": "mlp.fc2.weight", "mlp.c_proj.bias": "mlp.fc2.bias",
+    "ls_1.gamma": "attn.out.gamma", "ls_2.gamma": "mlp.fc2.gamma", "attn.ln_q.weight": "attn.ln_q.weight",
+    "attn.ln_q.bias": "attn.ln_q.bias", "attn.ln_k.weight": "attn.ln_k.weight", "attn.ln_k.bias": "attn.ln_k.bias",
 }  # fmt: skip
 _OPENCLIP_BLOCK_NAME = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 
@@ -158,9 +162,8 @@ def to_openclip(weights: Named, logit_scale: float, logit_bias: float | None) ->
             yield outside[name], tensor
         elif name in transposed:
             yield transposed[name], tensor.T.contiguous()
-        elif match := _BLOCK.fullmatch(name):
-            tower, index, part, kind = match.groups()
-            yield f"{prefix[tower]}.{index}.{block[f'{part}.{kind}']}", tensor
+        elif (match := _OWN_BLOCK.fullmatch(name)) and match[3] in block:
+            yield f"{prefix[match[1]]}.{match[2]}.{block[match[3]]}", tensor
         else:
             raise ValueError(f"{name} is no weight of a CLIP tower")
 
@@ -190,6 +193,29 @@ def from_openclip(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float,
         else:
             renamed[full_name] = tensor
     return renamed, scale, bias
+
+
+def class_token_to_register(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """dsclip's weights of an OpenCLIP tower that averages its patches: its class token, which nobody reads, is a register there.
+
+    A class token's embedding and position are only ever used as their sum.
+    """
+    found = dict(weights)
+    positions = found[_POSITIONS]
+    found["visual.embed.registers"] = (found.pop("visual.embed.class_embedding") + positions[0])[None]
+    found[_POSITIONS] = positions[1:]
+    return found
+
+
+def register_to_class_token(weights: Named) -> Named:
+    """The other way round, as they come; the class token's position is zero."""
+    for name, tensor in weights:
+        if name == "visual.embed.registers":
+            yield "visual.embed.class_embedding", tensor[0]
+        elif name == _POSITIONS:
+            yield name, torch.cat([torch.zeros_like(tensor[:1]), tensor])
+        else:
+            yield name, tensor
 
 
 def fitting(state_dict: Mapping[str, Tensor], weights: Named) -> Named:

@@ -49,7 +49,7 @@ def check_attention(config: ClipConfig, device: torch.device, dtype: torch.dtype
     if backend == "auto":
         return
     for tower, tokens, heads, width, causal in (
-        ("image", c.image_tokens, c.vision_heads, c.vision_width, False),
+        ("image", c.vision_registers + c.image_tokens, c.vision_heads, c.vision_width, False),
         ("text", c.context_length, c.text_heads, c.text_width, c.text_pool == "end"),
     ):
         shape = (1, heads, tokens, width // heads)

@@ -33,6 +33,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Linear(nn.Linear):
     """A linear layer that draws its weight in its own constructor: under `zero.Init` it is gone afterwards.
 
+    layer_scale: where a factor for each output begins (Touvron et al. 2021, "Going deeper with Image Transformers", eq. 4); None:
+    there is none. It multiplies the weight and the bias, which gives the same and leaves the product last: no checkpoint
+    needs its result.
+
     `std` None keeps PyTorch's default weight; `zero_bias` keeps the default bias otherwise. fp8: how the product is
     computed, see `model/fp8.py`.
     """
@@ -44,16 +48,25 @@ class Linear(nn.Linear):
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(
-        self, inputs: int, outputs: int, *, std: float | None = None, zero_bias: bool = False, bias: bool = True
-    ):
+        self, inputs: int, outputs: int, *, std: float | None = None, zero_bias: bool = False, bias: bool = True,
+        layer_scale: float | None = None,
+    ):  # fmt: skip
         super().__init__(inputs, outputs, bias=bias)
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((outputs,), layer_scale))
         if std is not None:
             nn.init.normal_(self.weight, std=std)
         if zero_bias and bias:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fp8_linear(x, self.weight, self.bias) if self.fp8 else F.linear(x, self.weight, self.bias)
+        weight, bias = self.scaled()
+        return fp8_linear(x, weight, bias) if self.fp8 else F.linear(x, weight, bias)
+
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """The weight and the bias, times the layer scale."""
+        if self.gamma is None:
+            return self.weight, self.bias
+        return self.gamma[:, None] * self.weight, self.gamma * self.bias
 
 
 class XavierQkv(Linear):
@@ -66,21 +79,31 @@ class XavierQkv(Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention [B, T, W] -> [B, T, W]."""
+    """Multi-head self-attention [B, T, W] -> [B, T, W].
+
+    qk_norm: queries and keys of each head are normalised before their product (Dehghani et al. 2023, "Scaling Vision Transformers
+    to 22 Billion Parameters", §2), with factors and offsets that all heads of the layer share, as OpenCLIP's.
+    """
 
     if TYPE_CHECKING:  # torch says Any of every module's call
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
-    def __init__(self, width: int, heads: int, *, causal: bool, text_layers: int | None, backend: str = "auto"):
+    def __init__(
+        self, width: int, heads: int, *, causal: bool, text_layers: int | None, backend: str = "auto", eps: float = 1e-5,
+        layer_scale: float | None = None, qk_norm: bool = False,
+    ):  # fmt: skip
         super().__init__()
+        self.ln_q = nn.LayerNorm(width // heads, eps=eps) if qk_norm else None
+        self.ln_k = nn.LayerNorm(width // heads, eps=eps) if qk_norm else None
         self.heads, self.causal, self.backend = heads, causal, backend
         if text_layers is None:
             self.qkv: Linear = XavierQkv(width)
-            self.out = Linear(width, width, zero_bias=True)
+            self.out = Linear(width, width, zero_bias=True, layer_scale=layer_scale)
         else:  # Radford et al. 2021, initialize_parameters: residual branches shrink with depth
             self.qkv = Linear(width, 3 * width, std=width**-0.5, zero_bias=True)
-            self.out = Linear(width, width, std=width**-0.5 * (2 * text_layers) ** -0.5, zero_bias=True)
+            std = width**-0.5 * (2 * text_layers) ** -0.5
+            self.out = Linear(width, width, std=std, zero_bias=True, layer_scale=layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.mixed(x))
@@ -89,6 +112,8 @@ class Attention(nn.Module):
         """The values that attention mixes, before the output projection, [B, T, W] -> [B, T, W]."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if self.ln_q is not None and self.ln_k is not None:
+            q, k = self.ln_q(q), self.ln_k(k)
         mixed = attention(q, k, v, causal=self.causal, backend=self.backend)
         return mixed.transpose(1, 2).reshape(batch, tokens, width)
 
@@ -100,13 +125,15 @@ class Mlp(nn.Module):
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
-    def __init__(self, width: int, hidden: int, activation: str, *, text_layers: int | None):
+    def __init__(
+        self, width: int, hidden: int, activation: str, *, text_layers: int | None, layer_scale: float | None = None
+    ):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         std_in = None if text_layers is None else (2 * width) ** -0.5
         std_out = None if text_layers is None else width**-0.5 * (2 * text_layers) ** -0.5
         self.fc1 = Linear(width, hidden, std=std_in)
-        self.fc2 = Linear(hidden, width, std=std_out)
+        self.fc2 = Linear(hidden, width, std=std_out, layer_scale=layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.contract(self.fc1(x))
@@ -118,10 +145,11 @@ class Mlp(nn.Module):
     def forward_again(self, x: Tensor) -> Tensor:
         """`forward` for the sake of its graph: its last product is left out, and its output is zero."""
         hidden = self.activation(self.fc1(x))
+        weight, bias = self.fc2.scaled()
         if self.fc2.fp8:
-            return fp8_linear(hidden, self.fc2.weight, self.fc2.bias, product_left_out=True)
+            return fp8_linear(hidden, weight, bias, product_left_out=True)
         without_product: Callable[..., Tensor] = _ProductLeftOut.apply
-        return without_product(hidden, self.fc2.weight, self.fc2.bias)
+        return without_product(hidden, weight, bias)
 
 
 class _ProductLeftOut(torch.autograd.Function):
@@ -148,7 +176,8 @@ class Block(Layer):
     """A pre-norm residual block [B, T, W] -> [B, T, W].
 
     text_layers: the text tower's depth, None in the image tower. backend: of attention, see `model/attention.py`.
-    fp8: of the four linear layers, see `model/fp8.py`.
+    fp8: of the four linear layers, see `model/fp8.py`. layer_scale: of both branches' last products, see `Linear`. qk_norm: see
+    `Attention`.
     """
 
     def __init__(
@@ -163,13 +192,18 @@ class Block(Layer):
         text_layers: int | None,
         backend: str = "auto",
         fp8: bool = False,
+        layer_scale: float | None = None,
+        qk_norm: bool = False,
     ):
         super().__init__()
         norm = partial(nn.LayerNorm, width, eps=eps)
         self.ln_1 = norm()
-        self.attn = Attention(width, heads, causal=causal, text_layers=text_layers, backend=backend)
+        self.attn = Attention(
+            width, heads, causal=causal, text_layers=text_layers, backend=backend, eps=eps, layer_scale=layer_scale,
+            qk_norm=qk_norm,
+        )  # fmt: skip
         self.ln_2 = norm()
-        self.mlp = Mlp(width, mlp_width, activation, text_layers=text_layers)
+        self.mlp = Mlp(width, mlp_width, activation, text_layers=text_layers, layer_scale=layer_scale)
         for linear in (self.attn.qkv, self.attn.out, self.mlp.fc1, self.mlp.fc2):
             linear.fp8 = fp8
 

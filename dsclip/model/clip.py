@@ -76,13 +76,15 @@ class Clip(nn.Module):
         self.config = c = config
         vision = [
             Block(c.vision_width, c.vision_heads, c.vision_mlp_width, c.activation, c.layer_norm_eps,
-                  causal=False, text_layers=None, backend=c.attention, fp8=c.fp8 and 0 < i < c.vision_layers - 1)
+                  causal=False, text_layers=None, backend=c.attention, fp8=c.fp8 and 0 < i < c.vision_layers - 1,
+                  layer_scale=c.vision_layer_scale, qk_norm=c.vision_qk_norm)
             for i in range(c.vision_layers)
         ]  # fmt: skip
         self.visual = Tower(VisionEmbed(c), vision, VisionHead(c))
         text = [
             Block(c.text_width, c.text_heads, c.text_mlp_width, c.activation, c.layer_norm_eps,
-                  causal=c.text_pool == "end", text_layers=c.text_layers, backend=c.attention)
+                  causal=c.text_pool == "end", text_layers=c.text_layers, backend=c.attention,
+                  layer_scale=c.text_layer_scale, qk_norm=c.text_qk_norm)
             for _ in range(c.text_layers)
         ]  # fmt: skip
         self.text = Tower(TextEmbed(c), text, TextHead(c))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from dsclip.errors import UserError
@@ -12,6 +13,8 @@ CHOICES = {
     "text_pool": ("end", "last"),
     "attention": ("auto", "flash", "cudnn", "efficient", "math"),
 }
+# Beside plain pre-norm blocks: what neither of transformers' models has.
+TOWER_OPTIONS = ("vision_registers", "vision_layer_scale", "text_layer_scale", "vision_qk_norm", "text_qk_norm")
 # Fields that say how a model is trained here: the weights fit a model with others.
 OF_THE_RUN = ("patch_dropout", "attention", "fp8")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,6 +44,13 @@ class ClipConfig:
         "class"  # class (token) | average (of the patches) | attention (SigLIP's tower, see `VisionHead`)
     )
     text_pool: str = "end"  # end (token, causal) | last (position: SigLIP's tower, in which all tokens see each other)
+    vision_registers: int = 0  # learned tokens beside the image's, whose outputs nobody reads, see `VisionEmbed`
+    vision_layer_scale: float | None = (
+        None  # where the factors of a block's branches begin, see `Linear`; None: there are none
+    )
+    text_layer_scale: float | None = None
+    vision_qk_norm: bool = False  # queries and keys are normalised, see `Attention`
+    text_qk_norm: bool = False
     patch_dropout: float = 0.0
     attention: str = "auto"  # auto | flash | cudnn | efficient | math: how it is computed, not what
     fp8: bool = False  # products of the image tower's inner blocks
@@ -50,9 +60,11 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and field.name != "eot_token_id" and value < 1:
-                raise UserError(f"model.{field.name} is {value}; it must be at least 1")
+            value, least = getattr(self, field.name), 0 if field.name == "vision_registers" else 1
+            if field.type == "int" and field.name != "eot_token_id" and value < least:
+                raise UserError(f"model.{field.name} is {value}; it must be at least {least}")
+            if field.name.endswith("layer_scale") and value is not None and not 0 < value < math.inf:
+                raise UserError(f"model.{field.name} is {value}; it must be greater than 0")
         if not 0 <= self.eot_token_id < self.vocab_size:
             raise UserError(
                 f"model.eot_token_id is {self.eot_token_id}, and model.vocab_size {self.vocab_size}: no caption could hold that end token, "
@@ -92,8 +104,13 @@ class ClipConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of a whole image."""
+        """Tokens of a whole image; registers are not the image's."""
         return self.class_tokens + self.patches
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of an image that a block computes in training: registers, class token and visible patches."""
+        return self.vision_registers + self.class_tokens + self.visible_patches
 
     @property
     def visible_patches(self) -> int:

@@ -9,7 +9,7 @@ def forward_flops(config: ClipConfig, text_tokens: int | None = None) -> tuple[f
     """(image, text) FLOPs of one sample's forward. text_tokens: length after cutting; None: the whole context."""
     c = config
     visible = c.visible_patches
-    image = _blocks(c.vision_layers, c.class_tokens + visible, c.vision_width, c.vision_mlp_width)
+    image = _blocks(c.vision_layers, c.computed_tokens, c.vision_width, c.vision_mlp_width)
     image += 2 * visible * c.vision_width * 3 * c.patch_size**2
     if c.vision_pool == "attention":  # keys and values, one query's attention, output, MLP; the query is one for all
         image += visible * (4 * c.vision_width**2 + 4 * c.vision_width)

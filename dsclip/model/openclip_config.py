@@ -17,9 +17,7 @@ WHOLE = {f.name for f in dataclasses.fields(ClipConfig) if f.type == "int"}
 
 # Option -> (values that dsclip's towers have, what it is called). An option with a plain value changes nothing.
 _BLOCK_FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "ls_init_value": ((None,), "layer scale"),
     "block_type": ((None, "default", "custom"), "a block of its own kind"),
-    "qk_norm": ((False,), "QK-norm"),
     "scaled_cosine_attn": ((False,), "cosine attention"),
     "scale_heads": ((False,), "a scale for each head"),
     "scale_attn_inner": ((False,), "a norm inside attention"),
@@ -33,7 +31,7 @@ _VISION_FEATURES = _BLOCK_FEATURES | {
     "no_ln_pre": ((False,), "an image tower without its first norm"),
     "input_patchnorm": ((False,), "a norm of patches"),
     "global_average_pool": ((False,), "average pooling"),
-    "pool_type": (("tok",), "another pooling than the class token's"),
+    "pool_type": (("tok", "avg"), "another pooling than the class token's or the average"),
     "pos_embed_type": (("learnable",), "fixed position embeddings"),
 }
 _TEXT_FEATURES = _BLOCK_FEATURES | {
@@ -60,12 +58,12 @@ _READ = {
     },
     # A norm after pooling equals one before it where one token is pooled.
     "vision_cfg": {
-        "layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout", "norm_kwargs",
+        "layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout", "norm_kwargs", "ls_init_value", "qk_norm",
         "output_tokens", "final_ln_after_pool", "attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained",
         "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
     },
     "text_cfg": {
-        "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs", "output_tokens", "pad_id",
+        "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs", "ls_init_value", "qk_norm", "output_tokens", "pad_id",
         "eos_id", "final_ln_after_pool", "hf_tokenizer_name", "tokenizer_kwargs", "hf_model_pretrained", "hf_proj_type",
         "hf_pooler_type",
     },
@@ -140,6 +138,10 @@ def _missing_features(model: dict[str, Any], vision: dict[str, Any], text: dict[
             plain, feature = features.get(option, ((), "an option that is not known here"))
             if option not in _READ[name] and value not in plain:
                 missing.append(f"{feature} ({prefix}{option}: {json.dumps(value)})")
+    if vision.get("pool_type") == "avg" and vision.get("final_ln_after_pool"):
+        missing.append(
+            "the norm of an average, where dsclip averages what is normalised (vision_cfg.final_ln_after_pool: true)"
+        )
     if isinstance(vision.get("layers"), list):
         missing.append("a ResNet as image tower (vision_cfg.layers is a list)")
     return missing
@@ -161,8 +163,14 @@ def _fields(content: dict[str, Any], path: Path) -> dict[str, Any]:
         text_width=t_width, text_layers=text.get("layers", 12), text_heads=text.get("heads", 8),
         text_mlp_width=int(t_width * text.get("mlp_ratio", 4.0)), context_length=text.get("context_length", 77),
         vocab_size=text.get("vocab_size", 49408), activation="quick_gelu" if model.get("quick_gelu") else "gelu",
-        layer_norm_eps=epsilons.pop(), vision_pool="class", text_pool="end",
+        layer_norm_eps=epsilons.pop(), vision_pool="class", text_pool="end", vision_registers=0,
     )  # fmt: skip
+    if vision.get("pool_type") == "avg":  # its class token takes part in the blocks, and is no part of the average
+        fields |= {"vision_pool": "average", "vision_registers": 1}
+    for tower, section in (("vision", vision), ("text", text)):
+        fields[f"{tower}_layer_scale"] = section.get("ls_init_value")
+        # OpenCLIP's default block hasn't it, whatever the option says.
+        fields[f"{tower}_qk_norm"] = bool(section.get("qk_norm")) and section.get("block_type") != "default"
     if text.get("pool_type", "argmax") == "eos":
         fields["eot_token_id"] = text.get("eos_id", 2)
     elif fields["vocab_size"] == 49408:

@@ -18,7 +18,10 @@ from dsclip.model.layer_major import Layer, over_chunks
 
 
 class VisionEmbed(Layer):
-    """Images [B, 3, S, S] -> tokens [B, 1 + K, W], class token first; [B, K, W] without one.
+    """Images [B, 3, S, S] -> tokens [B, 1 + K, W], class token first; [B, K, W] without one. R registers go before them.
+
+    Registers are learned tokens without a position: blocks may keep there what concerns the whole image (Darcet et al. 2024,
+    "Vision Transformers Need Registers"). Heads leave them out.
 
     With vision_pool attention there is a bias on patches and no norm, as in SigLIP; what the patches leave of an image at its
     right and lower edges isn't seen.
@@ -37,6 +40,9 @@ class VisionEmbed(Layer):
         self.class_embedding: nn.Parameter | None = None
         if config.class_tokens:
             self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.registers: nn.Parameter | None = None
+        if config.vision_registers:
+            self.registers = nn.Parameter(width**-0.5 * torch.randn(config.vision_registers, width))
         self.position_embedding = nn.Parameter(width**-0.5 * torch.randn(config.image_tokens, width))
         self.ln_pre = nn.Identity() if attended else nn.LayerNorm(width, eps=config.layer_norm_eps)
 
@@ -60,6 +66,8 @@ class VisionEmbed(Layer):
         if self.class_embedding is not None:
             first = (self.class_embedding + self.position_embedding[0]).expand(len(tokens), 1, -1)
             tokens = torch.cat([first, tokens], dim=1)
+        if self.registers is not None:
+            tokens = torch.cat([self.registers.expand(len(tokens), -1, -1), tokens], dim=1)
         embedded: Tensor = self.ln_pre(tokens)
         return embedded
 
@@ -89,7 +97,7 @@ class VisionHead(Layer):
     """Tokens [B, T, W] -> unit embeddings [B, D] in float32, from the class token, or all tokens' average, or attention to them.
 
     Attention's output is the embedding, without a projection. The average is that of normalised tokens (Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k"), added up in
-    float32 or wider. With `token_wise`, every token is embedded: [B, T, D].
+    float32 or wider. With `token_wise`, every token is embedded: [B, T, D]. Registers are left out before anything else.
     """
 
     token_wise = False
@@ -97,6 +105,7 @@ class VisionHead(Layer):
     def __init__(self, config: ClipConfig):
         super().__init__()
         width = config.vision_width
+        self.registers = config.vision_registers
         self.average = config.vision_pool == "average"
         self.ln_post = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.pool = AttentionPool(config) if config.vision_pool == "attention" else None
@@ -109,6 +118,7 @@ class VisionHead(Layer):
 
     @over_chunks
     def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens[:, self.registers :]
         if self.token_wise or self.average or self.pool is not None:
             return unit_rows(self.projection(self._pooled(self.ln_post(tokens))))
         return unit_rows(self.projection(self.ln_post(tokens[:, 0])))

@@ -7,6 +7,7 @@ of a micro-batch, c samples of a chunk.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dsclip.config.deepspeed import DsConfig
@@ -31,11 +32,14 @@ class Tower:
     mlp_width: int
     first: int  # numbers that the first layer saves
     attention: str = "auto"
+    qk_norm: bool = False
+    layer_scale: bool = False
 
     def block(self, checkpointing: str, device: str) -> int:
         """Numbers that one block saves for backward. none: 8·W + 2·M a token, see `Block`; plain attention its scores."""
         if checkpointing == "none":
-            return self.tokens * (8 * self.width + 2 * self.mlp_width + self._scores(device))
+            numbers = 8 * self.width + 2 * self.mlp_width + self._scores(device) + self._normalised(device)
+            return self.tokens * numbers
         if checkpointing == "selective":  # on a GPU blocks are compiled, and keep what `SELECTIVE_BUDGET` allows
             widths, extra = (5, 2 * self.heads) if device == "cuda" else (3, 0)
             return self.tokens * (widths * self.width + self.mlp_width + extra)
@@ -45,13 +49,26 @@ class Tower:
         """Numbers that attention itself saves a token. Fused kernels: the softmax's sums, in float32."""
         if self.attention == "math":  # in float32, and so are query, key and value
             return 2 * self.heads * self.tokens + 3 * self.width
-        plain = self.attention == "auto" and device == "cpu" and self.tokens <= CPU_PLAIN_TOKENS
-        return self.heads * (self.tokens if plain else 2)
+        return self.heads * (self.tokens if self._plain(device) else 2)
+
+    def _normalised(self, device: str) -> int:
+        """Numbers that QK-norm saves a token: queries and keys once more, means and deviations in float32, and with plain attention
+        the values, of which it takes a copy."""
+        if not self.qk_norm:
+            return 0
+        return (3 if self._plain(device) else 2) * self.width + 8 * self.heads
+
+    def _plain(self, device: str) -> bool:
+        return self.attention == "auto" and device == "cpu" and self.tokens <= CPU_PLAIN_TOKENS
 
     def saved(self, checkpointing: str, device: str) -> int:
         """Numbers that the tower saves for backward."""
         first = self.first if checkpointing == "none" else 0
         return self.layers * self.block(checkpointing, device) + first
+
+    def scaled_weights(self) -> int:
+        """Numbers of a block's two weights times their layer scale, which a chunk's graph holds."""
+        return self.layer_scale * self.width * (self.width + self.mlp_width)
 
     def working(self, checkpointing: str, device: str) -> int:
         """Numbers that backward of one block needs beside what was saved: gradients, and what is computed again."""
@@ -67,8 +84,10 @@ def towers(config: ClipConfig, text_tokens: int | None) -> tuple[Tower, Tower]:
     visible = c.visible_patches
     text = c.context_length if c.text_pool == "last" else min(text_tokens or c.context_length, c.context_length)
     return (
-        Tower(c.vision_layers, c.class_tokens + visible, c.vision_width, c.vision_heads, c.vision_mlp_width, visible * 3 * c.patch_size**2, c.attention),
-        Tower(c.text_layers, text, c.text_width, c.text_heads, c.text_mlp_width, 0, c.attention),
+        Tower(c.vision_layers, c.computed_tokens, c.vision_width, c.vision_heads, c.vision_mlp_width, visible * 3 * c.patch_size**2,
+              c.attention, c.vision_qk_norm, c.vision_layer_scale is not None),
+        Tower(c.text_layers, text, c.text_width, c.text_heads, c.text_mlp_width, 0, c.attention, c.text_qk_norm,
+              c.text_layer_scale is not None),
     )  # fmt: skip
 
 
@@ -79,12 +98,17 @@ def activation_bytes(
     """(saved for backward, working set of one block). texts: captions a sample, hard negatives included."""
     image, text = towers(config, text_tokens)
     saved = micro_batch * BF16 * (image.saved(checkpointing, device) + texts * text.saved(checkpointing, device))
+    graphs = (
+        math.ceil(micro_batch / chunk) if checkpointing == "none" else 0
+    )  # that exist at a time, with weights of their own
+    saved += graphs * BF16 * sum(tower.layers * tower.scaled_weights() for tower in (image, text))
     # Chunks that wait while one is at work: the layer's inputs and outputs, or the gradients of both.
     waiting = 2 * (micro_batch - chunk) * BF16 * max(image.tokens * image.width, texts * text.tokens * text.width)
     normalised = 3 * config.image_size**2 * (2 * FP32 + BF16)
     blocks = BF16 * max(image.working(checkpointing, device), texts * text.working(checkpointing, device))
     heap = HEAP[checkpointing] if device == "cpu" else 1
-    return saved * heap, waiting + chunk * max(blocks, normalised) * heap
+    scaled = 2 * BF16 * max(image.scaled_weights(), text.scaled_weights())  # with their gradients
+    return saved * heap, waiting + (chunk * max(blocks, normalised) + scaled) * heap
 
 
 def state_bytes(

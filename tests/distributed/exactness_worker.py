@@ -27,6 +27,9 @@ CONFIG = resolve_preset(
 )  # fmt: skip
 OTHER_TOWERS = {
     "average": replace(CONFIG, vision_pool="average"),
+    "options": replace(
+        CONFIG, vision_registers=2, vision_layer_scale=0.1, text_layer_scale=0.1, vision_qk_norm=True, text_qk_norm=True
+    ),
     "siglip": replace(CONFIG, vision_pool="attention", text_pool="last", activation="gelu_tanh", embed_dim=64),
 }
 OPTIM = OptimSection(lr=1e-3, warmup_steps=0, schedule="constant", weight_decay=0.1, eps=1e-6)
@@ -199,9 +202,16 @@ def cases(group: Collectives) -> list[dict]:
     ):
         case = dict(stage=stage, micro_batches=micro_batches, chunks=chunks, patch_dropout=dropout, bf16=bf16)
         results.append({"kind": "gradient", "ranks": group.world_size, **case, **gradient_case(case, group)})
-    for stage, special in ((2, "coalesced"), (3, "coalesced"), (3, "average"), (3, "siglip"), (3, "compiled")):
-        if special == "compiled" and group.world_size > 1:
-            continue  # compiling takes a while, and no rank compiles anything else than a single one does
+    for stage, special in (
+        (2, "coalesced"),
+        (3, "coalesced"),
+        (3, "average"),
+        (3, "siglip"),
+        (3, "options"),
+        (3, "compiled"),
+    ):
+        if special in ("options", "compiled") and group.world_size > 1:
+            continue  # compiling takes a while, and no rank computes anything else than a single one does
         case = dict(stage=stage, micro_batches=3, chunks=2, patch_dropout=0.5, bf16=False, special=special)
         results.append({"kind": "gradient", "ranks": group.world_size, **case, **gradient_case(case, group)})
     for stage in (2, 3):
