@@ -129,7 +129,7 @@ def test_weights_show_layer_scale_and_qk_norm(tmp_path):
     options = dict(vision_layer_scale=0.1, text_qk_norm=True)
     model = perturbed(small("demo", **options))
     torch.save(dict(to_openclip(model.state_dict().items(), SCALE, None)), tmp_path / "a.pt")
-    with pytest.warns(UserWarning, match="assumed is"):
+    with pytest.warns(UserWarning, match="is assumed"):
         created = create_model(
             "demo", init=str(tmp_path / "a.pt"), **SHAPES, **options | {"vision_layer_scale": 0.3}, eot_token_id=611
         )

@@ -184,7 +184,7 @@ def test_openclip_computes_the_same(case, demo, tmp_path):
 def test_openclips_own_models_compute_the_same_here(vision, text, tmp_path):
     """Random weights of OpenCLIP's classes, every one moved from where it began."""
     open_clip = pytest.importorskip("open_clip")
-    content = openclip_config(small("demo").config, None, "tokenizer")
+    content = openclip_config(small("demo"), None, "tokenizer")
     content["model_cfg"]["vision_cfg"] |= vision
     content["model_cfg"]["text_cfg"] |= text
     torch.manual_seed(0)

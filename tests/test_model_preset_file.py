@@ -116,4 +116,4 @@ def test_openclips_own_configurations_have_its_parameters_or_are_refused(tmp_pat
             theirs, ours = open_clip.model.CLIP(**content), Clip(config)
         assert ours.parameter_count() == sum(p.numel() for p in theirs.parameters()) - 1, name  # the logit scale
         loaded.append(name)
-    assert len(loaded) >= 38 and {"ViT-B-16-plus", "ViT-H-14-378-quickgelu", "ViT-e-14"} < set(loaded)
+    assert len(loaded) >= 39 and {"ViT-B-16-plus", "ViT-H-14-378-quickgelu", "ViT-e-14", "ViT-M-16-alt"} < set(loaded)

@@ -38,7 +38,7 @@ class Tower:
     def block(self, checkpointing: str, device: str) -> int:
         """Numbers that one block saves for backward. none: 8·W + 2·M a token, see `Block`; plain attention its scores."""
         if checkpointing == "none":
-            numbers = 8 * self.width + 2 * self.mlp_width + self._scores(device) + self._normalised(device)
+            numbers = 8 * self.width + 2 * self.mlp_width + self._scores(device) + self._normalised()
             return self.tokens * numbers
         if checkpointing == "selective":  # on a GPU blocks are compiled, and keep what `SELECTIVE_BUDGET` allows
             widths, extra = (5, 2 * self.heads) if device == "cuda" else (3, 0)
@@ -49,17 +49,12 @@ class Tower:
         """Numbers that attention itself saves a token. Fused kernels: the softmax's sums, in float32."""
         if self.attention == "math":  # in float32, and so are query, key and value
             return 2 * self.heads * self.tokens + 3 * self.width
-        return self.heads * (self.tokens if self._plain(device) else 2)
+        plain = self.attention == "auto" and device == "cpu" and self.tokens <= CPU_PLAIN_TOKENS
+        return self.heads * (self.tokens if plain else 2)
 
-    def _normalised(self, device: str) -> int:
-        """Numbers that QK-norm saves a token: queries and keys once more, means and deviations in float32, and with plain attention
-        the values, of which it takes a copy."""
-        if not self.qk_norm:
-            return 0
-        return (3 if self._plain(device) else 2) * self.width + 8 * self.heads
-
-    def _plain(self, device: str) -> bool:
-        return self.attention == "auto" and device == "cpu" and self.tokens <= CPU_PLAIN_TOKENS
+    def _normalised(self) -> int:
+        """Numbers that QK-norm saves a token: queries, keys and values once more, means and deviations in float32."""
+        return self.qk_norm * (3 * self.width + 8 * self.heads)
 
     def saved(self, checkpointing: str, device: str) -> int:
         """Numbers that the tower saves for backward."""
@@ -98,9 +93,8 @@ def activation_bytes(
     """(saved for backward, working set of one block). texts: captions a sample, hard negatives included."""
     image, text = towers(config, text_tokens)
     saved = micro_batch * BF16 * (image.saved(checkpointing, device) + texts * text.saved(checkpointing, device))
-    graphs = (
-        math.ceil(micro_batch / chunk) if checkpointing == "none" else 0
-    )  # that exist at a time, with weights of their own
+    # Graphs that exist at a time; each holds scaled weights of its own.
+    graphs = math.ceil(micro_batch / chunk) if checkpointing == "none" else 0
     saved += graphs * BF16 * sum(tower.layers * tower.scaled_weights() for tower in (image, text))
     # Chunks that wait while one is at work: the layer's inputs and outputs, or the gradients of both.
     waiting = 2 * (micro_batch - chunk) * BF16 * max(image.tokens * image.width, texts * text.tokens * text.width)
