@@ -63,6 +63,7 @@ def sets(tmp_path_factory):
             "simple",
         ],
         "retrieval": regions,
+        "bag_retrieval": [*regions, "--group-key", "region"],
         "multilabel": ["--data", str(root / "several.tar"), "--classnames", str(root / "names.txt")],
         "hard_negatives": ["--data", str(root / "swap_obj.json"), "--images", str(root / "images")],
         "hard_positives": ["--data", str(root / "swap_obj.json")],
@@ -77,6 +78,7 @@ def sets(tmp_path_factory):
 METRICS = {
     "zeroshot": {"top1", "top1_worst_group", "top1_north", "top1_south", "calibration_error", "mean_per_class_recall"},
     "retrieval": {"image_to_text_recall@1", "text_to_image_recall@5"},
+    "bag_retrieval": {"text_to_image_recall@1", "image_to_text_recall@1"},
     "multilabel": {"mean_average_precision"},
     "hard_negatives": {"accuracy"},
     "hard_positives": {"image_text", "text_only"},

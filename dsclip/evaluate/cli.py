@@ -98,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
         help="key of the captions in .json members, or a table's column (default: caption)",
     )
     p.add_argument("--negative-key", default="negatives", help="key of hard negatives in .json (default: negatives)")
-    p.add_argument("--group-key", help="key in .json of a sample's group, such as a region: zeroshot's worst group")
+    p.add_argument(
+        "--group-key",
+        help="key in .json of a sample's group, such as a region: zeroshot's worst group, bag_retrieval's bags",
+    )
     p.add_argument("--batch-size", type=int, default=64, help="samples a forward and rank (default: 64)")
     p.add_argument("--max-samples", type=int, help="evaluate on the first samples only")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
