@@ -1,10 +1,20 @@
 """The exceptions a user is meant to see: a sentence, no stack trace, and an exit code."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Bad input. The message says what was found, where, and what to do about it."""
 
     exit_code = 2
+
+
+class NoSuchSplit(UserError):
+    """A split of an evaluation set that isn't there. splits: those that are, none where the set isn't split."""
+
+    def __init__(self, message: str, splits: Sequence[str] = ()):
+        super().__init__(message)
+        self.splits = tuple(splits)
 
 
 class RunFailed(UserError):

@@ -125,6 +125,36 @@ def test_options_of_another_task_are_refused(task, options, message, model, sets
         evaluate(_parser().parse_args(["--model", str(model), "--task", task, *given, *options]))
 
 
+def test_a_probe_trains_on_the_split_train_and_never_on_test_images(model, sets, tmp_path):
+    options = ["--model", str(model), "--task", "linear_probe", *sets["linear_probe"]]
+    own = evaluate(_parser().parse_args(options))["metrics"]
+    pictures = sets["linear_probe"][1]
+    assert evaluate(_parser().parse_args([*options, "--train-data", pictures]))["metrics"] == own
+    (tmp_path / "link").symlink_to(f"{pictures}/test")
+    for extra, message in (
+        (["--train-data", f"{pictures}/test"], "test: 6 of the 6 test images are among its images"),
+        (["--train-data", str(tmp_path / "link")], "6 of the 6 test images"),
+        (["--validation-data", f"{pictures}/test"], "--validation-data .*: 6 of the 6 test images"),
+        (["--validation-data", pictures], "no split 'val'; choose one with split .test, train."),
+        (["--split", "train"], "12 of the 12 test images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(_parser().parse_args([*options, *extra]))
+
+
+def test_max_samples_cuts_the_test_set_alone(model, sets):
+    options = ["--model", str(model), "--task", "knn", *sets["knn"][:2], "--neighbours", "12", "--max-samples", "4"]
+    assert evaluate(_parser().parse_args(options))["metrics"]["samples"] == 4
+
+
+def test_a_result_beside_a_model_leaves_its_weights_alone(model, sets):
+    before = (model / "model.safetensors").read_bytes()
+    options = ["--model", str(model), "--task", "retrieval", *sets["retrieval"], "--output", str(model / "model.json")]
+    evaluate(_parser().parse_args(options))
+    assert (model / "model.safetensors").read_bytes() == before
+    assert compare_command([str(model / "model.json")] * 2) == 0
+
+
 def test_a_probe_without_training_samples_says_so(model, sets):
     with pytest.raises(UserError, match="no training samples in .* give --train-data"):
         evaluate(_parser().parse_args(["--model", str(model), "--task", "knn", *sets["retrieval"]]))

@@ -44,11 +44,11 @@ def test_a_result_comes_back_from_its_files(tmp_path):
     mean = record.outcomes["mean_per_class_recall"]
     assert mean.reduction == "mean_of_groups" and mean.groups.tolist() == groups.tolist()
     assert mean.value() == record.result["metrics"]["mean_per_class_recall"]
-    (tmp_path / "a.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "a.values.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="damaged"):
         read_result(tmp_path / "a.json")
-    (tmp_path / "a.safetensors").unlink()
-    with pytest.raises(UserError, match="a.safetensors is missing"):
+    (tmp_path / "a.values.safetensors").unlink()
+    with pytest.raises(UserError, match="a.values.safetensors is missing"):
         read_result(tmp_path / "a.json")
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(UserError, match="no result with a protocol"):

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable
 
 from dsclip.data import EvalDataset
-from dsclip.errors import UserError
+from dsclip.errors import NoSuchSplit, UserError
 from dsclip.evaluate.tasks.logistic import FITS
 from dsclip.evaluate.tasks.task import Options, TaskKind
 
-OpenSet = Callable[[str, str | None], EvalDataset]  # data and its split, None for the one that is held out
+OpenSet = Callable[[str, str | None], EvalDataset]  # data, all of it, and its split
+VALIDATION = ("val", "validation", "valid")  # what the split is called, whichever there is
 FLAGS = {
     "classnames": "--classnames", "templates": "--templates", "train": "--train-data", "validation": "--validation-data", "shots": "--shots",
     "seeds": "--seeds", "solver": "--solver", "neighbours": "--neighbours", "cache_weight": "--cache-weight",
@@ -30,10 +31,12 @@ def add_task_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--train-data",
         dest="train",
-        help="linear_probe, knn, tip_adapter, tfup: training set (default: the data's split train)",
+        help="linear_probe, knn, tip_adapter, tfup: training set, its split train where it has splits (default: the data's)",
     )
     p.add_argument(
-        "--validation-data", dest="validation", help="linear_probe: for the regularisation (default: training samples)"
+        "--validation-data",
+        dest="validation",
+        help="linear_probe: for the regularisation, its split val where it has splits (default: training samples)",
     )
     p.add_argument(
         "--shots",
@@ -60,9 +63,10 @@ def add_task_options(p: argparse.ArgumentParser) -> None:
 
 
 def task_options(
-    arguments: argparse.Namespace, kind: TaskKind, open_set: OpenSet, logit_scale: float | None
+    arguments: argparse.Namespace, kind: TaskKind, test: EvalDataset, open_set: OpenSet, logit_scale: float | None
 ) -> Options:
-    """The options of a task. Raises UserError for one that the task doesn't read, and for numbers out of their bounds."""
+    """The options of a task on a test set. Raises UserError for one that the task doesn't read, for numbers out of their bounds, and
+    for a task that would train on test images."""
     given = {name: getattr(arguments, name) for name in FLAGS if getattr(arguments, name) is not None}
     for name, value in given.items():
         if name not in kind.reads:
@@ -74,14 +78,38 @@ def task_options(
         elif any(isinstance(number, int) and number < 1 for number in numbers):
             raise UserError(f"{FLAGS[name]} must be 1 or more")
     if "train" in kind.reads:
-        given["train"] = open_set(given["train"], None) if "train" in given else _own_training(arguments.data, open_set)
+        named = given.get("train")
+        given["train"] = _part(named, ("train",), open_set) if named else _own_training(arguments.data, open_set)
+        _check_apart(given["train"], test, f"--train-data {named or arguments.data}")
     if "validation" in given:
-        given["validation"] = open_set(given["validation"], None)
+        named = given["validation"]
+        given["validation"] = _part(named, VALIDATION, open_set)
+        _check_apart(given["validation"], test, f"--validation-data {named}")
     if "shots" in given:
         given["shots"] = tuple(given["shots"])
     elif "seeds" in given:
         raise UserError("--seeds counts draws of few shots; give --shots too")
     return Options(**given, logit_scale=logit_scale)
+
+
+def _part(data: str, names: tuple[str, ...], open_set: OpenSet) -> EvalDataset:
+    """The split of one of these names, or all of a set that isn't split. Raises UserError where it is split into others."""
+    try:
+        return open_set(data, names[0])
+    except NoSuchSplit as error:
+        if not error.splits:
+            return open_set(data, None)
+        if (other := next((name for name in names if name in error.splits), None)) is None:
+            raise
+        return open_set(data, other)
+
+
+def _check_apart(fitted_on: EvalDataset, test: EvalDataset, where: str) -> None:
+    if shared := test.shared_images(fitted_on):
+        raise UserError(
+            f"{where}: {shared} of the {len(test)} test images are among its images; measure a probe on images that it doesn't "
+            "train on (other data, or another --split)"
+        )
 
 
 def _own_training(data: str, open_set: OpenSet) -> EvalDataset:

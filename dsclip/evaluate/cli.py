@@ -25,7 +25,7 @@ from dsclip.evaluate import TASKS, measure_task, with_intervals
 from dsclip.evaluate.arguments import add_task_options, task_options
 from dsclip.evaluate.opened import DTYPES, OpenedModel, Wanted, open_model
 from dsclip.evaluate.results.protocol import whole_protocol
-from dsclip.evaluate.results.record import values_of, write_result
+from dsclip.evaluate.results.record import write_result
 from dsclip.evaluate.results.report import markdown, text
 from dsclip.evaluate.suites.cli import NONE, check_choice, evaluate_suite, feature_cache
 from dsclip.evaluate.suites.report import suite_markdown, suite_text
@@ -152,10 +152,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 def _check_output(arguments: argparse.Namespace) -> None:
     if arguments.output and (arguments.output.is_dir() or not os.access(arguments.output.resolve().parent, os.W_OK)):
         raise UserError(f"--output {arguments.output}: no file can be written there")
-    if arguments.output and values_of(arguments.output) == arguments.output:
-        raise UserError(
-            f"--output {arguments.output}: that is the name of its values; give a name that ends with .json"
-        )
+    if arguments.output and arguments.output.suffix == ".safetensors":
+        raise UserError(f"--output {arguments.output}: a result is JSON; give a name that ends with .json")
 
 
 def _wanted(a: argparse.Namespace) -> Wanted:
@@ -165,11 +163,11 @@ def _wanted(a: argparse.Namespace) -> Wanted:
 def _measure(arguments: argparse.Namespace, model: OpenedModel) -> dict[str, Any]:
     storage = storage_of(arguments)
 
-    def open_set(data: str, split: str | None) -> EvalDataset:
+    def open_set(data: str, split: str | None, max_samples: int | None = None) -> EvalDataset:
         return build_eval_dataset(
             data,
             image_size=model.image_size,
-            max_samples=arguments.max_samples,
+            max_samples=max_samples,
             caption_key=arguments.caption_key,
             negative_key=arguments.negative_key,
             group_key=arguments.group_key,
@@ -180,8 +178,8 @@ def _measure(arguments: argparse.Namespace, model: OpenedModel) -> dict[str, Any
         )
 
     kind, corruptions = TASKS[arguments.task], parse_corruptions(arguments.corruption or [])
-    options = task_options(arguments, kind, open_set, model.logit_scale)
-    dataset = open_set(arguments.data, arguments.split)
+    dataset = open_set(arguments.data, arguments.split, arguments.max_samples)
+    options = task_options(arguments, kind, dataset, open_set, model.logit_scale)
     task: Task = kind.prepare(dataset, options)
     if corruptions:
         task = Corrupted(task, corruptions)

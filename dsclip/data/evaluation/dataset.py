@@ -122,6 +122,20 @@ class EvalDataset:
         corruption = () if self.corruption is None else (repr(self.corruption).encode(),)
         return sha256(itertools.chain((repr(states).encode(),), corruption, pieces))
 
+    def shared_images(self, other: EvalDataset) -> int:
+        """How many of its images are images of the other set too: the same file, or part of a shard, by its place."""
+        theirs = set(other._places())
+        return sum(place in theirs for place in self._places())
+
+    def _places(self) -> Iterator[tuple[str, str, int]]:
+        """(folder, file, start in it) of each image, links to folders followed."""
+        root, folders = "" if self._files is None else self._files.root(), dict[str, str]()
+        for image in self._images:
+            folder, name = os.path.split(image.location)
+            if folder not in folders:
+                folders[folder] = folder if is_remote(folder) else os.path.realpath(os.path.join(root, folder))
+            yield folders[folder], name, image.start
+
     def blank(self) -> Tensor:
         """A black image, in the place of one that can't be decoded."""
         return self._prepare(Image.new("RGB", (self._image_size, self._image_size)))

@@ -35,6 +35,10 @@ class FileSet:
         with open(os.path.join(self.path, name), "rb") as file:
             return file.read()
 
+    def root(self) -> str:
+        """What the names are relative to."""
+        return str(self.path)
+
     def state(self, names: list[str]) -> list[object]:
         """Changes with the files of these names: place, size and time of change of each, or of the zip."""
         if self._zip:

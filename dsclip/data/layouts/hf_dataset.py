@@ -13,7 +13,7 @@ from typing import Any
 from dsclip.data.layouts.caption_table import CAPTION_COLUMNS
 from dsclip.data.layouts.files import FileSet
 from dsclip.data.layouts.rows import FileLayout, Row
-from dsclip.errors import UserError
+from dsclip.errors import NoSuchSplit, UserError
 
 PREFIX = "datasets:"
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
@@ -37,9 +37,13 @@ class DatasetImages(FileSet):
             raise OSError(f"{self.path}: row {name} has no image")
         return value["bytes"] or Path(value["path"]).read_bytes()
 
+    def root(self) -> str:
+        """The library's own fingerprint of the split: images of all splits have the same names."""
+        return str(self._images._fingerprint)  # noqa: SLF001 (it has no public name)
+
     def state(self, names: list[str]) -> list[object]:
         """The library's own fingerprint of the split."""
-        return [str(self.path), self._images._fingerprint]  # noqa: SLF001 (it has no public name)
+        return [str(self.path), self.root()]
 
 
 def open_hf_dataset(spec: str, split: str | None, caption_column: str | None, choose: Choose) -> FileLayout:
@@ -89,7 +93,7 @@ def _opened(spec: str) -> Any:
 def _split_of(found: Any, asked: str | None, spec: str, choose: Choose) -> tuple[Any, str | None]:
     if not isinstance(found, dict):
         if asked is not None:
-            raise UserError(f"{spec} has no splits to choose {asked!r} from")
+            raise NoSuchSplit(f"{spec} has no splits to choose {asked!r} from")
         return found, None
     splits = list(found)
     split = splits[0] if asked is None and len(splits) == 1 else choose(splits, asked, spec)

@@ -20,7 +20,7 @@ from dsclip.data.layouts.words import CLASSNAMES, TEMPLATES, beside, folder_name
 from dsclip.data.shards.manifest import MANIFEST
 from dsclip.data.shards.specification import DEMO, resolve_shards
 from dsclip.data.sources.storage import Storage, is_remote
-from dsclip.errors import UserError
+from dsclip.errors import NoSuchSplit, UserError
 
 HELD_OUT = ("test", "val", "validation", "valid")  # which split is taken when none is asked for
 COUNT = "nshards.txt"  # of CLIP_benchmark's layout: its shards are 0.tar, 1.tar, …
@@ -89,7 +89,7 @@ def _plain_path(spec: str | list[str]) -> str | None:
 
 def _refuse_split(split: str | None, spec: object) -> None:
     if split is not None:
-        raise UserError(f"{spec} has no splits to choose {split!r} from")
+        raise NoSuchSplit(f"{spec} has no splits to choose {split!r} from")
 
 
 def _chosen(splits: list[str], asked: str | None, path: object) -> str:
@@ -97,7 +97,7 @@ def _chosen(splits: list[str], asked: str | None, path: object) -> str:
     choice = asked or next((name for name in HELD_OUT if name in splits), None)
     if choice is None or choice not in splits:
         problem = f"no split {asked!r}" if asked else "no split that is held out"
-        raise UserError(f"{path} has {problem}; choose one with split ({', '.join(sorted(splits))})")
+        raise NoSuchSplit(f"{path} has {problem}; choose one with split ({', '.join(sorted(splits))})", splits)
     return choice
 
 
@@ -196,6 +196,8 @@ def _table_within(files: FileSet, tables: list[str], asked: str | None, caption_
         split = _chosen(list(by_split), asked, files.path)
         table = by_split[split]
     else:
+        if len(tables) == 1:
+            _refuse_split(asked, files.path)
         raise UserError(f"{files.path} has {len(tables)} tables ({', '.join(tables[:3])}); name the one you mean")
     left_out: Counter[str] = Counter()
     captions = read_table(

@@ -1,4 +1,4 @@
-"""A result on disk: `NAME.json` for all, and beside it `NAME.safetensors` with the values of single samples, for comparisons."""
+"""A result on disk: `NAME.json` for all, and beside it `NAME.values.safetensors` with the values of single samples, for comparisons."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from safetensors.torch import save
 from dsclip.errors import UserError
 from dsclip.evaluate.results.result import Measured, Outcomes, Reduction
 from dsclip.files import write_whole
+
+VALUES = ".values.safetensors"
 
 
 class Record(NamedTuple):
@@ -39,8 +41,8 @@ def write_result(path: Path, result: Mapping[str, Any], measured: Measured) -> N
 
 
 def values_of(path: Path) -> Path:
-    """The file of values beside a result."""
-    return path.with_suffix(".safetensors")
+    """The file of values beside a result; of a name of its own, because NAME.safetensors may be a model's weights."""
+    return path.with_suffix(VALUES)
 
 
 def read_result(path: Path) -> Record:

@@ -117,22 +117,23 @@ def _opened(
 def _open(entry: Entry, path: str, model: OpenedModel, place: Place, sets: dict[str, EvalDataset]) -> _Open:
     """The entry with its sets, which are opened once for all entries. Raises UserError when they lack what the task needs."""
     said = dict(entry.of_data)
-    own_split = said.pop("split", None)
+    own_split, most = said.pop("split", None), said.pop("max_samples", None)
 
-    def open_set(data: str, split: str | None) -> EvalDataset:
+    def open_set(data: str, split: str | None, max_samples: int | None = None) -> EvalDataset:
         below = os.path.join(place.data_root, data)
         found = below if data != path and os.path.exists(below) else data
-        known = json.dumps([found, split, said], sort_keys=True)
+        known = json.dumps([found, split, max_samples, said], sort_keys=True)
         if known not in sets:
             sets[known] = build_eval_dataset(
-                found, image_size=model.image_size, storage=place.storage, prepare=model.prepare, split=split, **said
-            )
+                found, image_size=model.image_size, storage=place.storage, prepare=model.prepare, split=split,
+                max_samples=max_samples, **said,
+            )  # fmt: skip
         return sets[known]
 
     kind = TASKS[entry.task]
     arguments = argparse.Namespace(**{flag: entry.options.get(flag) for flag in FLAGS}, data=path)
-    options = task_options(arguments, kind, open_set, model.logit_scale)
-    dataset = open_set(path, own_split)
+    dataset = open_set(path, own_split, most)
+    options = task_options(arguments, kind, dataset, open_set, model.logit_scale)
     task: Task = kind.prepare(dataset, options)
     return _Open(entry, path, dataset, Corrupted(task, entry.corruptions) if entry.corruptions else task)
 
