@@ -142,6 +142,12 @@ def test_a_probe_trains_on_the_split_train_and_never_on_test_images(model, sets,
             evaluate(_parser().parse_args([*options, *extra]))
 
 
+def test_tfup_which_reads_no_labels_may_see_test_images(model, sets):
+    pictures = sets["tfup"][1]
+    options = ["--model", str(model), "--task", "tfup", *sets["tfup"], "--train-data", f"{pictures}/test"]
+    assert evaluate(_parser().parse_args(options))["metrics"]["samples"] == 6
+
+
 def test_max_samples_cuts_the_test_set_alone(model, sets):
     options = ["--model", str(model), "--task", "knn", *sets["knn"][:2], "--neighbours", "12", "--max-samples", "4"]
     assert evaluate(_parser().parse_args(options))["metrics"]["samples"] == 4

@@ -80,7 +80,8 @@ def task_options(
     if "train" in kind.reads:
         named = given.get("train")
         given["train"] = _part(named, ("train",), open_set) if named else _own_training(arguments.data, open_set)
-        _check_apart(given["train"], test, f"--train-data {named or arguments.data}")
+        if kind.reads_labels:
+            _check_apart(given["train"], test, f"--train-data {named or arguments.data}")
     if "validation" in given:
         named = given["validation"]
         given["validation"] = _part(named, VALIDATION, open_set)

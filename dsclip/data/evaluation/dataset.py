@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator

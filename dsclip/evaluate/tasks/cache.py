@@ -118,7 +118,7 @@ class Tfup(_Cached):
 
 READS = ("classnames", "templates", "train", "cache_weight", "cache_sharpness")
 TIP_ADAPTER = TaskKind("tip_adapter", TipAdapter, reads=(*READS, "shots", "seeds"))
-TFUP = TaskKind("tfup", Tfup, reads=READS)
+TFUP = TaskKind("tfup", Tfup, reads=READS, reads_labels=False)
 
 
 def cache_votes(

@@ -82,8 +82,12 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class TaskKind:
-    """A task by name. prepare: the task on a set, UserError when the set lacks what it needs; reads: its fields of Options."""
+    """A task by name. prepare: the task on a set, UserError when the set lacks what it needs; reads: its fields of Options.
+
+    reads_labels: of its training set, which then may have no images of the test set.
+    """
 
     name: str
     prepare: Callable[[EvalDataset, Options], Task]
     reads: tuple[str, ...] = ()
+    reads_labels: bool = True
