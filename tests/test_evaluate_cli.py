@@ -9,6 +9,8 @@ from dsclip.errors import UserError
 from dsclip.evaluate import TASKS
 from dsclip.evaluate.cli import _parser, evaluate
 from dsclip.evaluate.results.compare_cli import main as compare_command
+from dsclip.evaluate.results.intervals import table
+from dsclip.evaluate.tasks.templates import template_sets
 from tests.shard_files import jpeg, write_tar
 from tests.test_convert import checkpoint_of, perturbed, small
 
@@ -151,6 +153,17 @@ def test_tfup_which_reads_no_labels_may_see_test_images(model, sets):
 def test_max_samples_cuts_the_test_set_alone(model, sets):
     options = ["--model", str(model), "--task", "knn", *sets["knn"][:2], "--neighbours", "12", "--max-samples", "4"]
     assert evaluate(_parser().parse_args(options))["metrics"]["samples"] == 4
+
+
+def test_a_strength_is_no_percentage_and_help_names_all_templates():
+    assert table({"top1": 0.5, "regularisation": 2.4e-4}) == [("top1", "50.00%", ""), ("regularisation", "0.00024", "")]
+    shown = " ".join(_parser().format_help().split())
+    assert all(name in shown for name in template_sets())
+
+
+def test_no_folder_for_weights_is_made_without_a_device_map(model, sets, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    evaluate(_parser().parse_args(["--model", str(model), "--task", "retrieval", *sets["retrieval"]]))
 
 
 def test_a_result_beside_a_model_leaves_its_weights_alone(model, sets):

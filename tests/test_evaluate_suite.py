@@ -151,11 +151,47 @@ def test_probes_find_their_training_set_below_the_root(tmp_path, model, capsys):
         ("entries: [{data: 3, task: retrieval}]", "`data` is 3; it must be a text"),
         ("entries: [{data: x, task: retrieval}, {data: x, task: zeroshot}]", "several entries with the name 'x'"),
         ("entries: [", "is no YAML"),
+        (
+            "entries: [{data: x, task: knn, neighbours: many}]",
+            "entry 1: `neighbours` is 'many'; it must be a whole number",
+        ),
+        ("entries: [{data: x, task: linear_probe, shots: [a]}]", "`shots` is .'a'.; it must be a whole number"),
+        ("entries: [{data: x, task: retrieval, max_samples: ten}]", "`max_samples` is 'ten'; it must be a whole"),
+        ("entries: [{data: x, task: retrieval, max_samples: -3}]", "`max_samples` is -3; it must be a whole"),
+        ("entries: [{data: x, task: zeroshot, templates: 5}]", "`templates` is 5; it must be a text, or a list"),
+        ("entries: [{data: x, task: zeroshot, split: 3}]", "`split` is 3; it must be a text"),
+        ("entries: [{data: x, task: knn, train: 3}]", "`train` is 3; it must be a text"),
+        ("entries: [{data: x, unsupported: true}]", "`unsupported` is True; it must be a text"),
     ],
 )
 def test_mistakes_in_a_suite_are_named(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         load_suite(str(write_suite(tmp_path, text)))
+
+
+def test_numbers_are_class_names_and_one_number_of_shots_is_a_list(tmp_path):
+    text = "entries: [{name: a, data: x, task: linear_probe, shots: 4}, {name: b, data: x, task: zeroshot, classnames: [1, b]}]"
+    shots, names = load_suite(str(write_suite(tmp_path, text))).entries
+    assert shots.options["shots"] == [4] and names.options["classnames"] == ["1", "b"]
+
+
+def test_a_damaged_result_is_measured_again_and_a_main_that_is_no_share_fails(tmp_path, model, capsys):
+    write_set(tmp_path / "data" / "labelled")
+    text = """entries:
+- {name: a, task: retrieval, data: "labelled/*.tar"}
+- {name: b, task: zeroshot, data: labelled, main: samples}
+- {name: c, task: zeroshot, data: labelled, main: top9, templates: simple}
+"""
+    write_suite(tmp_path, text)
+    found = json.loads(run(tmp_path, model, capsys, "--json", code=1).out)["entries"]
+    assert [e["state"] for e in found] == ["done", "failed", "failed"]
+    assert "`main` is samples, and the metrics of the task are top1" in found[1]["reason"]
+    kept = next((tmp_path / "out" / "entries").glob("a-*.json"))
+    whole = kept.read_text()
+    for damaged in (whole[:50], "{}", None):
+        kept.write_text(damaged) if damaged else kept.with_suffix(".values.safetensors").unlink()
+        again = json.loads(run(tmp_path, model, capsys, "--json", code=1).out)["entries"][0]
+        assert again["state"] == "done" and again["metrics"] == found[0]["metrics"]
 
 
 def test_the_suites_that_come_with_dsclip_can_be_read():
@@ -179,6 +215,10 @@ def test_options_of_one_task_and_of_suites_do_not_mix():
     for arguments, message in (
         (["--suite", "vtab+", "--task", "zeroshot"], "--task can't be given with --suite"),
         (["--suite", "vtab+", "--caption-key", "x"], "--caption-key can't be given with --suite"),
+        (
+            ["--task", "zeroshot", "--data", "demo:val", "--max-samples", "-3"],
+            "--max-samples is -3; it must be 1 or more",
+        ),
         (["--task", "zeroshot"], "--task and --data, or --suite"),
         (["--task", "zeroshot", "--data", "demo:val", "--data-root", "x"], "--data-root says where the sets"),
     ):

@@ -10,6 +10,7 @@ from dsclip.data import EvalDataset
 from dsclip.errors import NoSuchSplit, UserError
 from dsclip.evaluate.tasks.logistic import FITS
 from dsclip.evaluate.tasks.task import Options, TaskKind
+from dsclip.evaluate.tasks.templates import template_sets
 
 OpenSet = Callable[[str, str | None], EvalDataset]  # data, all of it, and its split
 VALIDATION = ("val", "validation", "valid")  # what the split is called, whichever there is
@@ -23,10 +24,12 @@ REAL = ("cache_weight", "cache_sharpness")
 
 def add_task_options(p: argparse.ArgumentParser) -> None:
     """Adds them; each is None where it isn't given."""
-    p.add_argument("--classnames", help="zeroshot: file with one class name a line (default: those of the data)")
+    p.add_argument(
+        "--classnames", help="of tasks with prompts: file with one class name a line (default: those of the data)"
+    )
     p.add_argument(
         "--templates",
-        help="zeroshot: openai, cifar, simple, the name of a data set such as food101, or a file of sentences with {} (default: those of the data)",
+        help=f"of tasks with prompts: a file of sentences with {{}}, or one of {', '.join(template_sets())} (default: those of the data)",
     )
     p.add_argument(
         "--train-data",

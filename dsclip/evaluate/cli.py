@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -139,7 +140,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.json and arguments.markdown:
         raise UserError("--json and --markdown: give one of them")
     device, group = _join_ranks(arguments)
-    with TemporaryDirectory(prefix="dsclip-offload-") as temporary:
+    offloads = arguments.device_map is not None and arguments.offload_folder is None
+    with TemporaryDirectory(prefix="dsclip-offload-") if offloads else nullcontext("") as temporary:
         model = open_model(_wanted(arguments), device, group, Path(temporary))
         if arguments.suite is not None:
             return evaluate_suite(arguments, model, group)

@@ -19,6 +19,7 @@ from dsclip.evaluate.results.result import Measured, Outcomes
 RESAMPLES = 1000
 SEED = 0
 NUMBERS_AT_ONCE = 1 << 20  # of weights: 8 MB
+STRENGTHS = ("regularisation",)  # numbers beside the metrics that are no shares
 CI95 = "_ci95"  # what a metric's interval is called beside it
 Interval = tuple[float, float]
 
@@ -41,7 +42,8 @@ def table(metrics: Mapping[str, float | list[float]], digits: int = 2) -> list[t
         if isinstance(value, list):
             continue
         between = metrics.get(name + CI95)
-        shown = f"{value:.{digits}%}" if isinstance(value, float) else str(value)
+        share = isinstance(value, float) and name not in STRENGTHS
+        shown = f"{value:.{digits}%}" if share else f"{value:.3g}" if name in STRENGTHS else str(value)
         ends = " – ".join(f"{end:.{digits}%}" for end in between) if isinstance(between, list) else ""
         rows.append((name, shown, ends))
     return rows

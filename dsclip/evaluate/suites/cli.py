@@ -37,6 +37,8 @@ def check_choice(a: argparse.Namespace) -> None:
             raise UserError("--data-root says where the sets of a --suite are; for one task give --data")
     else:
         _check_suite(a)
+    if a.max_samples is not None and a.max_samples < 1:
+        raise UserError(f"--max-samples is {a.max_samples}; it must be 1 or more")
     if not 0 <= a.feature_cache_gb < math.inf:
         raise UserError(f"--feature-cache-gb is {a.feature_cache_gb}; it must be a number of gigabytes")
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsclip.command_line import say
 from dsclip.data import EvalDataset, build_eval_dataset
 from dsclip.data.shards.overlap import trained_on
 from dsclip.data.sources.storage import Storage
@@ -20,9 +19,9 @@ from dsclip.errors import UserError
 from dsclip.evaluate.arguments import FLAGS, task_options
 from dsclip.evaluate.feature_cache import FeatureCache
 from dsclip.evaluate.opened import OpenedModel
-from dsclip.evaluate.results.intervals import with_intervals
+from dsclip.evaluate.results.intervals import CI95, with_intervals
 from dsclip.evaluate.results.protocol import task_protocol, whole_protocol
-from dsclip.evaluate.results.record import write_result
+from dsclip.evaluate.results.record import read_result, write_result
 from dsclip.evaluate.suites.progress import SuiteProgress
 from dsclip.evaluate.suites.suite import Entry, Suite, present_entries
 from dsclip.evaluate.tasks.corrupted import Corrupted
@@ -69,7 +68,7 @@ def run_suite(
     present = [(entry, places[entry.name]) for entry in suite.entries if entry.name in places]
     run = model.protocol() if group.rank == 0 else {}
     waiting = _opened(present, model, place, run, group, rows)
-    finished = group.broadcast_object([o.file.is_file() for o in waiting])
+    finished = group.broadcast_object([_is_whole(o.file) for o in waiting] if group.rank == 0 else [])
     left = [o for o, done in zip(waiting, finished, strict=True) if not done]
     progress = SuiteProgress(_work(left, cache) if group.rank == 0 else {"images": 0, "texts": 0}, group.rank == 0)
     embedder = replace(model.embedder, store=cache, embedded=progress.embedded)
@@ -146,6 +145,15 @@ def _identity(o: _Open, run: Mapping[str, Any]) -> str:
     return sha256(json.dumps([parts, prints], sort_keys=True).encode())[:16]
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether a result was kept there that can be read, with its values; one that is damaged is measured again."""
+    try:
+        result = read_result(file).result
+    except UserError:
+        return False
+    return bool(result["metrics"]) and {"data", "training_pairs", "bad_samples"} <= result.keys()
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", name)
 
@@ -188,9 +196,10 @@ def _row(entry: Entry, row: Mapping[str, Any], file: Path | None, rank: int) -> 
     metrics = result["metrics"]
     whole |= {key: result[key] for key in ("data", "metrics", "training_pairs", "bad_samples")}
     main = entry.main or (next(iter(metrics)),)
-    if absent := [name for name in main if name not in metrics]:
-        say(f"{entry.name}: the task reports no {absent[0]}, which the suite names as its main metric")
-        return whole | {"main": " and ".join(main), "value": None}
+    shares = [name for name in metrics if f"{name}{CI95}" in metrics]  # all but counts
+    if absent := [name for name in main if name not in shares]:
+        reason = f"`main` is {absent[0]}, and the metrics of the task are {', '.join(shares)}"
+        return whole | {"main": " and ".join(main), "value": None, "state": "failed", "reason": reason}
     values = [float(metrics[name]) for name in main]
     between = metrics.get(f"{main[0]}_ci95") if len(main) == 1 else None
     return whole | {"main": " and ".join(main), "value": sum(values) / len(values), "ci95": between, "file": str(file)}

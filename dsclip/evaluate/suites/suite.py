@@ -12,10 +12,11 @@ import yaml
 
 from dsclip.data.corruptions.corruption import Corruption, parse_corruptions
 from dsclip.data.layouts.hf_dataset import PREFIX
-from dsclip.data.shards.specification import DEMO
+from dsclip.data.shards.specification import DEMO, resolve_shards
 from dsclip.data.sources.storage import is_remote
 from dsclip.errors import UserError, did_you_mean
 from dsclip.evaluate.arguments import FLAGS
+from dsclip.evaluate.suites.values import checked_values
 from dsclip.evaluate.tasks.registry import TASKS
 
 PACKAGED = Path(__file__).parent
@@ -55,9 +56,19 @@ class Entry:
             if place in DEMO or is_remote(place) or place.startswith(PREFIX):
                 return place
             path = os.path.join(data_root, os.path.expanduser(place))
-            if os.path.exists(path):
+            if os.path.exists(path) or _names_shards(path):
                 return path
         return None
+
+
+def _names_shards(path: str) -> bool:
+    """Whether a glob or brace expression names any."""
+    if not any(mark in path for mark in "*?[{"):
+        return False
+    try:
+        return bool(resolve_shards(path))
+    except UserError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,8 @@ def load_suite(name: str) -> Suite:
 def present_entries(suite: Suite, data_root: Path) -> dict[str, str]:
     """{entry: where its set is} of the entries that can be measured. Raises UserError when there is none."""
     found = {e.name: place for e in suite.entries if e.unsupported is None and (place := e.find(data_root)) is not None}
+    if all(entry.unsupported is not None for entry in suite.entries):
+        raise UserError(f"the suite {suite.name} has nothing to measure: every entry is marked as `unsupported`")
     if not found:
         looked = ", ".join(entry.data[0] for entry in suite.entries[:3])
         raise UserError(
@@ -122,6 +135,7 @@ def _entry(values: Any, where: str, folder: Path) -> Entry:
     if not isinstance(values, dict):
         raise UserError(f"{where} is {values!r}; it must be {{name: …, task: …, data: …}}")
     _check_keys(values, (*OF_THE_ENTRY, *OF_THE_TASK, *OF_THE_DATA), where)
+    values = checked_values(values, where)
     data = _words(values.get("data"), "data", where)
     if not data:
         raise UserError(f"{where} has no `data`: where its set is, below --data-root")
