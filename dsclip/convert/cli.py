@@ -20,9 +20,11 @@ from dsclip.convert.openclip_export import export_openclip
 from dsclip.convert.source import Source, open_source
 from dsclip.convert.whole import whole_model
 from dsclip.errors import UserError
+from dsclip.model import ClipConfig
 
 HF_EXAMPLE = "python tools/convert_hf.py runs/demo/checkpoints/step_00000400 OUT --dtype bf16"
 EXAMPLE = "python tools/convert.py open_clip_folder OUT --to dsclip"
+SIGLIP_PIPELINE_TOKENS = 64  # to which the zero-shot pipeline of transformers pads every SiglipModel's labels
 PHASES = ("verified", "written", "compared")
 # What a format is called, and the largest difference of float32 embeddings, whose entries are at most 1.
 FORMATS = {"hf": ("a model of transformers", 1e-5), "openclip": ("an OpenCLIP model", 1e-6), "dsclip": ("a dsclip checkpoint", 1e-5)}  # fmt: skip
@@ -84,7 +86,9 @@ def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if a.push is not None:
         result["pushed"] = push_folder(a.out, a.push)
         compared += f"\npushed to {result['pushed']}"
-    text = f"{a.out} is {FORMATS[a.to][0]}; {compared}\n\nNext:\n" + "\n".join(f"  {line}" for line in _next(a))
+    text = f"{a.out} is {FORMATS[a.to][0]}; {compared}\n\nNext:\n" + "\n".join(
+        f"  {line}" for line in _next(a, model.config)
+    )
     return result | more, text
 
 
@@ -155,8 +159,11 @@ def _compare(model: Checkpoint, source: Source, a: argparse.Namespace) -> tuple[
     )
 
 
-def _next(a: argparse.Namespace) -> list[str]:
+def _next(a: argparse.Namespace, config: ClipConfig) -> list[str]:
+    """Commands that work with what was written."""
     evaluate = f"python launchers/evaluate.py --model {a.out} --task zeroshot --data SHARDS"
+    if a.to == "hf" and config.text_pool == "last" and config.context_length != SIGLIP_PIPELINE_TOKENS:
+        return [evaluate]
     if a.to == "hf":
         return [
             f"python -c \"from transformers import pipeline; print(pipeline('zero-shot-image-classification', '{a.out}'))\"",

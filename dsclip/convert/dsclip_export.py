@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from dsclip.checkpoint.weights_alone import WEIGHTS
 from dsclip.convert.finite import finite
 from dsclip.convert.folder import whole_folder
 from dsclip.convert.safetensors_file import write_one_file
+from dsclip.convert.tokenizer_folder import write_tokenizer
 from dsclip.convert.weights import fitting
 from dsclip.distributed import Collectives
 from dsclip.model import Clip
@@ -27,7 +27,7 @@ def export_dsclip(model: Checkpoint, out: Path) -> None:
     exists with content, and for weights that are not finite.
     """
     with whole_folder(Path(out)) as temporary:
-        shutil.copytree(model.tokenizer_dir, temporary / "tokenizer")
+        write_tokenizer(model.tokenizer_dir, temporary / "tokenizer", model.config.context_length)
         with torch.device("meta"):
             empty = Clip(model.config).state_dict()
         shapes = ((name, x.shape, torch.float32) for name, x in empty.items())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from dsclip.convert.finite import finite
 from dsclip.convert.folder import whole_folder, write_json
 from dsclip.convert.model_card import Metrics, model_card
 from dsclip.convert.safetensors_file import write_one_file
+from dsclip.convert.tokenizer_folder import write_tokenizer
 from dsclip.convert.weights import Named, fitting, to_hf, to_siglip
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
@@ -56,30 +55,23 @@ def _write(
     data: dict[str, str],
     most: int,
 ) -> None:
-    shutil.copytree(checkpoint.tokenizer_dir, folder, dirs_exist_ok=True)
+    clip = hf_class(checkpoint.config) == "CLIPModel"
+    # SigLIP's tokens all see each other, padding too: a processor that gave an attention mask would change its features.
+    more = {} if clip else {"model_input_names": ["input_ids"]}
+    write_tokenizer(checkpoint.tokenizer_dir, folder, checkpoint.config.context_length, **more)
     with torch.device("meta"):
         empty = Clip(checkpoint.config).state_dict()
     weights = fitting(empty, finite(checkpoint.state_dict.items(), checkpoint.path))
     scale = checkpoint.logit_scale
-    clip = hf_class(checkpoint.config) == "CLIPModel"
     named = to_hf(weights, scale) if clip else to_siglip(weights, scale, checkpoint.logit_bias)
     stored = as_stored(named, DTYPES[dtype])
     if dtype != "fp32":  # a narrower range may not hold them
         stored = finite(stored, checkpoint.path)
     write_safetensors(stored, folder, most)
     write_json(folder / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
-    if not clip:
-        _without_mask(folder, checkpoint.config.context_length)
     write_json(folder / "preprocessor_config.json", hf_preprocessor(checkpoint.config))
     write_json(folder / TRAINING_DATA, {"train_shards": checkpoint.recipe.get("data", {}).get("train_shards")})
     (folder / "README.md").write_text(model_card(checkpoint, metrics, data), encoding="utf-8")
-
-
-def _without_mask(folder: Path, context_length: int) -> None:
-    """SigLIP's tokens all see each other, padding too: a processor that gave an attention mask would change its features."""
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    write_json(path, settings | {"model_input_names": ["input_ids"], "model_max_length": context_length})
 
 
 def as_stored(weights: Named, dtype: torch.dtype) -> Named:

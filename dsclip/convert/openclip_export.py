@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from dsclip.convert.folder import whole_folder, write_json
 from dsclip.convert.hf import DTYPES, as_stored
 from dsclip.convert.openclip import CONFIG, WEIGHT_FILES
 from dsclip.convert.safetensors_file import write_one_file
+from dsclip.convert.tokenizer_folder import write_tokenizer
 from dsclip.convert.weights import fitting, register_to_class_token, to_openclip
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
@@ -42,7 +42,7 @@ def export_openclip(checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32") -
         )
     out = Path(out)
     with whole_folder(out) as temporary:
-        shutil.copytree(checkpoint.tokenizer_dir, temporary, dirs_exist_ok=True)
+        write_tokenizer(checkpoint.tokenizer_dir, temporary, checkpoint.config.context_length)
         scale, bias = checkpoint.logit_scale, checkpoint.logit_bias
         with torch.device("meta"):
             empty = Clip(checkpoint.config).state_dict()

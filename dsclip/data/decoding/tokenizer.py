@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,9 @@ class Tokenizer:
 
     def __init__(self, hf_tokenizer: Any):
         self._hf = hf_tokenizer
+        backend = getattr(hf_tokenizer, "backend_tokenizer", None)
+        # Each call sets these, and they are saved with the rest: what is saved must not depend on the last call.
+        self._as_loaded = None if backend is None else (backend.truncation, backend.padding)
 
     def __call__(self, captions: list[str], context_length: int) -> Tensor:
         """Token ids [n, context_length] int64 of n captions."""
@@ -52,8 +56,14 @@ class Tokenizer:
         return sha256(json.dumps(content, sort_keys=True).encode())
 
     def save(self, folder: Path) -> None:
-        """Writes a folder that `transformers` and `load_tokenizer` read."""
-        self._hf.save_pretrained(str(folder))
+        """Writes a folder that `transformers` and `load_tokenizer` read; truncation and padding are those that were loaded."""
+        tokenizer = self._hf
+        if self._as_loaded is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            backend, (truncation, padding) = tokenizer.backend_tokenizer, self._as_loaded
+            backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+            backend.no_padding() if padding is None else backend.enable_padding(**padding)
+        tokenizer.save_pretrained(str(folder))
 
 
 def load_tokenizer(name: str) -> Tokenizer:
