@@ -31,6 +31,17 @@ def on_disk(path: Path) -> None:
         os.close(handle)
 
 
+def permit_as_new(path: Path) -> None:
+    """Gives a file or folder the permissions of one made here now, which follow the umask.
+
+    What `tempfile` and safetensors' writer make is for its owner alone: others couldn't read it on a cluster.
+    """
+    new = path.with_name(path.name + ".new")
+    new.mkdir() if path.is_dir() else new.touch()
+    path.chmod(new.stat().st_mode & 0o7777)
+    new.rmdir() if path.is_dir() else new.unlink()
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file aside, on the disk, then renames it: a kill or a power cut leaves the old one or the new one."""
     aside = path.with_name(path.name + ".tmp")

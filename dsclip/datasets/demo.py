@@ -18,6 +18,7 @@ import numpy as np
 from dsclip.data.shards.writer import ShardWriter
 from dsclip.datasets.scenes import HELD_OUT, captions, draw, random_scene, swapped_captions
 from dsclip.datasets.train_tokenizer import train_tokenizer
+from dsclip.files import permit_as_new
 
 VERSION = 2  # part of the folder's name: raise it whenever a written byte changes
 IMAGE_SIZE = 64
@@ -46,6 +47,7 @@ def demo_once(folder: Path, train_samples: int = TRAIN_SAMPLES, val_samples: int
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    permit_as_new(temporary)
     try:
         write_demo(temporary, SEED, train_samples, val_samples)
         os.rename(temporary, folder)

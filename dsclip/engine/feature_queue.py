@@ -12,6 +12,7 @@ from dsclip.config.schema import LossSection
 from dsclip.distributed import Collectives
 from dsclip.engine.state import QueueState
 from dsclip.errors import UserError
+from dsclip.files import permit_as_new
 from dsclip.losses.blocks import blocks
 from dsclip.plan.free_memory import free_bytes
 
@@ -87,6 +88,7 @@ class FeatureQueue:
     def save(self, folder: Path) -> QueueState:
         """Writes the features (call it on one rank) and returns the position for JSON."""
         save_file(self._tensors, str(folder / FILE))
+        permit_as_new(folder / FILE)
         return self.state()
 
     def state(self) -> QueueState:

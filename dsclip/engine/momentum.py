@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsclip.engine.build import build_model
 from dsclip.engine.quiet_deepspeed import deepspeed
+from dsclip.files import permit_as_new
 from dsclip.model import Clip, ClipConfig, Layer
 
 
@@ -63,7 +64,9 @@ class MomentumEncoder:
 
     def save(self, folder: Path, rank: int) -> None:
         """Writes this rank's shards of the average."""
-        save_file({str(i): x for i, x in enumerate(self._average)}, str(folder / _file(rank)))
+        path = folder / _file(rank)
+        save_file({str(i): x for i, x in enumerate(self._average)}, str(path))
+        permit_as_new(path)
 
     def load(self, folder: Path, rank: int) -> None:
         """Restores what `save` wrote on the same rank. A run that had no momentum encoder starts from its weights."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsclip.checkpoint import Checkpoint
 from dsclip.errors import UserError
-from dsclip.files import sha256
+from dsclip.files import permit_as_new, sha256
 from dsclip.weights.combine import check_alike
 
 PLACES, VALUES = ".places", ".values"  # of a tensor in the file: int64 in the flattened tensor, float32
@@ -118,6 +118,7 @@ def write_difference(path: Path, base: Checkpoint, tuned: Checkpoint, keep: floa
     said = {"scale": scale, "bias": bias, "base_sha256": weights_sha256(base), "parameters": parameters}
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata={"dsclip_difference": json.dumps(said)})
+    permit_as_new(temporary)
     temporary.replace(path)
     return read_difference(path)
 
