@@ -71,7 +71,6 @@ def test_a_pushed_folder_is_what_transformers_loads_from_the_hub(model, folder, 
 @pytest.mark.parametrize(
     "case, reason",
     [
-        ("no token", "there is no token"),
         ("wrong token", "Invalid username or password (HTTP 401)"),
         ("offline", "offline"),
         ("no server", "refused"),
@@ -83,7 +82,7 @@ def test_a_push_that_fails_keeps_the_folder(case, reason, folder, hub, tmp_path,
     elif case == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     else:
-        monkeypatch.setenv("HF_TOKEN", "" if case == "no token" else "hf_wrong")
+        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     error = convert(capsys, folder, tmp_path / "out", "--push", "me/clip", code=2)["error"]
     assert reason in error and "was not pushed to me/clip" in error and "hf upload me/clip" in error
     assert "\n" not in error and "Traceback" not in error
@@ -93,6 +92,12 @@ def test_a_push_that_fails_keeps_the_folder(case, reason, folder, hub, tmp_path,
 def test_a_wrong_name_is_found_before_anything_is_written(folder, tmp_path, capsys):
     error = convert(capsys, folder, tmp_path / "out", "--push", "a/b/c", code=2)["error"]
     assert "a/b/c is no name of a repository" in error and not (tmp_path / "out").exists()
+
+
+def test_a_missing_token_is_found_before_anything_is_written(folder, hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    error = convert(capsys, folder, tmp_path / "out", "--push", "me/clip", code=2)["error"]
+    assert "there is no token for the hub" in error and "hf auth login" in error and not (tmp_path / "out").exists()
 
 
 def kept(folder):

@@ -108,7 +108,8 @@ def test_evaluation_from_disk_gives_the_same_metrics(folder, tmp_path, capsys):
     assert "on disk" in err and list(offload.glob("*.dat"))
 
 
-def test_a_shard_size_that_is_none_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize("size", ["0.0", "-1.0", "nan", "inf"])
+def test_a_shard_size_that_is_none_is_refused(size, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main([str(tmp_path), str(tmp_path / "out"), "--max-shard-gb", "0"], to="hf")
-    assert ended.value.code == 2 and "--max-shard-gb is 0.0" in capsys.readouterr().err
+        cli.main([str(tmp_path), str(tmp_path / "out"), f"--max-shard-gb={size}"], to="hf")
+    assert ended.value.code == 2 and f"--max-shard-gb is {size}; it must be" in capsys.readouterr().err

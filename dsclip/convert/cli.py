@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -14,7 +15,7 @@ from dsclip.command_line import parser, run_tool, say
 from dsclip.convert.compare import check_read_back, difference_in_openclip, difference_in_transformers
 from dsclip.convert.dsclip_export import export_dsclip
 from dsclip.convert.hf import DTYPES, MAX_SHARD_GB, export_hf, hf_class
-from dsclip.convert.hub import check_repository, push_folder
+from dsclip.convert.hub import check_repository, check_token, push_folder
 from dsclip.convert.model_card import results_of_run
 from dsclip.convert.openclip_export import export_openclip
 from dsclip.convert.source import Source, open_source
@@ -95,8 +96,9 @@ def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _check_options(a: argparse.Namespace) -> None:
     if a.push is not None:
         check_repository(a.push)
-    if a.max_shard_gb is not None and a.max_shard_gb <= 0:
-        raise UserError(f"--max-shard-gb is {a.max_shard_gb}; it must be more than 0")
+        check_token(a.push)
+    if a.max_shard_gb is not None and not 0 < a.max_shard_gb < math.inf:
+        raise UserError(f"--max-shard-gb is {a.max_shard_gb}; it must be a number more than 0")
     if a.to != "hf" and (a.max_shard_gb is not None or a.without_bias):
         option = "--without-bias" if a.without_bias else "--max-shard-gb"
         raise UserError(f"{option} belongs to --to hf; leave it out")

@@ -71,17 +71,23 @@ def check_repository(name: str) -> None:
         ) from error
 
 
+def check_token(repository: str) -> None:
+    """Raises UserError when this machine has no token for the hub, without which nothing can be pushed."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UserError(
+            f"--push {repository}: there is no token for the hub; log in with `hf auth login`, or set HF_TOKEN"
+        )
+
+
 def push_folder(folder: Path, repository: str) -> str:
     """Uploads the folder's files in one go and returns the repository's address; one that isn't there is made, and private.
 
-    Raises UserError when the hub can't be reached or refuses; the folder stays as it is.
+    Needs a token, see `check_token`. Raises UserError when the hub can't be reached or refuses; the folder stays as it is.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
-    if get_token() is None:
-        raise _not_pushed(
-            folder, repository, "there is no token for the hub; log in with `hf auth login`, or set HF_TOKEN"
-        )
     api = HfApi()
     try:
         address = str(api.create_repo(repository, private=True, exist_ok=True))
