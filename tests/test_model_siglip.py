@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoProcessor, SiglipConfig, SiglipModel, pipeline
 
 from dsclip.checkpoint import read_checkpoint
+from dsclip.config.schema import LossSection, OptimSection
 from dsclip.convert import cli, export_hf
 from dsclip.convert.hf import hf_class
 from dsclip.convert.init import load_init_once
@@ -17,6 +18,7 @@ from dsclip.convert.source import open_source
 from dsclip.create import create_model
 from dsclip.data import load_tokenizer
 from dsclip.distributed import Collectives
+from dsclip.engine.loss_scalars import LossScalars
 from dsclip.errors import UserError
 from dsclip.model import Clip, resolve_preset
 from dsclip.model.captions import cut_captions
@@ -198,3 +200,23 @@ def test_a_run_with_the_sigmoid_loss_begins_with_the_weights_bias(demo, tmp_path
     model = perturbed(narrow("ViT-B-16-SigLIP"))
     initial = load_init_once(folder_of(model, demo, tmp_path / "hf"), model.config, Collectives.single())
     assert initial.bias == BIAS and any("begins with it" in note for note in initial.notes)
+
+
+@pytest.mark.parametrize(
+    "scale, most, begins", [(109.9, 100.0, 100), (109.9, 110.0, None), (100.0, 100.0, None), (0.5, 100.0, 1)]
+)
+def test_a_run_that_can_not_begin_with_the_weights_scale_says_so(scale, most, begins, demo, tmp_path):
+    """And what it says it begins with is what the engine's clamp makes of it."""
+    model = perturbed(narrow("ViT-B-16-SigLIP"))
+    export_hf(replace(checkpoint_of(model, demo), logit_bias=BIAS, logit_scale=scale), tmp_path / "hf")
+    initial = load_init_once(tmp_path / "hf", model.config, Collectives.single(), max_logit_scale=most)
+    said = [note for note in initial.notes if "logit scale" in note]
+    scalars = LossScalars(LossSection(max_logit_scale=most), OptimSection(), 10, torch.device("cpu"), has_bias=True)
+    scalars.set_scale(initial.scale)
+    if begins is None:
+        assert not said and scalars.scale == pytest.approx(scale, rel=1e-6)
+    else:
+        assert (
+            len(said) == 1 and f"begins with {begins}" in said[0] and scalars.scale == pytest.approx(begins, rel=1e-6)
+        )
+        assert ("set loss.max_logit_scale=110 to keep it" in said[0]) == (scale > most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,10 +120,25 @@ class InitialWeights:
     notes: list[str]
 
 
-def load_init_once(path: str | Path, config: ClipConfig, group: Collectives, stretch: str = "linear") -> InitialWeights:
+def scale_notes(source: Source, max_logit_scale: float) -> list[str]:
+    """A sentence when a run can't begin with the source's logit scale, which is clamped to 1 and `max_logit_scale`."""
+    begins = min(max(source.scale, 1.0), max_logit_scale)
+    if math.isclose(begins, source.scale, rel_tol=1e-6):  # its logarithm is stored in float32
+        return []
+    keeps = f"; set loss.max_logit_scale={math.ceil(source.scale)} to keep it" * (source.scale > begins)
+    return [f"{source.path} has the logit scale {source.scale:.6g}, and the run begins with {begins:.6g}{keeps}"]
+
+
+def load_init_once(
+    path: str | Path,
+    config: ClipConfig,
+    group: Collectives,
+    stretch: str = "linear",
+    max_logit_scale: float = math.inf,
+) -> InitialWeights:
     """What `load_init` returns, read by rank 0 alone. Collective.
 
-    What rank 0 finds wrong is a UserError on every rank.
+    max_logit_scale: to which the run clamps, so that the notes say when that changes the source's scale. What rank 0 finds wrong is a UserError on every rank.
     """
     weights: dict[str, Tensor] | None = None
     problem: str | None = None
@@ -131,7 +147,7 @@ def load_init_once(path: str | Path, config: ClipConfig, group: Collectives, str
         try:
             source = open_source(path)
             weights, scale = fitted_weights(source, config, stretch)
-            bias, notes = source.logit_bias, source.notes(config)
+            bias, notes = source.logit_bias, source.notes(config) + scale_notes(source, max_logit_scale)
         except UserError as error:
             problem = str(error)
         except Exception as error:  # a damaged file raises what its reader likes, and the other ranks wait

@@ -7,7 +7,7 @@ import json
 import torch
 
 from dsclip.config import dump_recipe
-from dsclip.convert.init import fitted_weights
+from dsclip.convert.init import fitted_weights, scale_notes
 from dsclip.convert.source import open_source
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.model import Clip
@@ -24,7 +24,7 @@ def describe_run(inputs: RunInputs) -> str:
     if inputs.init:
         source = open_source(inputs.init)
         fitted_weights(source, inputs.model, inputs.recipe.model.stretch)
-        notes = source.notes(inputs.model)
+        notes = source.notes(inputs.model) + scale_notes(source, inputs.recipe.loss.max_logit_scale)
     with torch.device("meta"):
         parameters = Clip(inputs.model).parameter_count()
     world_size = launched_ranks()[1]

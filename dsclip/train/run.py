@@ -93,7 +93,9 @@ def build_engine(inputs: RunInputs) -> ContrastiveEngine:
     weights = scale = bias = None
     if inputs.init:
         group = Collectives.current()
-        initial = load_init_once(inputs.init, inputs.model, group, inputs.recipe.model.stretch)
+        initial = load_init_once(
+            inputs.init, inputs.model, group, inputs.recipe.model.stretch, inputs.recipe.loss.max_logit_scale
+        )
         weights, scale, bias = initial.weights, initial.scale, initial.bias
         for note in initial.notes if group.rank == 0 else ():
             say(note)
