@@ -96,6 +96,7 @@ METRICS = {
 def test_every_task_has_metrics_intervals_and_a_protocol(task, model, sets, tmp_path, capsys):
     options = ["--model", str(model), "--task", task, *sets[task], "--output", str(tmp_path / "a.json")]
     found = evaluate(_parser().parse_args(options))
+    assert f"{task} · all embedded, measuring" in capsys.readouterr().err
     assert METRICS[task] <= found["metrics"].keys()
     for name in METRICS[task]:
         low, high = found["metrics"][f"{name}_ci95"]

@@ -7,7 +7,7 @@ import pytest
 from dsclip.data import ShardWriter
 from dsclip.errors import UserError
 from dsclip.evaluate import cli
-from dsclip.evaluate.suites.progress import SuiteProgress
+from dsclip.evaluate.progress import EvaluationProgress
 from dsclip.evaluate.suites.report import averages
 from dsclip.evaluate.suites.suite import load_suite, suite_names
 from dsclip.evaluate.tasks.registry import TASKS
@@ -233,7 +233,7 @@ def test_averages_of_nothing_are_none():
 
 def test_time_left_is_that_of_images_and_texts_at_their_own_pace(capsys):
     clock = [0.0]
-    progress = SuiteProgress({"images": 100, "texts": 10}, True, now=lambda: clock[0])
+    progress = EvaluationProgress({"images": 100, "texts": 10}, True, now=lambda: clock[0])
     progress.begin("1/2 a")
     clock[0] = 4.0
     progress.embedded("images", 40)

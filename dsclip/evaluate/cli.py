@@ -25,6 +25,7 @@ from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, measure_task, with_intervals
 from dsclip.evaluate.arguments import add_task_options, task_options
 from dsclip.evaluate.opened import DTYPES, OpenedModel, Wanted, open_model
+from dsclip.evaluate.progress import EvaluationProgress
 from dsclip.evaluate.results.protocol import whole_protocol
 from dsclip.evaluate.results.record import write_result
 from dsclip.evaluate.results.report import markdown, text
@@ -185,7 +186,11 @@ def _measure(arguments: argparse.Namespace, model: OpenedModel) -> dict[str, Any
     task: Task = kind.prepare(dataset, options)
     if corruptions:
         task = Corrupted(task, corruptions)
-    measured = measure_task(task, model.embedder)
+    images = sum(len(part.indices) for part in task.images)
+    progress = EvaluationProgress({"images": images, "texts": len(task.texts)}, model.embedder.group.rank == 0)
+    progress.begin(arguments.task, show=False)
+    measured = measure_task(task, replace(model.embedder, embedded=progress.embedded))
+    progress.close()
     result = {
         "task": arguments.task, "metrics": with_intervals(measured), "model": arguments.model, "data": arguments.data,
         "training_pairs": trained_on(dataset.shards, model.train_shards, storage), "bad_samples": dict(dataset.bad),

@@ -19,10 +19,10 @@ from dsclip.errors import UserError
 from dsclip.evaluate.arguments import FLAGS, task_options
 from dsclip.evaluate.feature_cache import FeatureCache
 from dsclip.evaluate.opened import OpenedModel
+from dsclip.evaluate.progress import EvaluationProgress
 from dsclip.evaluate.results.intervals import CI95, with_intervals
 from dsclip.evaluate.results.protocol import task_protocol, whole_protocol
 from dsclip.evaluate.results.record import read_result, write_result
-from dsclip.evaluate.suites.progress import SuiteProgress
 from dsclip.evaluate.suites.suite import Entry, Suite, present_entries
 from dsclip.evaluate.tasks.corrupted import Corrupted
 from dsclip.evaluate.tasks.registry import TASKS, measure_task
@@ -70,7 +70,7 @@ def run_suite(
     waiting = _opened(present, model, place, run, group, rows)
     finished = group.broadcast_object([_is_whole(o.file) for o in waiting] if group.rank == 0 else [])
     left = [o for o, done in zip(waiting, finished, strict=True) if not done]
-    progress = SuiteProgress(_work(left, cache) if group.rank == 0 else {"images": 0, "texts": 0}, group.rank == 0)
+    progress = EvaluationProgress(_work(left, cache) if group.rank == 0 else {"images": 0, "texts": 0}, group.rank == 0)
     embedder = replace(model.embedder, store=cache, embedded=progress.embedded)
     for number, o in enumerate(waiting, start=1):
         if o not in left:

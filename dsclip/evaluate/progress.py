@@ -1,4 +1,4 @@
-"""How far a suite is: one line that is written again on a terminal, a line every few seconds in a log file."""
+"""How far an evaluation is: one line that is written again on a terminal, a line every few seconds in a log file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINE_EVERY_S = 5.0  # where there is no terminal
 REDRAW_EVERY_S = 0.3
 
 
-class SuiteProgress:
+class EvaluationProgress:
     """work: {"images", "texts": how many are to be embedded in all}. Silent where it isn't enabled."""
 
     def __init__(
@@ -30,10 +30,11 @@ class SuiteProgress:
         self._what = ""
         self._last = self._shown = now()
 
-    def begin(self, what: str) -> None:
-        """The next entry, as `3/38 imagenet1k`."""
+    def begin(self, what: str, *, show: bool = True) -> None:
+        """The next entry, as `3/38 imagenet1k`. show: at once, and not only when something was embedded, which may be kept features."""
         self._what, self._last = what, self._now()
-        self._show(force=True)
+        if show:
+            self._show(force=True)
 
     def embedded(self, kind: str, count: int) -> None:
         """So many more have gone through the model."""
@@ -42,7 +43,12 @@ class SuiteProgress:
         self._done[kind] += count
         self._left[kind] = max(0, self._left[kind] - count)
         self._last = now
-        self._show()
+        self._show(force=not any(self._left.values()))
+
+    def close(self) -> None:
+        """Takes the line away from a terminal."""
+        if self._enabled and self._stream.isatty():
+            print("\r\033[K", end="", file=self._stream, flush=True)
 
     def message(self, text: str) -> None:
         """A line of its own."""
@@ -65,5 +71,5 @@ class SuiteProgress:
         self._shown, left = now, self.seconds_left()
         left_text = "?" if left is None else format_seconds(left)
         counts = " · ".join(f"{n:,} {kind} left" for kind, n in self._left.items() if n)
-        line = f"{self._what} · {counts + ' · ' if counts else ''}ETA {left_text}"
+        line = f"{self._what} · {counts} · ETA {left_text}" if counts else f"{self._what} · all embedded, measuring"
         print(f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n", file=self._stream, flush=True)
