@@ -221,6 +221,11 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def steps(run: Path) -> list[dict]:
+    """Those of them that are logged steps."""
+    return [m for m in metrics(run) if "loss" in m]
+
+
 def losses(run: Path) -> dict[int, float]:
     """{step: loss} of a run."""
-    return {m["step"]: m["loss"] for m in metrics(run) if "loss" in m}
+    return {m["step"]: m["loss"] for m in steps(run)}

@@ -2,7 +2,7 @@
 
 import shutil
 
-from tests.distributed.launch import SMALL, losses, metrics, train
+from tests.distributed.launch import SMALL, losses, steps, train
 from tests.shard_files import sample, write_set, write_tar
 
 OFF = [
@@ -25,7 +25,7 @@ def test_two_ranks_train_from_plain_tars_and_continue_at_the_shard(demo, tmp_pat
     assert first.returncode == 0, first.stdout
     assert "data.order=stream: shards are read from end to end" in first.stdout
     run = tmp_path / "demo"
-    whole = metrics(run)
+    whole = steps(run)
     assert len(losses(run)) == 6 and whole[-1]["bad_samples/undecodable image"] >= 1
     assert 1.0 <= whole[-1]["epoch"] <= 6 * 32 / 160 and not list(shards.glob("*.idx"))
     for step in (6, 4):
@@ -33,7 +33,7 @@ def test_two_ranks_train_from_plain_tars_and_continue_at_the_shard(demo, tmp_pat
     again = train(*options)
     assert again.returncode == 0, again.stdout
     assert "continued from" in again.stdout and "unfinished ones again from their beginning" in again.stdout
-    resumed = {m["step"]: m for m in metrics(run)}
+    resumed = {m["step"]: m for m in steps(run)}
     assert sorted(resumed) == [1, 2, 3, 4, 5, 6] and resumed[2]["batch_hash"] == whole[1]["batch_hash"]
     refused = train(*options, ranks=1)
     assert refused.returncode != 0 and "Traceback" not in refused.stdout

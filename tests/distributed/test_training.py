@@ -28,6 +28,7 @@ from tests.distributed.launch import (
     losses,
     metrics,
     run_ranks,
+    steps,
     torchrun,
     train,
     warm,
@@ -66,7 +67,7 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 def test_everything_is_logged(finished):
     run, _ = finished
-    logged = [m for m in metrics(run) if "loss" in m]
+    logged = steps(run)
     assert [m["step"] for m in logged] == [1, 2, 3, 4, 5, 6]
     for m in logged:
         for key in ("samples", "logit_scale", "lr", "grad_norm", "samples_per_second", "data_wait", "memory_gb",
@@ -144,7 +145,7 @@ def test_a_run_killed_at_a_random_step_continues_bit_for_bit(demo, tmp_path):
     ]  # fmt: skip
     first = train(*options, "train.name=whole")
     assert first.returncode == 0, first.stdout
-    logged = metrics(tmp_path / "whole")
+    logged = steps(tmp_path / "whole")
     whole = {m["step"]: (m["loss"], m["batch_hash"]) for m in logged}
     assert len(whole) == 6 and len({h for _, h in whole.values()}) == 6
     assert all(m["data_queue_depth"] >= 0 and m["bad_samples"] > 0 for m in logged[2:])
@@ -157,11 +158,11 @@ def test_a_run_killed_at_a_random_step_continues_bit_for_bit(demo, tmp_path):
     assert again.returncode == 0, again.stdout
     resumed_at = json.loads((parts / "summary.json").read_text())["resumes"][0]["step"]
     assert step <= resumed_at < 6
-    continued = {m["step"]: (m["loss"], m["batch_hash"]) for m in metrics(parts)}
+    continued = {m["step"]: (m["loss"], m["batch_hash"]) for m in steps(parts)}
     assert continued == whole, f"rank {rank} was killed after step {step}; the run went on from step {resumed_at}"
     alone = train(*options, "train.name=alone", "train.steps=3", ranks=1)
     assert alone.returncode == 0, alone.stdout
-    other = {m["step"]: m["batch_hash"] for m in metrics(tmp_path / "alone")}
+    other = {m["step"]: m["batch_hash"] for m in steps(tmp_path / "alone")}
     assert other == {step: whole[step][1] for step in (1, 2, 3)}, "the same global batches on another number of ranks"
 
 
@@ -307,5 +308,5 @@ def test_a_truncated_shard_is_counted_and_the_run_goes_on(demo, tmp_path):
         "eval.retrieval_shards=null", "eval.hard_negatives_shards=null", "train.export_hf=false",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    last = [m for m in metrics(tmp_path / "demo") if "loss" in m][-1]
+    last = steps(tmp_path / "demo")[-1]
     assert last["bad_samples/damaged shard"] >= 1 and last["bad_samples/undecodable image"] >= 1
