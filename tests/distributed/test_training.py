@@ -120,7 +120,7 @@ def test_evaluation_gives_the_same_on_one_and_three_ranks(task, finished):
     "arguments, message",
     [
         (["--model", "{tmp}", "--data", "demo:val"], "is no dsclip checkpoint"),
-        (["--model", "{run}", "--data", "{tmp}"], "holds no .tar shards"),
+        (["--model", "{run}", "--data", "{tmp}"], "is no evaluation set: it holds 0 files"),
         (["--model", "{run}", "--data", "demo:val", "--output", "{tmp}/no/where.json"], "no file can be written there"),
         (["--model", "{run}", "--data", "demo:val", "--templates", "nowhere"], "nowhere is no file"),
         (["--model", "{run}", "--data", "demo:val", "--tokenizer", "/nowhere/t"], "no tokenizer at /nowhere/t"),
