@@ -12,6 +12,7 @@ from dsclip.errors import UserError
 from dsclip.plan.cli import main, plan
 from dsclip.plan.free_memory import free_bytes
 from dsclip.plan.machine import datasheet_tflops, named_gpu, this_machine
+from dsclip.plan.reliability_cli import OPTIONS
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_towers_of_a_hundred_thousand_layers_are_refused_at_once():
     arguments = argparse.Namespace(
         preset="ViT-B-32", config=None, ds_config="zero3_bf16", gpus=1, batch=None, micro_batch=None, chunk_size=None,
         checkpointing=None, gpu="H100", memory_gb=None, peak_tflops=None, efficiency=None, bandwidth=None, text_tokens=None,
-        nodes=None, gpus_per_node=None, interconnect=None, figure=None,
+        nodes=None, gpus_per_node=None, interconnect=None, figure=None, reliability=False, **dict.fromkeys(OPTIONS),
         overrides=["model.vision_layers=100000"],
     )  # fmt: skip
     with pytest.raises(UserError, match="`model.vision_layers` is 100000"):
