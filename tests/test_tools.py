@@ -65,12 +65,14 @@ def test_finished_runs_are_not_trained_again(tmp_path):
         for seed in (0, 1):
             run = tmp_path / f"{order}-{seed}-500x256"
             run.mkdir()
-            recalls = {"image_to_text_recall@1": 0.25, "text_to_image_recall@1": 0.5}
-            found = {"eval": {"zeroshot": {"top1": top1[seed]}, "retrieval": recalls}}
-            (run / "summary.json").write_text(json.dumps(found))
+            (run / "summary.json").write_text("{}")
+            metrics = {"top1": top1[seed], "image_to_text_recall@1": 0.25, "text_to_image_recall@1": 0.5}
+            (run / "score.json").write_text(json.dumps(metrics))
     done = run_program("tools/compare_orders.py", str(tmp_path), "--seeds", "0", "1", "--json")
     found = json.loads(done.stdout)["orders"]
-    assert found["epoch"]["scores"] == pytest.approx([1.25, 1.45])
-    assert found["epoch"]["mean"] == pytest.approx(1.35) and found["epoch"]["standard_error"] == pytest.approx(0.1)
-    assert found["resampled"]["standard_error"] == pytest.approx(0) and "run 4 of 4" in done.stderr
+    assert found["dsclip, epoch"]["scores"] == pytest.approx([1.25, 1.45])
+    assert found["dsclip, epoch"]["mean"] == pytest.approx(1.35) and found["dsclip, epoch"][
+        "standard_error"
+    ] == pytest.approx(0.1)
+    assert found["dsclip, resampled"]["standard_error"] == pytest.approx(0) and "run 4 of 4" in done.stderr
     assert not (tmp_path / "one_caption").exists()

@@ -53,6 +53,7 @@ def train(a: argparse.Namespace, order: str, seed: int) -> Path:
     """The folder of a run, which is trained unless it is finished. Raises RunFailed."""
     run = a.out / f"{order}-{seed}-{a.steps}x{a.batch}"
     if not (run / "summary.json").exists():
+        write_one_caption(a.out / "one_caption")
         start(
             run,
             ["deepspeed", "--master_port", str(a.master_port), "--num_gpus", str(a.ranks), "launchers/train.py",
@@ -67,6 +68,7 @@ def train_open_clip(a: argparse.Namespace, order: str, seed: int) -> Path:
     """The same of OpenCLIP; a run that was interrupted begins again."""
     out = a.out / f"open_clip-{order}-{seed}-{a.steps}x{a.batch}-{a.precision}"
     if not (out / "open_clip_config.json").exists():
+        write_one_caption(a.out / "one_caption")
         shards = sorted((a.out / "one_caption").glob("*.tar"))
         pattern = f"{shards[0].parent}/{{{shards[0].stem}..{shards[-1].stem}}}.tar"
         start(
@@ -120,7 +122,6 @@ def described(scores: list[float]) -> dict:
 def compare(a: argparse.Namespace) -> tuple[dict, str]:
     """All runs, seed by seed, so that orders can be compared whenever one stops."""
     a.out = a.out.resolve()
-    write_one_caption(a.out / "one_caption")
     trainers: dict[str, Trainer] = {"dsclip": train} | ({"OpenCLIP": train_open_clip} if a.open_clip else {})
     scores: dict[str, list[float]] = {f"{name}, {order}": [] for order in a.orders for name in trainers}
     started = time.monotonic()
