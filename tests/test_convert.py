@@ -185,7 +185,7 @@ def openclip_weights(model: Clip) -> dict[str, torch.Tensor]:
         out[f"visual.ln_post.{kind}"] = w[f"visual.head.ln_post.{kind}"]
         out[f"ln_final.{kind}"] = w[f"text.head.ln_final.{kind}"]
         for ours, theirs in (("visual", "visual.transformer"), ("text", "transformer")):
-            for i in range(2):
+            for i in range(len(getattr(model, ours).blocks)):
                 block, target = f"{ours}.blocks.{i}", f"{theirs}.resblocks.{i}"
                 out[f"{target}.attn.in_proj_{kind}"] = w[f"{block}.attn.qkv.{kind}"]
                 out[f"{target}.attn.out_proj.{kind}"] = w[f"{block}.attn.out.{kind}"]
