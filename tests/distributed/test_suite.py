@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from dsclip.convert import export_hf
 from dsclip.evaluate.cli import _parser, evaluate
@@ -58,4 +59,7 @@ def test_a_suite_on_two_ranks_goes_on_where_it_was_killed(demo, tmp_path):
         alone = evaluate(_parser().parse_args([
             "--model", str(tmp_path / "hf"), "--task", entry["task"], "--data", "demo:val", "--batch-size", "8", *more
         ]))  # fmt: skip
-        assert entry["metrics"] == alone["metrics"]
+        for name, value in alone["metrics"].items():
+            # Confidences are float32 products, whose last bit depends on where their tensors lie in memory.
+            expected = pytest.approx(value, abs=3e-3) if name.startswith("calibration") else value
+            assert entry["metrics"][name] == expected, name
