@@ -14,10 +14,10 @@ from dsclip.checkpoint.weights_alone import WEIGHTS
 from dsclip.convert.finite import finite
 from dsclip.convert.folder import whole_folder
 from dsclip.convert.safetensors_file import write_one_file
+from dsclip.convert.streamed import empty_clip
 from dsclip.convert.tokenizer_folder import write_tokenizer
 from dsclip.convert.weights import fitting
 from dsclip.distributed import Collectives
-from dsclip.model import Clip
 
 
 def export_dsclip(model: Checkpoint, out: Path) -> None:
@@ -28,8 +28,7 @@ def export_dsclip(model: Checkpoint, out: Path) -> None:
     """
     with whole_folder(Path(out)) as temporary:
         write_tokenizer(model.tokenizer_dir, temporary / "tokenizer", model.config.context_length)
-        with torch.device("meta"):
-            empty = Clip(model.config).state_dict()
+        empty = empty_clip(model.config).state_dict()
         shapes = ((name, x.shape, torch.float32) for name, x in empty.items())
         weights = fitting(empty, finite(model.state_dict.items(), model.path))
         write_one_file(temporary / WEIGHTS, shapes, ((name, x.float()) for name, x in weights))

@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dsclip.checkpoint import Checkpoint
 from dsclip.convert.finite import finite
 from dsclip.convert.folder import whole_folder, write_json
 from dsclip.convert.hf import DTYPES, as_stored
 from dsclip.convert.openclip import CONFIG, WEIGHT_FILES
 from dsclip.convert.safetensors_file import write_one_file
+from dsclip.convert.streamed import empty_clip
 from dsclip.convert.tokenizer_folder import write_tokenizer
 from dsclip.convert.weights import fitting, register_to_class_token, to_openclip
 from dsclip.errors import UserError
-from dsclip.model import Clip, ClipConfig
+from dsclip.model import ClipConfig
 
 
 def export_openclip(checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32") -> None:
@@ -44,8 +43,7 @@ def export_openclip(checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32") -
     with whole_folder(out) as temporary:
         write_tokenizer(checkpoint.tokenizer_dir, temporary, checkpoint.config.context_length)
         scale, bias = checkpoint.logit_scale, checkpoint.logit_bias
-        with torch.device("meta"):
-            empty = Clip(checkpoint.config).state_dict()
+        empty = empty_clip(checkpoint.config).state_dict()
         stored = DTYPES[dtype]
         in_openclip = register_to_class_token if average else lambda named: named
         shapes = (

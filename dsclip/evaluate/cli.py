@@ -18,16 +18,15 @@ import torch
 from dsclip.command_line import parser, report_error, say
 from dsclip.data import EvalDataset, build_eval_dataset
 from dsclip.data.corruptions.corruption import parse_corruptions
-from dsclip.data.shards.overlap import trained_on
 from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
-from dsclip.evaluate import TASKS, measure_task, with_intervals
+from dsclip.evaluate import TASKS, measure_task
 from dsclip.evaluate.arguments import add_task_options, task_options
 from dsclip.evaluate.opened import DTYPES, OpenedModel, Wanted, open_model
 from dsclip.evaluate.progress import EvaluationProgress
 from dsclip.evaluate.results.protocol import whole_protocol
-from dsclip.evaluate.results.record import write_result
+from dsclip.evaluate.results.record import result_of, write_result
 from dsclip.evaluate.results.report import markdown, text
 from dsclip.evaluate.suites.cli import NONE, check_choice, evaluate_suite, feature_cache
 from dsclip.evaluate.suites.report import suite_markdown, suite_text
@@ -191,10 +190,9 @@ def _measure(arguments: argparse.Namespace, model: OpenedModel) -> dict[str, Any
     progress.begin(arguments.task, show=False)
     measured = measure_task(task, replace(model.embedder, embedded=progress.embedded))
     progress.close()
-    result = {
-        "task": arguments.task, "metrics": with_intervals(measured), "model": arguments.model, "data": arguments.data,
-        "training_pairs": trained_on(dataset.shards, model.train_shards, storage), "bad_samples": dict(dataset.bad),
-    }  # fmt: skip
+    result = result_of(
+        arguments.task, measured, dataset, model=arguments.model, data=arguments.data, train_shards=model.train_shards, storage=storage
+    )  # fmt: skip
     if model.embedder.group.rank == 0:
         result["protocol"] = whole_protocol(model.protocol(), task, dataset, arguments.data)
         if arguments.output:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def _loaded(
     embedder = Embedder(encode_image, encode_text, tokenizer, group, config.context_length, wanted.batch_size)
     name = wanted.tokenizer or str(source.tokenizer_dir)
 
+    @cache  # it hashes all weights
     def protocol() -> dict[str, Any]:
         return run_protocol(model, str(source.path), config, tokenizer, name, dtype, device, source.stored)
 

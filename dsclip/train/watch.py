@@ -20,7 +20,7 @@ from dsclip.config import dump_recipe
 from dsclip.data.batch import Batch
 from dsclip.data.shards.overlap import ALL, PART
 from dsclip.errors import RunDiverged
-from dsclip.evaluate.results.intervals import CI95
+from dsclip.evaluate.results.intervals import table
 from dsclip.files import sha256
 from dsclip.train.counters import Counters
 from dsclip.train.metrics_log import MetricsLog
@@ -188,7 +188,10 @@ class Watch:
             self._log.log(step, scalars, ranges, eval_names=names)
             self._log.text("eval/data", "\n".join(f"* {task}: {name}" for task, name in names.items()))
         for task, values in results.items():
-            shown = ", ".join(f"{k} {v:.1%}{_between(values, k)}" for k, v in values.items() if isinstance(v, float))
+            shares = table({name: value for name, value in values.items() if not isinstance(value, int)}, digits=1)
+            shown = ", ".join(
+                f"{name} {value} ({between})" if between else f"{name} {value}" for name, value, between in shares
+            )
             self.message(f"step {step}: {task} on {names[task]}: {shown}")
 
     def evaluation_failed(self, step: int, error: str) -> None:
@@ -252,11 +255,6 @@ class Watch:
         self.flush()
         self._progress.close()
         self._log.close()
-
-
-def _between(values: dict[str, float | list[float]], name: str) -> str:
-    between = values.get(name + CI95)
-    return f" ({between[0]:.1%} – {between[1]:.1%})" if isinstance(between, list) else ""
 
 
 def evaluation_tag(name: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from dsclip.checkpoint import Checkpoint
 from dsclip.convert.source import open_source
 from dsclip.convert.whole import whole_model
 from dsclip.data import load_tokenizer
+from dsclip.engine.consolidate import ShardedWeights
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
 from dsclip.model.config import OF_THE_RUN
@@ -41,7 +43,7 @@ def combine(models: Sequence[Checkpoint], shares: Sequence[float]) -> Checkpoint
     biases = [model.logit_bias for model in models]
     return replace(
         first,
-        state_dict=_Sum([model.state_dict for model in models], list(shares)),
+        state_dict=ShardedWeights({name: partial(_sum, name, models, shares) for name in first.state_dict}),
         logit_scale=math.exp(sum(s * math.log(m.logit_scale) for s, m in zip(shares, models, strict=True))),
         logit_bias=None
         if biases[0] is None
@@ -80,18 +82,8 @@ def _train_shards(model: Checkpoint) -> list[str]:
     return [shards] if isinstance(shards, str) else list(shards)
 
 
-class _Sum(Mapping[str, Tensor]):
-    def __init__(self, weights: Sequence[Mapping[str, Tensor]], shares: Sequence[float]):
-        self._weights, self._shares = weights, shares
-
-    def __getitem__(self, name: str) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for weights, share in zip(self._weights, self._shares, strict=True):
-            total = total + share * weights[name].double()
-        return total.float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights[0])
-
-    def __len__(self) -> int:
-        return len(self._weights[0])
+def _sum(name: str, models: Sequence[Checkpoint], shares: Sequence[float]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for model, share in zip(models, shares, strict=True):
+        total = total + share * model.state_dict[name].double()
+    return total.float()

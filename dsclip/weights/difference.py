@@ -10,16 +10,19 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dsclip.checkpoint import Checkpoint
+from dsclip.engine.consolidate import ShardedWeights
 from dsclip.errors import UserError
-from dsclip.files import permit_as_new, sha256
+from dsclip.evaluate.results.protocol import state_sha256
+from dsclip.files import write_whole
 from dsclip.weights.combine import check_alike
 
 PLACES, VALUES = ".places", ".values"  # of a tensor in the file: int64 in the flattened tensor, float32
@@ -115,11 +118,8 @@ def write_difference(path: Path, base: Checkpoint, tuned: Checkpoint, keep: floa
         raise UserError(f"{tuned.path} differs from {base.path} in nothing that would be kept: {why}")
     scale = math.log(tuned.logit_scale) - math.log(base.logit_scale)
     bias = None if base.logit_bias is None or tuned.logit_bias is None else tuned.logit_bias - base.logit_bias
-    said = {"scale": scale, "bias": bias, "base_sha256": weights_sha256(base), "parameters": parameters}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"dsclip_difference": json.dumps(said)})
-    permit_as_new(temporary)
-    temporary.replace(path)
+    said = {"scale": scale, "bias": bias, "base_sha256": state_sha256(base.state_dict), "parameters": parameters}
+    write_whole(path, save(tensors, metadata={"dsclip_difference": json.dumps(said)}))
     return read_difference(path)
 
 
@@ -145,7 +145,7 @@ def changed(differences: Sequence[Difference]) -> int:
 
 def compose(base: Checkpoint, differences: Sequence[Difference], shares: Sequence[float]) -> Checkpoint:
     """The base with every difference added, each times its share. Raises UserError for another base than they were taken from."""
-    digest = weights_sha256(base)
+    digest = state_sha256(base.state_dict)
     for difference in differences:
         if difference.base_sha256 != digest:
             raise UserError(
@@ -155,33 +155,16 @@ def compose(base: Checkpoint, differences: Sequence[Difference], shares: Sequenc
     bias = base.logit_bias
     if bias is not None:
         bias += sum(share * (d.bias or 0.0) for share, d in zip(shares, differences, strict=True))
-    composed = _Composed(base.state_dict, differences, shares)
+    composed = ShardedWeights({name: partial(_composed, name, base, differences, shares) for name in base.state_dict})
     return replace(base, state_dict=composed, logit_scale=math.exp(log_scale), logit_bias=bias, step=0, samples=0)
 
 
-class _Composed(Mapping[str, Tensor]):
-    """Sums in float64, each tensor when it is asked for."""
-
-    def __init__(self, base: Mapping[str, Tensor], differences: Sequence[Difference], shares: Sequence[float]):
-        self._base, self._differences, self._shares = base, differences, shares
-
-    def __getitem__(self, name: str) -> Tensor:
-        total = self._base[name].double()
-        flat = total.view(-1)
-        for difference, share in zip(self._differences, self._shares, strict=True):
-            if name in difference.places:
-                flat.index_add_(0, difference.places[name], share * difference.values[name].double())
-        return total.float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
-
-    def __len__(self) -> int:
-        return len(self._base)
-
-
-def weights_sha256(model: Checkpoint) -> str:
-    """Of the float32 weights by name."""
-    return sha256(
-        part for name, x in model.state_dict.items() for part in (name.encode(), x.contiguous().numpy().tobytes())
-    )
+def _composed(
+    name: str, base: Checkpoint, differences: Sequence[Difference], shares: Sequence[float]
+) -> Tensor:  # fmt: skip
+    total = base.state_dict[name].double()
+    flat = total.view(-1)
+    for difference, share in zip(differences, shares, strict=True):
+        if name in difference.places:
+            flat.index_add_(0, difference.places[name], share * difference.values[name].double())
+    return total.float()

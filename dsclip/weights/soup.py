@@ -18,8 +18,3 @@ def greedy(alone: Sequence[float], score: Callable[[Sequence[int]], float]) -> t
         if found >= best:
             chosen, best = [*chosen, model], found
     return chosen, best
-
-
-def equal_shares(count: int) -> list[float]:
-    """Those of an average of so many."""
-    return [1 / count] * count

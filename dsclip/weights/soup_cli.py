@@ -21,7 +21,7 @@ from dsclip.errors import UserError
 from dsclip.evaluate.opened import Wanted, open_model
 from dsclip.evaluate.tasks.registry import run_task
 from dsclip.weights.combine import check_shares, combine, opened
-from dsclip.weights.soup import equal_shares, greedy
+from dsclip.weights.soup import greedy
 
 # What a task is judged by: the mean of these.
 METRICS = {"zeroshot": ("top1",), "retrieval": ("image_to_text_recall@1", "text_to_image_recall@1")}
@@ -97,7 +97,7 @@ def _run(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
     _check(a)
     with opened(a.models) as models:
         kitchen = Kitchen(models, a.task, a.data, a.max_samples)
-        combine(models, equal_shares(len(models)))  # says what can't be averaged, before anything is measured
+        combine(models, kitchen.among(range(len(models))))  # says what can't be averaged, before anything is measured
         alone = [] if a.data is None else kitchen.alone()
         shares = _shares(a, kitchen, alone)
         score = None if a.data is None else kitchen.score(shares)
@@ -140,4 +140,4 @@ def _shares(a: argparse.Namespace, kitchen: Kitchen, alone: Sequence[float]) -> 
     if a.interpolate is not None:
         steps = [k / (a.interpolate - 1) for k in range(a.interpolate)]
         return max(([1 - s, s] for s in steps), key=kitchen.score)
-    return a.shares or equal_shares(len(a.models))
+    return a.shares or kitchen.among(range(len(kitchen.models)))

@@ -101,6 +101,11 @@ def weights_sha256(
         if stored is None:
             return None
         state = stored
+    return state_sha256(state, dtype)
+
+
+def state_sha256(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """Of weights by name, in the order of the names, as they are or in another dtype."""
     return sha256(piece for name in sorted(state) for piece in (name.encode(), _bytes(state[name].to(dtype))))
 
 

@@ -11,7 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from dsclip.data import EvalDataset
+from dsclip.data.shards.overlap import trained_on
+from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
+from dsclip.evaluate.results.intervals import with_intervals
 from dsclip.evaluate.results.result import Measured, Outcomes, Reduction
 from dsclip.files import write_whole
 
@@ -24,6 +28,17 @@ class Record(NamedTuple):
     path: Path
     result: dict[str, Any]
     outcomes: Mapping[str, Outcomes]
+
+
+def result_of(
+    task: str, measured: Measured, dataset: EvalDataset, *, model: str, data: str, train_shards: str | list[str] | None,
+    storage: Storage,
+) -> dict[str, Any]:  # fmt: skip
+    """{"task", "metrics", …}: what was measured, without the protocol. train_shards: what the model was trained on, where that is known."""
+    return {
+        "task": task, "metrics": with_intervals(measured), "model": model, "data": data,
+        "training_pairs": trained_on(dataset.shards, train_shards, storage), "bad_samples": dict(dataset.bad),
+    }  # fmt: skip
 
 
 def write_result(path: Path, result: Mapping[str, Any], measured: Measured) -> None:

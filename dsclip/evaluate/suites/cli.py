@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from dsclip.evaluate.feature_cache import FeatureCache
 from dsclip.evaluate.opened import OpenedModel
 from dsclip.evaluate.suites.report import averages, suite_markdown
 from dsclip.evaluate.suites.run import Place, run_suite
-from dsclip.evaluate.suites.suite import load_suite, present_entries
+from dsclip.evaluate.suites.suite import file_name, load_suite, present_entries
 from dsclip.files import sha256, write_whole
 
 NONE = "none"
@@ -57,8 +56,7 @@ def _check_suite(a: argparse.Namespace) -> None:
 def evaluate_suite(a: argparse.Namespace, model: OpenedModel, group: Collectives) -> dict[str, Any]:
     """What `run_suite` returns, with averages; on rank 0 also written to `results.json` and `results.md` in the suite's folder."""
     suite = load_suite(a.suite)
-    slug = re.sub(r"[^\w.+-]+", "_", Path(a.model).name or a.model)
-    folder = a.output or Path("runs") / "evaluations" / suite.name / slug
+    folder = a.output or Path("runs") / "evaluations" / suite.name / file_name(Path(a.model).name or a.model)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; a suite's results go into a folder")
     place = Place(a.data_root or Path(), folder, storage_of(a))

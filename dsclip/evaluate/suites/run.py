@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsclip.data import EvalDataset, build_eval_dataset
-from dsclip.data.shards.overlap import trained_on
 from dsclip.data.sources.storage import Storage
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
@@ -20,10 +18,10 @@ from dsclip.evaluate.arguments import FLAGS, task_options
 from dsclip.evaluate.feature_cache import FeatureCache
 from dsclip.evaluate.opened import OpenedModel
 from dsclip.evaluate.progress import EvaluationProgress
-from dsclip.evaluate.results.intervals import CI95, with_intervals
+from dsclip.evaluate.results.intervals import CI95
 from dsclip.evaluate.results.protocol import task_protocol, whole_protocol
-from dsclip.evaluate.results.record import read_result, write_result
-from dsclip.evaluate.suites.suite import Entry, Suite, present_entries
+from dsclip.evaluate.results.record import read_result, result_of, write_result
+from dsclip.evaluate.suites.suite import Entry, Suite, file_name, present_entries
 from dsclip.evaluate.tasks.corrupted import Corrupted
 from dsclip.evaluate.tasks.registry import TASKS, measure_task
 from dsclip.evaluate.tasks.task import Task
@@ -106,7 +104,7 @@ def _opened(
             rows[entry.name] = {"state": "failed", "reason": str(error)}
     if group.rank == 0:
         for o in waiting:
-            o.file = place.folder / "entries" / f"{_slug(o.entry.name)}-{_identity(o, run)}.json"
+            o.file = place.folder / "entries" / f"{file_name(o.entry.name)}-{_identity(o, run)}.json"
     files = group.broadcast_object([o.file for o in waiting])
     for o, file in zip(waiting, files, strict=True):
         o.file = file
@@ -154,10 +152,6 @@ def _is_whole(file: Path) -> bool:
     return bool(result["metrics"]) and {"data", "training_pairs", "bad_samples"} <= result.keys()
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", name)
-
-
 def _work(left: list[_Open], cache: FeatureCache) -> dict[str, int]:
     """How many images and texts are in no cache; what several entries share is counted once."""
     images = {
@@ -178,11 +172,10 @@ def _measured(o: _Open, model: OpenedModel, run: Mapping[str, Any], group: Colle
         return {"state": "failed", "reason": str(error)}
     if group.rank == 0:
         o.file.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "task": o.entry.task, "metrics": with_intervals(measured), "model": model.name, "data": o.path,
-            "training_pairs": trained_on(o.dataset.shards, model.train_shards, place.storage),
-            "bad_samples": dict(o.dataset.bad), "protocol": whole_protocol(run, o.task, o.dataset, o.path),
-        }  # fmt: skip
+        result = result_of(
+            o.entry.task, measured, o.dataset, model=model.name, data=o.path, train_shards=model.train_shards, storage=place.storage
+        )  # fmt: skip
+        result["protocol"] = whole_protocol(run, o.task, o.dataset, o.path)
         write_result(o.file, result, measured)
     return {"state": "done"}
 
@@ -196,10 +189,10 @@ def _row(entry: Entry, row: Mapping[str, Any], file: Path | None, rank: int) -> 
     metrics = result["metrics"]
     whole |= {key: result[key] for key in ("data", "metrics", "training_pairs", "bad_samples")}
     main = entry.main or (next(iter(metrics)),)
-    shares = [name for name in metrics if f"{name}{CI95}" in metrics]  # all but counts
+    shares = [name for name in metrics if name + CI95 in metrics]  # all but counts
     if absent := [name for name in main if name not in shares]:
         reason = f"`main` is {absent[0]}, and the metrics of the task are {', '.join(shares)}"
         return whole | {"main": " and ".join(main), "value": None, "state": "failed", "reason": reason}
     values = [float(metrics[name]) for name in main]
-    between = metrics.get(f"{main[0]}_ci95") if len(main) == 1 else None
+    between = metrics.get(main[0] + CI95) if len(main) == 1 else None
     return whole | {"main": " and ".join(main), "value": sum(values) / len(values), "ci95": between, "file": str(file)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +124,11 @@ def present_entries(suite: Suite, data_root: Path) -> dict[str, str]:
             "say where they are with --data-root"
         )
     return found
+
+
+def file_name(text: str) -> str:
+    """The text with whatever a file's name had better not have as `_`."""
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
