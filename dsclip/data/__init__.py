@@ -2,7 +2,8 @@
 
 from dsclip.data.batch import Batch, LoadReport
 from dsclip.data.decoding.tokenizer import Tokenizer, load_tokenizer
-from dsclip.data.evaluation.dataset import EvalDataset, build_eval_dataset
+from dsclip.data.evaluation.dataset import EvalDataset
+from dsclip.data.evaluation.opening import build_eval_dataset
 from dsclip.data.loader import build_loader, merge_states
 from dsclip.data.shards.manifest import read_manifest
 from dsclip.data.shards.specification import resolve_shards
