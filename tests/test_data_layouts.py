@@ -192,6 +192,13 @@ def test_an_image_file_that_is_broken_or_gone_is_left_out(tmp_path):
     assert dict(dataset.bad) == {"unreadable file": 1, "undecodable image": 1}
 
 
+def test_a_part_of_class_folders_has_all_classes(tmp_path):
+    class_folders(tmp_path, ["a", "b", "c"], images=4)
+    assert opened(tmp_path, max_samples=3).labels == [0, 1, 2]
+    assert opened(tmp_path, max_samples=5).labels == [0, 0, 1, 1, 2]
+    assert opened(tmp_path, max_samples=99).labels == [0] * 4 + [1] * 4 + [2] * 4
+
+
 def test_many_files_are_listed_at_once(tmp_path):
     """Hard links to one picture; 100,000 in 1,000 folders take 0.6 s on an idle core."""
     (tmp_path / "one.jpg").write_bytes(jpeg(0))

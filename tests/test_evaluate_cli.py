@@ -156,6 +156,21 @@ def test_max_samples_cuts_the_test_set_alone(model, sets):
     assert evaluate(_parser().parse_args(options))["metrics"]["samples"] == 4
 
 
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        (["--group-key", "shelf"], "has the group key 'shelf'"),
+        (["--negative-key", "wrong"], "has the key of hard negatives 'wrong'"),
+        (["--host-memory-gb", "2"], "--host-memory-gb says something to --device-map auto alone"),
+        (["--offload-folder", "x"], "--offload-folder says something to --device-map auto alone"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(model, sets, options, said):
+    arguments = ["--model", str(model), "--task", "retrieval", *sets["retrieval"], *options]
+    with pytest.raises(UserError, match=said):
+        evaluate(_parser().parse_args(arguments))
+
+
 def test_a_strength_is_no_percentage_and_help_names_all_templates():
     assert table({"top1": 0.5, "regularisation": 2.4e-4}) == [("top1", "50.00%", ""), ("regularisation", "0.00024", "")]
     shown = " ".join(_parser().format_help().split())

@@ -19,6 +19,7 @@ FLAGS = {
     "seeds": "--seeds", "solver": "--solver", "neighbours": "--neighbours", "cache_weight": "--cache-weight",
     "cache_sharpness": "--cache-sharpness",
 }  # fmt: skip
+NEGATIVE_KEY = "negatives"
 REAL = ("cache_weight", "cache_sharpness")
 
 
@@ -94,6 +95,17 @@ def task_options(
     elif "seeds" in given:
         raise UserError("--seeds counts draws of few shots; give --shots too")
     return Options(**given, logit_scale=logit_scale)
+
+
+def check_keys(dataset: EvalDataset, data: str, group_key: str | None, negative_key: str) -> None:
+    """Raises UserError for a key that was asked for and that no sample of the test set has."""
+    asked = {
+        "group key": (group_key, any(group is not None for group in dataset.groups)),
+        "key of hard negatives": (None if negative_key == NEGATIVE_KEY else negative_key, any(dataset.negatives)),
+    }
+    for what, (key, is_there) in asked.items():
+        if key is not None and not is_there:
+            raise UserError(f"no sample of {data} has the {what} {key!r}; look into a sample's .json, or leave it out")
 
 
 def _part(data: str, names: tuple[str, ...], open_set: OpenSet) -> EvalDataset:

@@ -22,7 +22,7 @@ from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
 from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, measure_task
-from dsclip.evaluate.arguments import add_task_options, task_options
+from dsclip.evaluate.arguments import NEGATIVE_KEY, add_task_options, check_keys, task_options
 from dsclip.evaluate.opened import DTYPES, OpenedModel, Wanted, open_model
 from dsclip.evaluate.progress import EvaluationProgress
 from dsclip.evaluate.results.protocol import whole_protocol
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         default="caption",
         help="key of the captions in .json members, or a table's column (default: caption)",
     )
-    p.add_argument("--negative-key", default="negatives", help="key of hard negatives in .json (default: negatives)")
+    p.add_argument("--negative-key", default=NEGATIVE_KEY, help="key of hard negatives in .json (default: negatives)")
     p.add_argument(
         "--group-key",
         help="key in .json of a sample's group, such as a region: zeroshot's worst group, bag_retrieval's bags",
@@ -181,6 +181,7 @@ def _measure(arguments: argparse.Namespace, model: OpenedModel) -> dict[str, Any
 
     kind, corruptions = TASKS[arguments.task], parse_corruptions(arguments.corruption or [])
     dataset = open_set(arguments.data, arguments.split, arguments.max_samples)
+    check_keys(dataset, arguments.data, arguments.group_key, arguments.negative_key)
     options = task_options(arguments, kind, dataset, open_set, model.logit_scale)
     task: Task = kind.prepare(dataset, options)
     if corruptions:

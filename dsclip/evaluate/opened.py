@@ -64,6 +64,11 @@ def open_model(wanted: Wanted, device: torch.device, group: Collectives, tempora
         raise UserError(f"--batch-size is {wanted.batch_size}; it must be at least 1")
     if wanted.device_map is not None and group.world_size > 1:
         raise UserError("--device-map spreads the model over all devices from one process; start it without torchrun")
+    of_map = {"--host-memory-gb": wanted.host_memory_gb, "--offload-folder": wanted.offload_folder}
+    if wanted.device_map is None and (unused := [name for name, value in of_map.items() if value is not None]):
+        raise UserError(
+            f"{' and '.join(unused)} says something to --device-map auto alone; give that too, or leave it out"
+        )
     dtype = DTYPES[wanted.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     if wanted.model.startswith(ADAPTER):
         return _adapted(wanted, device, group)

@@ -30,7 +30,7 @@ from dsclip.data.decoding.transforms import eval_image
 from dsclip.data.evaluation.place import ImagePlace, read_part_of, shard_state
 from dsclip.data.evaluation.texts import TextSample
 from dsclip.data.layouts.files import FileSet
-from dsclip.data.layouts.rows import FileLayout
+from dsclip.data.layouts.rows import FileLayout, Row
 from dsclip.data.sources.cache import local_copy
 from dsclip.data.sources.storage import SourceError, Storage, is_remote
 from dsclip.files import sha256
@@ -170,13 +170,12 @@ class EvalDataset:
         self.label_sets[-1] = label_set
 
     def add_files(self, layout: FileLayout, most: int | None) -> None:
-        """Appends the image files of a layout, the first `most`."""
+        """Appends the image files of a layout, the first `most`; of labelled ones, which lie class after class, as many in even steps."""
         files = layout.files
         self._files = files if isinstance(files, FileSet) else None
         self.left_out.update(layout.left_out)
         self.pairs = layout.pairs
-        most = len(layout.rows) if most is None else most // 2 * 2 if layout.pairs else most
-        for row in layout.rows[:most]:
+        for row in _chosen(layout, most):
             location = row.name if isinstance(files, FileSet) else str(files / row.name)
             self._append(
                 ImagePlace(location, row.name.rpartition(".")[2].lower(), 0, -1, row.box),
@@ -201,3 +200,14 @@ class EvalDataset:
         self.captions.append(captions)
         self.negatives.append(negatives)
         self.labels.append(label)
+
+
+def _chosen(layout: FileLayout, most: int | None) -> list[Row]:
+    rows, n = layout.rows, len(layout.rows)
+    if most is None or most >= n:
+        return rows
+    if layout.pairs:
+        return rows[: most // 2 * 2]
+    if any(row.label is None for row in rows):
+        return rows[:most]
+    return [rows[i * n // most] for i in range(most)]

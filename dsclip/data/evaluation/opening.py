@@ -61,7 +61,8 @@ def build_eval_dataset(
     storage: Storage = LOCAL,
     prepare: Prepare | None = None,
 ) -> EvalDataset:
-    """Opens an evaluation set (see `recognise`): texts and places of its first `max_samples`, in order; no image is read or decoded.
+    """Opens an evaluation set (see `recognise`): texts and places of its first `max_samples`, in order; of image files with
+    classes as many in even steps. No image is read or decoded.
 
     caption_key: of captions in .json members, or the column of a table. group_key: of the part of the set that a sample is of. split: of a
     set that has several, by default the one that is held out. images: folder or zip with the images of a compositional set. storage: how remote shards are read.

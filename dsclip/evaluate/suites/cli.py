@@ -13,7 +13,7 @@ from dsclip.data.sources.cache import dsclip_cache
 from dsclip.datasets.inspect_cli import storage_of
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
-from dsclip.evaluate.arguments import FLAGS
+from dsclip.evaluate.arguments import FLAGS, NEGATIVE_KEY
 from dsclip.evaluate.feature_cache import FeatureCache
 from dsclip.evaluate.opened import OpenedModel
 from dsclip.evaluate.suites.report import averages, suite_markdown
@@ -24,7 +24,7 @@ from dsclip.files import sha256, write_whole
 NONE = "none"
 # What a suite's entries say; keys have defaults.
 OF_ONE_TASK = ("task", "data", "split", "images", "group_key", "max_samples", "corruption", *FLAGS)
-KEYS = {"caption_key": "caption", "negative_key": "negatives"}
+KEYS = {"caption_key": "caption", "negative_key": NEGATIVE_KEY}
 
 
 def check_choice(a: argparse.Namespace) -> None:

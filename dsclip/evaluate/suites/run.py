@@ -14,7 +14,7 @@ from dsclip.data import EvalDataset, build_eval_dataset
 from dsclip.data.sources.storage import Storage
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
-from dsclip.evaluate.arguments import FLAGS, task_options
+from dsclip.evaluate.arguments import FLAGS, NEGATIVE_KEY, check_keys, task_options
 from dsclip.evaluate.feature_cache import FeatureCache
 from dsclip.evaluate.opened import OpenedModel
 from dsclip.evaluate.progress import EvaluationProgress
@@ -130,6 +130,7 @@ def _open(entry: Entry, path: str, model: OpenedModel, place: Place, sets: dict[
     kind = TASKS[entry.task]
     arguments = argparse.Namespace(**{flag: entry.options.get(flag) for flag in FLAGS}, data=path)
     dataset = open_set(path, own_split, most)
+    check_keys(dataset, path, said.get("group_key"), said.get("negative_key", NEGATIVE_KEY))
     options = task_options(arguments, kind, dataset, open_set, model.logit_scale)
     task: Task = kind.prepare(dataset, options)
     return _Open(entry, path, dataset, Corrupted(task, entry.corruptions) if entry.corruptions else task)
