@@ -89,7 +89,7 @@ def test_labels_come_from_npy_as_clip_benchmark_writes_them_and_from_json(tmp_pa
     })  # fmt: skip
     dataset = build_eval_dataset(str(tmp_path / "0.tar"), image_size=16)
     assert dataset.label_sets == [(1, 2), (0, 2), (), None]
-    assert dict(dataset.bad) == {"unreadable labels": 3}
+    assert dict(dataset.bad) == {"unreadable .npy": 2, "unreadable labels": 1}
     tokens = {"red": 0, "green": 1, "blue": 2}
     embedder = Embedder(
         Texts.encode, lambda t: torch.eye(3)[t[:, 0]], lambda texts, _: torch.tensor([[tokens[t]] for t in texts]), SingleRank(), 1, 2
@@ -111,4 +111,15 @@ def test_an_array_of_objects_is_never_loaded(tmp_path):
     write_tar(
         tmp_path / "0.tar", {"0": {"jpg": jpeg(0), "npy": stream.getvalue()}, "1": {"jpg": jpeg(1), "npy": npy([1])}}
     )
-    assert dict(build_eval_dataset(str(tmp_path / "0.tar"), image_size=16).bad) == {"unreadable labels": 1}
+    assert dict(build_eval_dataset(str(tmp_path / "0.tar"), image_size=16).bad) == {"unreadable .npy": 1}
+
+
+def test_groups_come_from_the_metadata_of_datacomps_shards(tmp_path):
+    samples = {"0": [2, 7], "1": [0, 7], "2": [2, 9]}
+    members = {key: {"jpg": jpeg(int(key)), "cls": b"0", "npy": npy(values)} for key, values in samples.items()}
+    write_tar(tmp_path / "0.tar", members)
+    groups = {
+        key: build_eval_dataset(str(tmp_path / "0.tar"), image_size=16, group_key=key).groups
+        for key in ("npy:0", "npy:1", "npy:2")
+    }
+    assert groups == {"npy:0": ["2", "0", "2"], "npy:1": ["7", "7", "9"], "npy:2": [None] * 3}

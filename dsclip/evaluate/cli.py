@@ -101,10 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--negative-key", default=NEGATIVE_KEY, help="key of hard negatives in .json (default: negatives)")
     p.add_argument(
         "--group-key",
-        help="key in .json of a sample's group, such as a region: zeroshot's worst group, bag_retrieval's bags",
+        help="key in .json of a sample's group, such as a region, or npy:I for the I-th number in .npy: zeroshot's worst group, "
+        "bag_retrieval's bags",
     )
     p.add_argument("--batch-size", type=int, default=64, help="samples a forward and rank (default: 64)")
-    p.add_argument("--max-samples", type=int, help="evaluate on the first samples only")
+    p.add_argument(
+        "--max-samples", type=int, help="evaluate on so many samples only: the first, of class folders in even steps"
+    )
     p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
     p.add_argument(
         "--device-map", choices=["auto"],

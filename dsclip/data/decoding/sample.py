@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +12,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -122,8 +124,14 @@ def read_group(raw: RawSample, group_key: str | None, caption: str) -> int:
 
 
 def read_part(raw: RawSample, part_key: str | None) -> str | None:
-    """The part of its set that a sample is of: the word or number under `part_key`, None where there is none. Raises BadSample."""
-    value = None if part_key is None else _json_value(raw, part_key, None)
+    """The part of its set that a sample is of, None where there is none: the word or number under `part_key` of its .json, or for `npy:I` the
+    I-th number, from 0, of the vector in its .npy, where DataComp's shards have metadata. Raises BadSample."""
+    if part_key is None:
+        return None
+    if (place := re.fullmatch(r"npy:(\d+)", part_key)) and "npy" in raw.members:
+        numbers, index = _vector(raw), int(place[1])
+        return f"{numbers[index]:g}" if index < len(numbers) else None
+    value = _json_value(raw, part_key, None)
     return str(value) if isinstance(value, str | int) else None
 
 
@@ -139,19 +147,24 @@ def read_label_set(raw: RawSample) -> tuple[int, ...] | None:
     Raises BadSample.
     """
     if "npy" in raw.members:
-        try:
-            marks = np.load(io.BytesIO(raw.members["npy"]), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise BadSample("unreadable labels") from error
-        if marks.ndim != 1 or marks.dtype.kind not in "biuf":
-            raise BadSample("unreadable labels")
-        return tuple(np.flatnonzero(marks).tolist())
+        return tuple(np.flatnonzero(_vector(raw)).tolist())
     labels = _json_value(raw, "labels", None)
     if labels is None:
         return None
     if not isinstance(labels, list) or not all(type(label) is int and label >= 0 for label in labels):
         raise BadSample("unreadable labels")
     return tuple(sorted(set(labels)))
+
+
+def _vector(raw: RawSample) -> NDArray[Any]:
+    """Of its .npy. Raises BadSample."""
+    try:
+        numbers: NDArray[Any] = np.load(io.BytesIO(raw.members["npy"]), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise BadSample("unreadable .npy") from error
+    if numbers.ndim != 1 or numbers.dtype.kind not in "biuf":
+        raise BadSample("unreadable .npy")
+    return numbers
 
 
 def _json_value(raw: RawSample, key: str, otherwise: Any) -> Any:
