@@ -68,6 +68,8 @@ def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
         ("batch: {micro_batch_size: 8, chunk_size: 16}", "`batch.chunk_size` 16 exceeds"),
         ("optim: {warmup_steps: 5000}\ntrain: {steps: 100}", "would never be reached"),
         ("optim: {schedule: cosin}", "Did you mean `cosine`"),
+        ("optim: {decay_share: 0.1}", "`optim.decay_share` is 0.1; it belongs to `optim.schedule: wsd`"),
+        ("optim: {schedule: wsd, warmup_steps: 85}\ntrain: {steps: 100}", "85 and the decay of 20 steps exceed"),
         ("train: {name: ../evil}", "`train.name` is '../evil'"),
         ("data: {crop_scale: [0.9]}", "`data.crop_scale` is [0.9]"),
         ("data: {crop_scale: [0.9, x]}", "`data.crop_scale[1]` is 'x'; it must be float"),

@@ -208,3 +208,19 @@ def test_the_schedule_warms_up_and_falls():
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert learning_rate(50, 110, replace(optim, schedule="constant")) == 1.0
     assert learning_rate(35, 110, replace(optim, min_lr=0.0)) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_the_inverse_root_falls_as_one_over_the_root_of_the_step_to_its_floor():
+    optim = OptimSection(lr=1.0, warmup_steps=4, schedule="inverse_sqrt")
+    steps = (0, 1, 3, 4, 15, 35, 399)
+    by_hand = [0.25, 0.5, 1.0, math.sqrt(0.8), 0.5, 1 / 3, 0.1]
+    assert [learning_rate(s, 400, optim) for s in steps] == pytest.approx(by_hand, rel=1e-15)
+    assert learning_rate(399, 400, replace(optim, min_lr=0.2)) == 0.2
+    assert [learning_rate(s, 9, replace(optim, warmup_steps=0)) for s in (0, 3, 8)] == pytest.approx([1, 1 / 2, 1 / 3])
+
+
+def test_warm_up_stable_decay():
+    optim = OptimSection(lr=1.0, warmup_steps=2, schedule="wsd", decay_share=0.4, min_lr=0.2)
+    by_hand = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2]
+    assert [learning_rate(s, 10, optim) for s in range(12)] == pytest.approx(by_hand, rel=1e-15)
+    assert [learning_rate(s, 10, replace(optim, decay_share=None)) for s in (8, 9)] == pytest.approx([1.0, 0.6])

@@ -77,6 +77,16 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "be reached. Lower the first or raise the second.",
     )
     yield (
+        optim.decay_share is None or optim.schedule == "wsd",
+        f"`optim.decay_share` is {optim.decay_share}; it belongs to `optim.schedule: wsd`",
+    )
+    decay_steps = round(optim.wsd_share * train.steps) if optim.schedule == "wsd" else 0
+    yield (
+        optim.warmup_steps + decay_steps <= train.steps,
+        f"`optim.warmup_steps` {optim.warmup_steps} and the decay of {decay_steps} steps exceed `train.steps` "
+        f"{train.steps}. Lower `optim.warmup_steps` or `optim.decay_share`.",
+    )
+    yield (
         (loss.temperature == "scheduled") == (loss.final_temperature is not None),
         "`loss.final_temperature` belongs to `loss.temperature: scheduled`; set both or neither",
     )

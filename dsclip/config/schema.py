@@ -22,6 +22,7 @@ from dsclip.config.kinds import (
     NotNegative,
     Positive,
     PositiveFloat,
+    PositiveShare,
     Rule,
     ShareBelowOne,
     Weights,
@@ -204,10 +205,17 @@ class OptimSection:
     """Decoupled, of matrices only."""
     warmup_steps: Count = 2000
     """Steps in which the learning rate rises from 0; at most `train.steps`."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Of the learning rate after the warm-up."""
+    schedule: Literal["cosine", "constant", "inverse_sqrt", "wsd"] = "cosine"
+    """Of the learning rate after the warm-up; `wsd`: stable, then a linear decay."""
+    decay_share: PositiveShare | None = None
+    """Last part of `train.steps` in which `wsd` decays; null: 0.2."""
     min_lr: NotNegative = 0.0
-    """Where the cosine ends; at most `lr`."""
+    """Where `cosine` and `wsd` end, and what `inverse_sqrt` does not go below; at most `lr`."""
+
+    @property
+    def wsd_share(self) -> float:
+        """Part of the run in which `wsd` decays."""
+        return 0.2 if self.decay_share is None else self.decay_share
 
 
 @dataclass(frozen=True, config=STRICT)
