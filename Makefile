@@ -1,5 +1,6 @@
 # make train   sets everything up and runs the main job: trains, evaluates and converts the demo
 # make test    sets everything up and runs the tests
+# make test-cluster    runs a SLURM cluster of two nodes on this machine and jobs on it, as root (docs/clusters.md)
 # make lint    checks style, imports between layers, and types
 #
 # PYTHON=python3.12      another interpreter (3.10 or later)
@@ -33,7 +34,7 @@ export DS_ACCELERATOR := cpu
 export OMP_NUM_THREADS ?= 1
 endif
 
-.PHONY: train test lint setup clean help
+.PHONY: train test test-cluster lint setup clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -46,6 +47,9 @@ train: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --max-worker-restart 0
+
+test-cluster: $(READY)
+	bash tests/cluster/slurm.sh
 
 lint: $(READY)
 	$(BIN)/python -m pip install -q -e '.[lint]' -c constraints.txt

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -139,6 +139,53 @@ class Collectives:
         """Waits for every rank."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set (RANK, MASTER_ADDR, ...) for a task of `srun python launchers/train.py`; else empty.
+
+    Only where no launcher set RANK and the step has several tasks: a batch script or an interactive shell is none. Rank 0
+    is on the step's first node; a MASTER_ADDR or MASTER_PORT that is set stays. The variables are those of
+    srun(1), "output environment variables". Raises UserError when one of them is missing.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in environment or tasks == "1":
+        return {}
+    try:
+        rank, local_rank, node = (environment[f"SLURM_{name}"] for name in ("PROCID", "LOCALID", "NODEID"))
+        first = re.sub(r"\[(\w+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).partition(",")[0]
+        on_node = _tasks_of_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])[int(node)]
+        job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"srun started this process as one of {tasks} tasks, but what SLURM says of them can't be read ({error!r}); set RANK, WORLD_SIZE, "
+            "LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start the ranks with `srun --ntasks-per-node 1 torchrun`"
+        ) from None
+    # With a device bound to each task (--gpus-per-task) a task sees its own alone, as number 0.
+    bound = re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", "")) is not None
+    found = {
+        "RANK": rank,
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": "0" if bound else local_rank,
+        "LOCAL_WORLD_SIZE": str(on_node),
+    }
+    # The same on all ranks, another for each step, and below the ports that systems hand out (32768).
+    address = {"MASTER_ADDR": first, "MASTER_PORT": str(10000 + (job * 7 + step) % 20000)}
+    return found | {name: environment.get(name, value) for name, value in address.items()}
+
+
+def _tasks_of_nodes(text: str) -> list[int]:
+    """SLURM's `2(x3),1` is [2, 2, 2, 1]."""
+    counts = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts
+
+
+def take_slurm_ranks() -> None:
+    """Makes a task of srun a rank, as a launcher would have; to be called before anything reads RANK. See `slurm_ranks`."""
+    os.environ.update(slurm_ranks(os.environ))
 
 
 def launched_ranks() -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 What there is:        python tools/sweep.py demo_study --list
 On this machine:      python tools/sweep.py demo_study
-On a cluster:         python tools/sweep.py laion2023 --launch "srun torchrun --nproc_per_node 8" --slurm study.sbatch
+On a cluster:         python tools/sweep.py laion2023 --launch "srun python" --slurm study.sbatch
 """
 
 from dsclip.scaling.sweep_cli import main

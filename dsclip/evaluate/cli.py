@@ -19,7 +19,7 @@ from dsclip.command_line import parser, report_error, say
 from dsclip.data import EvalDataset, build_eval_dataset
 from dsclip.data.corruptions.corruption import parse_corruptions
 from dsclip.datasets.inspect_cli import add_remote, storage_of
-from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed
+from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed, take_slurm_ranks
 from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, measure_task
 from dsclip.evaluate.arguments import NEGATIVE_KEY, add_task_options, check_keys, task_options
@@ -40,7 +40,11 @@ EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo -
 def main(argv: list[str] | None = None) -> None:
     """Parses, evaluates on all ranks, prints on rank 0, exits with 0, 1 or 2."""
     arguments = _parser().parse_args(argv)
-    rank = launched_ranks()[0]
+    try:
+        take_slurm_ranks()
+        rank = launched_ranks()[0]
+    except UserError as error:
+        sys.exit(report_error(error, as_json=arguments.json))
     try:
         result = evaluate(arguments)
     except (Exception, KeyboardInterrupt) as error:

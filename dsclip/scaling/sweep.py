@@ -195,8 +195,11 @@ def slurm_script(sweep: Sweep, command: Sequence[str], at_a_time: int) -> str:
         f"# {sweep.grid.name}: {runs} runs. Add what the cluster needs (partition, account, GPUs, time); a task that is repeated goes on",
         "# where it was, and one whose run is done ends at once.",
         f"#SBATCH --job-name={sweep.grid.name}", f"#SBATCH --array=1-{runs}%{at_a_time}",
-        f"#SBATCH --output={sweep.folder}/slurm-%a.out", "#SBATCH --requeue", "set -e",
-        f"{shlex.join(command)} --only \"$SLURM_ARRAY_TASK_ID\"", "",
+        f"#SBATCH --output={sweep.folder}/slurm-%a.out", "#SBATCH --requeue",
+        "# Before the time is up the ranks of srun are told: they save and end with exit code 75, and the task goes on in its next turn.",
+        "#SBATCH --open-mode=append", "#SBATCH --signal=USR1@120",
+        f"{shlex.join(command)} --only \"$SLURM_ARRAY_TASK_ID\"", "code=$?",
+        '[ "$code" != 75 ] || scontrol requeue "$SLURM_JOB_ID"', 'exit "$code"', "",
     ])  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from dsclip.command_line import Parser
-from dsclip.distributed import launched_ranks, shutdown_distributed
+from dsclip.distributed import launched_ranks, shutdown_distributed, take_slurm_ranks
 from dsclip.errors import RunStopped, UserError
 from dsclip.train.accelerate_launch import refuse_without_effect
 from dsclip.train.processes import launchers
@@ -54,9 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's large CPU tensors
-    launchers()  # now: one that ends while the run is built is noticed later
     rank = code = 0
     try:
+        take_slurm_ranks()
+        launchers()  # now: one that ends while the run is built is noticed later
         rank = launched_ranks()[0]
         if arguments.config is None:
             arguments.config = "demo"

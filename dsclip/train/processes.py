@@ -9,6 +9,9 @@ from pathlib import Path
 
 import psutil
 
+from dsclip.distributed import slurm_ranks
+from dsclip.errors import UserError
+
 JOB = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")  # ranks of one job have these in common
 
 
@@ -53,7 +56,8 @@ def other_ranks() -> dict[str, psutil.Process]:
     for process in [] if parent is None else parent.children():
         try:
             theirs = process.environ()
-        except psutil.Error:  # ended, or of another user
+            theirs |= slurm_ranks(theirs)  # what a process sets itself isn't seen from outside
+        except (psutil.Error, UserError):  # ended, or of another user; no rank of this job
             continue
         if "RANK" in theirs and process.pid != os.getpid() and all(theirs.get(k) == os.environ.get(k) for k in JOB):
             found[theirs["RANK"]] = process

@@ -1,0 +1,132 @@
+#!/bin/bash
+# A SLURM cluster of two nodes on this machine, and on it launchers/slurm.sbatch and a job array of tools/sweep.py; a few minutes.
+#
+#   sudo env "PATH=$PATH" make test-cluster        as root, on Debian or Ubuntu; installs slurm and munge where they are missing
+#
+# Both nodes are daemons of this machine with names of their own (slurmd -N), so that tasks are started, signalled and requeued as
+# on a cluster, over the loopback device. /etc/hosts knows the two names while it runs. docs/clusters.md shows what it prints.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+[ "$(id -u)" = 0 ] || { echo "slurm.sh starts slurm's daemons: run it as root" >&2; exit 2; }
+if ! command -v slurmctld slurmd sbatch munged >/dev/null; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null
+fi
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=$PWD
+place=$(mktemp -d)
+export SLURM_CONF=$place/slurm.conf
+mark="# dsclip test-cluster $$"
+daemons=()
+
+cleanup() {
+    code=$?
+    [ "$code" = 0 ] || tail -n 30 "$place"/*.out "$place"/*.log 2>/dev/null || true
+    scancel --user root 2>/dev/null || true
+    for pid in "${daemons[@]}"; do kill "$pid" 2>/dev/null || true; done
+    grep -v "$mark" /etc/hosts >"$place/hosts" || true
+    cat "$place/hosts" >/etc/hosts  # in place: a container's /etc/hosts is a mount
+    wait || true
+    [ "$code" = 0 ] && rm -rf "$place" || echo "slurm.sh failed; logs are in $place" >&2
+}
+trap cleanup EXIT
+
+say() { echo "slurm.sh: $*"; }
+# until_true SECONDS COMMAND: waits for the command to succeed.
+until_true() {
+    local until=$((SECONDS + $1)); shift
+    until "$@"; do
+        [ "$SECONDS" -lt "$until" ] || { say "timed out: $*"; exit 1; }
+        sleep 1
+    done
+}
+state() { scontrol show job "$1" 2>/dev/null | grep -o 'JobState=[A-Z_]*' | cut -d= -f2; }
+is() { [ "$(state "$1")" = "$2" ]; }
+logged() { grep -q "$1" "$2" 2>/dev/null; }
+
+cat >"$SLURM_CONF" <<CONF
+ClusterName=dsclip
+SlurmctldHost=$(hostname)(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+# A requeued job waits for its credentials to expire, by default two minutes.
+AuthInfo=cred_expire=5
+SlurmctldPort=16817
+StateSaveLocation=$place/state
+SlurmdSpoolDir=$place/spool.%n
+SlurmctldPidFile=$place/slurmctld.pid
+SlurmdPidFile=$place/slurmd.%n.pid
+SlurmctldLogFile=$place/slurmctld.log
+SlurmdLogFile=$place/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+NodeName=dsclip-n1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17001 CPUs=1
+NodeName=dsclip-n2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17002 CPUs=1
+PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
+CONF
+mkdir "$place/state"
+echo "127.0.0.1 dsclip-n1 dsclip-n2 $mark" >>/etc/hosts
+mkdir -p /run/munge && chown munge: /run/munge
+if ! munge -n </dev/null >/dev/null 2>&1; then
+    setpriv --reuid munge --regid munge --clear-groups munged --foreground & daemons+=($!)
+    until_true 20 sh -c 'munge -n </dev/null >/dev/null 2>&1'
+fi
+slurmctld -D 2>/dev/null & daemons+=($!)
+for node in dsclip-n1 dsclip-n2; do slurmd -D -N "$node" 2>/dev/null & daemons+=($!); done
+both_idle() { [ "$(sinfo -h -t idle -o %D 2>/dev/null)" = 2 ]; }
+until_true 60 both_idle
+say "$(slurmctld -V), $(sinfo -h -o '%D nodes: %N')"
+
+tiny=(batch.global_batch_size=16 train.log_every=5 train.save_every=1000 "train.output=$place/runs"
+    eval.every_steps=1000 eval.zeroshot_shards=null eval.retrieval_shards=null eval.hard_negatives_shards=null)
+send() { sbatch --parsable --nodes 2 --ntasks-per-node 1 --gpus-per-node 0 "$@"; }
+
+# 1. One task a rank; a signal saves, requeues and goes on.
+job=$(send --output "$place/train.out" launchers/slurm.sbatch --config demo train.steps=60 "${tiny[@]}")
+metrics=$place/runs/demo/metrics.jsonl
+until_true 180 logged '"step": 10[,}]' "$metrics"
+scancel --signal=USR1 "$job"
+until_true 60 logged 'back into the queue' "$place/train.out"
+until_true 60 is "$job" PENDING
+say "job $job: USR1 in step 10 or later, saved, requeued"
+until_true 240 is "$job" COMPLETED
+logged '"step": 60[,}]' "$metrics"
+say "job $job: $(scontrol show job "$job" | grep -o 'Restarts=[0-9]*'), COMPLETED; its output:"
+sed 's/^/    /' "$place/train.out"
+
+# 2. The same, ended by hand: saved, and not requeued.
+job=$(send --output "$place/ended.out" launchers/slurm.sbatch --config demo train.name=ended train.steps=1000 "${tiny[@]}")
+until_true 180 logged '"step": 5[,}]' "$place/runs/ended/metrics.jsonl"
+scancel "$job"
+until_true 90 is "$job" CANCELLED
+say "job $job: scancel, $(state "$job"), saved: $(ls "$place/runs/ended/checkpoints")"
+
+# 3. A job array of a grid, each task on both nodes; the first is told to stop, and goes on after the second.
+cat >"$place/tiny.grid.yaml" <<GRID
+name: tiny
+recipe:
+  model: {preset: demo, vision_width: 32, vision_heads: 1, vision_mlp_width: 64, vision_layers: 1,
+          text_width: 32, text_heads: 1, text_mlp_width: 64, text_layers: 1}
+  data: {tokenizer: demo, workers: 0}
+  batch: {global_batch_size: 16}
+  optim: {warmup_steps: 0}
+  train: {log_every: 1, save_every: 100, export_hf: false, output: $place/runs/tiny}
+  eval: {batch_size: 32, max_samples: 32, zeroshot_shards: demo:val}
+axes:
+  model: {slow: {optim.lr: 1e-4}, fast: {optim.lr: 1e-3}}
+  samples: {s: {samples_seen: 1600, demo_samples: 64}}
+GRID
+python tools/sweep.py "$place/tiny.grid.yaml" --launch "srun python" --slurm "$place/array.sbatch" --at-a-time 2
+array=$(send "$place/array.sbatch")
+until_true 180 logged '"step": 5[,}]' "$place/runs/tiny/slow_s/metrics.jsonl"
+scancel --signal=USR1 "${array}_1"
+finished() { [ -z "$(squeue -h -j "$array" 2>/dev/null)" ]; }
+until_true 300 finished
+listing=$(python tools/sweep.py "$place/tiny.grid.yaml" --list)
+sed 's/^/    /' <<<"$listing"
+[ "$(grep -c ' done' <<<"$listing")" = 2 ] || { cat "$place"/runs/tiny/slurm-*.out; exit 1; }
+logged 'stopped by SIGUSR1' "$place/runs/tiny/slurm-1.out"
+logged 'continued from' "$place/runs/tiny/slurm-1.out"
+say "job array $array: both runs are done, the first after USR1 and a requeue; all passed"
