@@ -223,6 +223,13 @@ def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world
         raise UserError(
             f"{path} holds another model: {', '.join(different)} differ. Resume with the recipe of that run."
         )
+    was = manifest["recipe"].get("model", {})  # an earlier version wrote neither key
+    locked, lock = (was.get("lock", "none"), was.get("unlocked_layers", 0)), engine.recipe.model
+    if locked != (lock.lock, lock.unlocked_layers):
+        raise UserError(
+            f"{path} was trained with model.lock={locked[0]} model.unlocked_layers={locked[1]}, and the optimizer has a state for "
+            f"what was trained alone. Resume with both, or start a new run from its weights with model.init={path}."
+        )
     had, needed = set(manifest["engine"].get("scalars", ())), set(engine.scalars.state())
     if had != needed:
         loss = manifest["recipe"].get("loss", {}).get("name", "another loss")

@@ -94,6 +94,20 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         loss.queue_momentum is None or loss.queue_size > 0,
         f"`loss.queue_momentum` is {loss.queue_momentum}; it needs `loss.queue_size` and must be in [0, 1)",
     )
+    model = recipe.model
+    yield (
+        model.lock == "none" or model.init is not None,
+        f"`model.lock` is `{model.lock}` without `model.init`: that tower would stay random. Say where its weights are.",
+    )
+    yield (
+        model.lock == "none" or loss.queue_momentum is None,
+        f"`model.lock` is `{model.lock}` and `loss.queue_momentum` {loss.queue_momentum}: a locked tower has no moving average. "
+        "Leave out the second; a queue goes without it.",
+    )
+    yield (
+        model.lock != "none" or model.unlocked_layers == 0,
+        f"`model.unlocked_layers` is {model.unlocked_layers}; it belongs to `model.lock: image` or `text`",
+    )
     yield (
         loss.matryoshka_weights is None or len(loss.matryoshka_weights) == len(loss.matryoshka_dims),
         f"`loss.matryoshka_weights` has {len(loss.matryoshka_weights or [])} numbers; give one for each of the "

@@ -40,7 +40,7 @@ FolderName = Annotated[
 
 @dataclass(frozen=True, config=STRICT)
 class ModelSection:
-    """The two towers. Every field but `preset`, `init` and `stretch` overrides the preset's own value."""
+    """The two towers. Every field but `preset`, `init`, `stretch`, `lock` and `unlocked_layers` overrides the preset's own value."""
 
     preset: str = "auto"
     """`ViT-B-32`, `ViT-L-14`, … (also written `ViT-B/32`), each with `-quickgelu`; `demo`; `FILE.json`, an OpenCLIP model configuration; or `auto`: the model of `init`, `ViT-B-32` without."""
@@ -49,6 +49,10 @@ class ModelSection:
 `openclip:NAME`; what it says of its model and the recipe leaves open is taken over."""
     stretch: Literal["linear", "long_clip"] = "linear"
     """How the text positions of `init` become those of a longer context: `long_clip` keeps the first 20."""
+    lock: Literal["none", "image", "text"] = "none"
+    """The tower that keeps the weights of `init` (LiT), see [training](training.md#locked-towers); the other one is trained."""
+    unlocked_layers: Count = 0
+    """Last layers of the locked tower that are trained all the same: 1 its head, 2 also its last block, …"""
     patch_dropout: ShareBelowOne | None = None
     """Share of the image patches left out in training (FLIP)."""
     vision_pool: Literal["class", "average", "attention"] | None = None
@@ -104,7 +108,8 @@ in SigLIP's image tower."""
     @property
     def overrides(self) -> dict[str, Any]:
         """The fields that override the preset's, None for those that are left open."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("preset", "init", "stretch")}
+        own = ("preset", "init", "stretch", "lock", "unlocked_layers")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,10 @@ class ShardedWeights(Mapping[str, Tensor]):
 
 
 def full_precision_weights(folder: Path) -> ShardedWeights:
-    """The float32 master weights of a checkpoint by dsclip's names. The folder must have been verified."""
+    """The float32 master weights of a checkpoint by dsclip's names. The folder must have been verified.
+
+    Weights of a locked tower have no masters: they are what the run computed with, widened.
+    """
     # Before the first file is opened, which imports DeepSpeed; here, because evaluating a HuggingFace folder needs none.
     import dsclip.engine.quiet_deepspeed  # noqa: F401
 
@@ -47,12 +50,12 @@ def full_precision_weights(folder: Path) -> ShardedWeights:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=DEEPSPEED_TAG, lazy_mode=True)
     # Of ZeRO-3, what is found are descriptions of where a tensor's parts lie; a copy holds no file open.
-    return ShardedWeights({name: partial(_copied, w) for name, w in weights.items()})
+    return ShardedWeights({name: partial(_copied, w) for name, w in weights.items()} | _frozen(files, weights))
 
 
 def _copied(weight: Any) -> Tensor:
-    """Put together, which is a copy of its own for parts of several ranks, and no view of a mapped file."""
-    whole: Tensor = weight.contiguous().detach()
+    """Put together in float32, which is a copy of its own for parts of several ranks, and no view of a mapped file."""
+    whole: Tensor = weight.contiguous().detach().float()
     return whole.clone() if isinstance(weight, Tensor) else whole
 
 
@@ -67,7 +70,17 @@ def _from_bf16_optimizer(files: Path, shards: list[Path]) -> ShardedWeights:
         for name, shape in shapes.items():
             pieces[name] = partial(_cut, parts, start, shape)
             start += shape.numel()
-    return ShardedWeights(pieces)
+    return ShardedWeights(pieces | _frozen(files, pieces))
+
+
+def _frozen(files: Path, trained: Collection[str]) -> dict[str, Callable[[], Tensor]]:
+    """The weights that no optimizer has, beside `trained`: of ZeRO-1 only the whole module holds them.
+
+    Under ZeRO-3 no file holds the module, and zero_to_fp32 has found them.
+    """
+    path = files / "mp_rank_00_model_states.pt"
+    module = _load(path)["module"] if path.is_file() else {}
+    return {name: partial(_copied, weight) for name, weight in module.items() if name not in trained}
 
 
 def _cut(parts: list[Tensor], start: int, shape: torch.Size) -> Tensor:

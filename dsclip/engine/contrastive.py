@@ -38,6 +38,7 @@ from dsclip.model.attention import check_attention
 from dsclip.model.captions import cut_captions
 from dsclip.model.compiled import compile_blocks
 from dsclip.model.fp8 import check_fp8
+from dsclip.model.lock import lock_tower
 from dsclip.optim.schedule import learning_rate
 
 
@@ -80,6 +81,7 @@ class ContrastiveEngine:
         check_attention(config, self.device, _dtype(ds_config))
         check_fp8(config, self.device, _dtype(ds_config))
         model = build_model(config, ds_config, recipe.train.seed, state_dict)
+        lock_tower(model, recipe.model.lock, recipe.model.unlocked_layers)
         if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):
             compile_blocks(model)
         self.deepspeed = initialize(model, ds_config, recipe.optim)

@@ -24,5 +24,12 @@ class EngineState(TypedDict):
 
 
 def saved_bytes(weights: Iterable[nn.Parameter]) -> int:
-    """About what all ranks together write of these weights: themselves, their float32 copies, and AdamW's two moments."""
-    return sum(getattr(w, "ds_numel", w.numel()) * (w.element_size() + 3 * 4) for w in weights)
+    """About what all ranks together write of these weights: themselves, their float32 copies, and AdamW's two moments.
+
+    Of frozen ones twice themselves: DeepSpeed's ZeRO-2 writes them once more than others.
+    """
+    return sum(
+        getattr(w, "ds_numel", w.numel()) * w.element_size() * (2 - w.requires_grad)
+        + getattr(w, "ds_numel", w.numel()) * 3 * 4 * w.requires_grad
+        for w in weights
+    )

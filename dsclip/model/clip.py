@@ -36,7 +36,12 @@ class Encoder(Protocol):
 
 
 class Tower(nn.Module):
-    """Embed, blocks, head: each a `Layer`, run one after the other over all chunks."""
+    """Embed, blocks, head: each a `Layer`, run one after the other over all chunks.
+
+    locked: so many of the first layers are frozen and run without a graph, see `lock_tower`.
+    """
+
+    locked = 0
 
     def __init__(self, embed: VisionEmbed | TextEmbed, blocks: list[Block], head: VisionHead | TextHead):
         super().__init__()
@@ -51,13 +56,24 @@ class Tower(nn.Module):
         embed_contexts: tuple[Chunks, ...] = (),
         head_contexts: tuple[Chunks, ...] = (),
     ) -> Chunks:
-        dummy, host = dummy_input(chunks[0].device), HostLine()
-        chunks = self.embed(dummy, *chunks, chunked=ChunkedPass(checkpointing, embed_contexts, host))
-        for block in self.blocks:
-            chunks = block(None, *chunks, chunked=ChunkedPass(checkpointing, (), host))
-        embeddings: Chunks = self.head(None, *chunks, chunked=ChunkedPass(checkpointing, head_contexts, host))
+        host = HostLine()
+        contexts = (embed_contexts, *((),) * len(self.blocks), head_contexts)
+        layers = [
+            (layer, ChunkedPass(checkpointing, c, host)) for layer, c in zip(self.layers(), contexts, strict=True)
+        ]
+        with torch.no_grad():
+            for layer, chunked in layers[: self.locked]:
+                chunks = layer(None, *chunks, chunked=chunked)
+        dummy = dummy_input(chunks[0].device)  # for the first layer with a graph: its chunks have no gradient
+        for layer, chunked in layers[self.locked :]:
+            chunks = layer(dummy, *chunks, chunked=chunked)
+            dummy = None
         host.leave()
-        return embeddings
+        return chunks
+
+    def layers(self) -> list[nn.Module]:
+        """In the order in which they run."""
+        return [self.embed, *self.blocks, self.head]
 
 
 class Clip(nn.Module):

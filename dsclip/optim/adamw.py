@@ -34,10 +34,12 @@ def adamw(model: Clip, ds_config: dict[str, Any], optim: OptimSection) -> torch.
 
 
 def decay_groups(model: Clip, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and embeddings of positions, class, query and registers don't (OpenCLIP's rule)."""
+    """Matrices decay; biases, norms and embeddings of positions, class, query and registers don't (OpenCLIP's rule). Frozen ones are left out."""
     decayed: list[Parameter] = []
     free: list[Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         shape = getattr(parameter, "ds_shape", parameter.shape)  # under zero.Init the tensor itself is empty
         embedding = name.endswith(("position_embedding", "class_embedding", "query_embedding", "registers"))
         (free if len(shape) < 2 or embedding else decayed).append(parameter)

@@ -1,0 +1,140 @@
+"""Run on every rank: locked towers under each ZeRO stage, their gradients, optimizer, checkpoints; writes one JSON file."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.distributed as dist
+
+from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint, read_checkpoint
+from dsclip.config.schema import BatchSection, ModelSection, Recipe, TrainSection
+from dsclip.distributed import Collectives
+from dsclip.engine.contrastive import ContrastiveEngine
+from dsclip.engine.whole_tensors import whole_gradients, whole_weights
+from dsclip.errors import UserError
+from dsclip.model import Clip
+from tests.distributed.checkpoint_worker import NoTokenizer, losses
+from tests.distributed.exactness_worker import (
+    CONFIG,
+    GLOBAL_BATCH,
+    OPTIM,
+    SEED,
+    ds_config,
+    global_batch,
+    local_part,
+    relative,
+)
+from tests.distributed.launch import write_cases
+
+CASES = (
+    dict(stage=1, bf16=True, lock="image"),
+    dict(stage=1, bf16=False, lock="text", unlocked_layers=1),
+    dict(stage=2, bf16=True, lock="image", coalesce=True),
+    dict(stage=3, bf16=True, lock="image"),
+    dict(stage=3, bf16=True, lock="image", unlocked_layers=2),
+    dict(stage=3, bf16=False, lock="text", persisted=True),
+)
+
+
+def build(group, *, stage, bf16, lock="none", unlocked_layers=0, coalesce=False, persisted=False, other=False):
+    """other: the engine starts from other random weights."""
+    recipe = Recipe(
+        model=ModelSection(lock=lock, unlocked_layers=unlocked_layers),
+        batch=BatchSection(GLOBAL_BATCH, 3, 2, "selective", coalesce_reduction=coalesce),
+        optim=OPTIM,
+        train=TrainSection(seed=SEED, steps=10, compile="off"),
+    )
+    settings = ds_config(stage, bf16, group.world_size)
+    if persisted:
+        settings["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 10**9, "stage3_model_persistence_threshold": 10**9
+        }  # fmt: skip
+    weights = None
+    if other:
+        torch.manual_seed(SEED + 1)
+        weights = Clip(CONFIG).state_dict()
+    return ContrastiveEngine(recipe, settings, replace(CONFIG, patch_dropout=0.5), state_dict=weights)
+
+
+def gradients(engine, group) -> dict:
+    engine.accumulate(local_part(global_batch(0), group))
+    found = whole_gradients(engine)
+    engine.deepspeed.step()
+    engine.close()
+    return found
+
+
+def optimizer_numbers(engine, group) -> int:
+    """Numbers of AdamW's two moments on all ranks."""
+    states = engine.deepspeed.optimizer.optimizer.state.values()
+    moments = [x.numel() for state in states for x in state.values() if torch.is_tensor(x) and x.dim()]
+    return sum(group.all_gather_object(sum(moments)))
+
+
+def locked_case(case: dict, group: Collectives, folder: Path) -> dict:
+    plain = {key: value for key, value in case.items() if key not in ("lock", "unlocked_layers")}
+    everything = gradients(build(group, **plain), group)
+    ours = gradients(build(group, **case), group)
+
+    whole = build(group, **case)
+    start = whole_weights(whole)
+    frozen = [n for n, p in whole.module.named_parameters() if not p.requires_grad]
+    expected = losses(whole, group, 4)
+    result = {
+        "case": case,
+        "gradient": relative(ours, {n: everything[n].double() for n in ours}),
+        "names": sorted(ours) == sorted(set(everything) - set(frozen)),
+        "frozen": sorted({n.split(".")[0] for n in frozen}),
+        "trained": sum(g.numel() for g in ours.values()),
+        "optimizer": optimizer_numbers(whole, group),
+        "expected": expected,
+    }
+    whole.close()
+
+    first = build(group, **case)
+    seen = losses(first, group, 2)
+    store = CheckpointStore(folder, keep=2, tokenizer=NoTokenizer())
+    store.save(first, {}, {"model": vars(first.recipe.model)})
+    weights = whole_weights(first)
+    result["moved"] = sorted(n for n in weights if not torch.equal(weights[n], start[n])) == sorted(ours)
+    first.close()
+    second = build(group, **case, other=True)  # so that frozen weights are right only if they were loaded
+    result["others"] = not any(torch.equal(x, weights[n]) for n, x in whole_weights(second).items() if x.dim() > 1)
+    load_checkpoint(second, find_checkpoint(folder), world_size=group.world_size)
+    result["loaded"] = all(torch.equal(x, weights[n]) for n, x in whole_weights(second).items())
+    result["seen"] = seen + losses(second, group, 4)
+    second.close()
+    if group.rank == 0:
+        read = read_checkpoint(folder).state_dict
+        result["read"] = set(read) == set(weights) and all(torch.equal(read[n], weights[n].cpu()) for n in read)
+        result["read_dtypes"] = sorted({str(x.dtype) for x in read.values()})
+    group.barrier()
+    return result
+
+
+def refusal(group: Collectives, folder: Path) -> str:
+    """What is said when the checkpoint of a locked run is continued without the lock."""
+    engine = build(group, stage=1, bf16=True)
+    try:
+        load_checkpoint(engine, find_checkpoint(folder), world_size=group.world_size)
+        return "loaded"
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+
+
+def cases(group: Collectives) -> list[dict]:
+    with TemporaryDirectory() as own:
+        found = [own]
+        dist.broadcast_object_list(found)  # the ranks' one folder
+        results = [locked_case(case, group, Path(found[0]) / str(i)) for i, case in enumerate(CASES)]
+        results.append({"refusal": refusal(group, Path(found[0]) / "0")})
+        group.barrier()
+    return results
+
+
+if __name__ == "__main__":
+    write_cases(cases, sys.argv[1])
