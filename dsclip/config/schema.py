@@ -52,7 +52,7 @@ class ModelSection:
     lock: Literal["none", "image", "text"] = "none"
     """The tower that keeps the weights of `init` (LiT), see [training](training.md#locked-towers); the other one is trained."""
     unlocked_layers: Count = 0
-    """Last layers of the locked tower that are trained all the same: 1 its head, 2 also its last block, …"""
+    """Last layers of the locked tower that are trained all the same: 1 its head, 2 also its last block, and so on."""
     patch_dropout: ShareBelowOne | None = None
     """Share of the image patches left out in training (FLIP)."""
     vision_pool: Literal["class", "average", "attention"] | None = None

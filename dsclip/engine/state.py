@@ -28,8 +28,8 @@ def saved_bytes(weights: Iterable[nn.Parameter]) -> int:
 
     Of frozen ones twice themselves: DeepSpeed's ZeRO-2 writes them once more than others.
     """
-    return sum(
-        getattr(w, "ds_numel", w.numel()) * w.element_size() * (2 - w.requires_grad)
-        + getattr(w, "ds_numel", w.numel()) * 3 * 4 * w.requires_grad
-        for w in weights
-    )
+
+    def of_each(w: nn.Parameter) -> int:
+        return w.element_size() + 3 * 4 if w.requires_grad else 2 * w.element_size()
+
+    return sum(getattr(w, "ds_numel", w.numel()) * of_each(w) for w in weights)
