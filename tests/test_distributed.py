@@ -1,9 +1,14 @@
 """Ranks of SLURM: a task of `srun` becomes the rank that a launcher would have made. tests/cluster/slurm.sh runs it on SLURM itself."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from dsclip.distributed import slurm_ranks
 from dsclip.errors import UserError
+from tests.programs import ROOT
 
 # Of `srun -N2 --ntasks-per-node 2`, as SLURM 22.05 sets them.
 TASK = {
@@ -69,3 +74,21 @@ def test_steps_at_once_have_ports_of_their_own():
 def test_what_cannot_be_read_is_said(change):
     with pytest.raises(UserError, match="one of 4 tasks"):
         slurm_ranks(TASK | change)
+
+
+def test_tasks_of_one_node_see_each_other():
+    """Their environment, as other processes see it, is SLURM's: what they set themselves isn't in it."""
+    code = "from dsclip.distributed import take_slurm_ranks\ntake_slurm_ranks()\nfrom dsclip.train.processes import other_ranks\nprint(*other_ranks())"
+    one, other_job = (
+        TASK | {"SLURM_PROCID": "2", "SLURM_LOCALID": "0"},
+        TASK | {"SLURM_PROCID": "0", "SLURM_JOB_ID": "13"},
+    )
+    base = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")}
+    sleepers = [subprocess.Popen(["sleep", "300"], env=base | task) for task in (one, other_job)]
+    try:
+        done = subprocess.run([sys.executable, "-c", code], env=base | TASK, cwd=ROOT, capture_output=True, text=True)
+    finally:
+        for process in sleepers:
+            process.kill()
+            process.wait()
+    assert done.stdout.split() == ["2"], done.stderr
