@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from dsclip.config.schema import OptimSection
 from dsclip.convert.hf import hf_class
 from dsclip.create import create_model
 from dsclip.errors import UserError
 from dsclip.model import Clip, resolve_preset
 from dsclip.model.flops import forward_flops
-from dsclip.optim.adamw import decay_groups
+from dsclip.optim.groups import parameter_groups
 from dsclip.plan.memory import HEAP, activation_bytes, towers
 from tests.test_model_clip import SMALL, gradients, pairs
 
@@ -128,7 +129,7 @@ def test_they_are_off_by_default_and_where_they_begin():
     assert weights["visual.embed.registers"].shape == (3, 128) and weights["text.blocks.0.attn.ln_k.weight"].shape == (
         32,
     )
-    free = decay_groups(create_model("demo", **ALL), 0.1)[1]["params"]
+    free = parameter_groups(create_model("demo", **ALL), OptimSection())[1]["params"]
     assert any(p.shape == (3, 128) for p in free), "registers do not decay"
 
 

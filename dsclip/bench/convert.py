@@ -22,13 +22,14 @@ from torch import Tensor
 
 from dsclip.checkpoint.manifest import LaterRunState, write_manifest
 from dsclip.command_line import parser, run_tool, say
+from dsclip.config.schema import OptimSection
 from dsclip.data import load_tokenizer
 from dsclip.distributed import Collectives
 from dsclip.engine.consolidate import DEEPSPEED_TAG
 from dsclip.errors import RunFailed, UserError
 from dsclip.files import on_disk
 from dsclip.model import Clip, ClipConfig, resolve_preset
-from dsclip.optim.adamw import decay_groups
+from dsclip.optim.groups import grouped_names
 
 EXAMPLE = "python tools/bench_convert.py --preset ViT-bigG-14 --ranks 4 --depth 0.5 --folder /tmp/bench"
 SAMPLE_S = 0.02
@@ -95,8 +96,10 @@ def write_zero3(folder: Path, config: ClipConfig, ranks: int) -> int:
     """
     with torch.device("meta"):
         model = Clip(config)
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = [OrderedDict((names[id(p)], p.shape) for p in group["params"]) for group in decay_groups(model, 0.1)]
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    groups = [
+        OrderedDict((name, shapes[name]) for name in names) for names in grouped_names(model, OptimSection()).values()
+    ]
     files = folder / DEEPSPEED_TAG
     files.mkdir(parents=True)
     for rank in range(ranks):
@@ -113,7 +116,7 @@ def write_zero3(folder: Path, config: ClipConfig, ranks: int) -> int:
             {"optimizer_state_dict": states, **shared}, files / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         )
         described = {
-            "module": OrderedDict((name, torch.empty(0, dtype=torch.bfloat16)) for name in names.values()), "buffer_names": [],
+            "module": OrderedDict((name, torch.empty(0, dtype=torch.bfloat16)) for name in shapes), "buffer_names": [],
             "param_shapes": groups, "frozen_param_shapes": OrderedDict(), "shared_params": {}, "frozen_param_fragments": OrderedDict(),
         }  # fmt: skip
         torch.save(described | shared, files / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint, step_of
 from dsclip.checkpoint.manifest import MANIFEST, LaterRunState, Manifest, read_manifest, verify, write_manifest
 from dsclip.checkpoint.weights_alone import check_continuable
+from dsclip.config.schema import OptimSection
 from dsclip.distributed import Collectives
 from dsclip.errors import RunFailed, UserError
 from dsclip.files import on_disk
+from dsclip.model import Clip
 from dsclip.model.config import OF_THE_RUN, ClipConfig
+from dsclip.optim.groups import grouped_names
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
     from dsclip.engine.contrastive import ContrastiveEngine
 
 
+GROUPING = ("layer_decay", "rules", "weight_decay")  # what divides parameters into groups
 ROOM = 1.05  # beside the tensors: containers, tokenizer, manifest
 
 
@@ -230,6 +234,12 @@ def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world
             f"{path} was trained with model.lock={locked[0]} model.unlocked_layers={locked[1]}, and the optimizer has a state for "
             f"what was trained alone. Resume with both, or start a new run from its weights with model.init={path}."
         )
+    grouping = {k: v for k, v in manifest["recipe"].get("optim", {}).items() if k in GROUPING}
+    if _partition(engine.module, OptimSection(**grouping)) != _partition(engine.module, engine.recipe.optim):
+        raise UserError(
+            f"{path} holds other parameter groups: optim.layer_decay, rules and weight_decay divide the parameters in another way. "
+            f"Resume with those of that run, or start a new run from its weights with model.init={path}."
+        )
     had, needed = set(manifest["engine"].get("scalars", ())), set(engine.scalars.state())
     if had != needed:
         loss = manifest["recipe"].get("loss", {}).get("name", "another loss")
@@ -237,6 +247,11 @@ def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world
             f"{path} was trained with {loss}, which learns {_words(had)}, and loss.name {engine.recipe.loss.name} learns "
             f"{_words(needed)}. Resume with the loss of that run, or start a new run from its weights with model.init={path}."
         )
+
+
+def _partition(model: Clip, optim: OptimSection) -> list[list[str]]:
+    """The names in each parameter group."""
+    return list(grouped_names(model, optim).values())
 
 
 def _words(scalars: set[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -43,6 +44,18 @@ def _jitter(x: list[float]) -> bool:
     return len(x) == 4 and min(x) >= 0 and sum(x) < math.inf and x[3] <= 0.5
 
 
+def _group_rule(rule: dict[str, str | float]) -> bool:
+    match = rule.get("match")
+    numbers = {key: value for key, value in rule.items() if key != "match"}
+    if not isinstance(match, str) or not numbers or numbers.keys() - {"lr_scale", "weight_decay"}:
+        return False
+    try:
+        re.compile(match)
+    except re.error:
+        return False
+    return all(not isinstance(x, str) and x >= 0 for x in numbers.values())
+
+
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -53,4 +66,11 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Interval = Annotated[list[float], Rule(_interval, "[low, high] within (0, 1]")]
 Weights = Annotated[list[float], Rule(_weights, "numbers that are not negative, not all 0")]
 Jitter = Annotated[list[float], Rule(_jitter, "[brightness, contrast, saturation, hue], hue at most 0.5")]
+GroupRules = Annotated[
+    list[dict[str, str | float]],
+    Rule(
+        lambda rules: all(map(_group_rule, rules)),
+        "a list of {match: REGULAR EXPRESSION, lr_scale: NUMBER, weight_decay: NUMBER} with one number or both, 0 or more",
+    ),
+]
 Colour = Annotated[list[float], Rule(lambda x: len(x) == 3, "three numbers, for red, green and blue")]

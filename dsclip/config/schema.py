@@ -19,6 +19,7 @@ from dsclip.config.kinds import (
     STRICT,
     Colour,
     Count,
+    GroupRules,
     NotNegative,
     Positive,
     PositiveFloat,
@@ -208,6 +209,10 @@ class OptimSection:
     """Added to the root of the second moment."""
     weight_decay: NotNegative = 0.2
     """Decoupled, of matrices only."""
+    layer_decay: PositiveShare = 1.0
+    """Factor on the learning rate for each layer further from the head of its tower (BEiT's); 1: none."""
+    rules: GroupRules = field(default_factory=list)
+    """Factor on the learning rate and decay of the parameters whose name is matched; of several, the last counts."""
     warmup_steps: Count = 2000
     """Steps in which the learning rate rises from 0; at most `train.steps`."""
     schedule: Literal["cosine", "constant", "inverse_sqrt", "wsd"] = "cosine"

@@ -17,6 +17,7 @@ SYNONYMS = {
     "optim.min_lr": "lr_min final_lr end_lr lr_end",
     "optim.weight_decay": "wd decay weightdecay",
     "optim.warmup_steps": "warmup warmup_iters num_warmup_steps",
+    "optim.layer_decay": "layer_decay_rate layerwise_decay llrd layer_lr_decay",
     "optim.decay_share": "decay_fraction cooldown_fraction cooldown",
     "optim.schedule": "lr_scheduler scheduler lr_schedule",
     "optim.beta1": "betas adam_beta1",

@@ -39,6 +39,7 @@ from dsclip.model.captions import cut_captions
 from dsclip.model.compiled import compile_blocks
 from dsclip.model.fp8 import check_fp8
 from dsclip.model.lock import lock_tower
+from dsclip.optim.groups import group_settings, set_learning_rate
 from dsclip.optim.schedule import learning_rate
 
 
@@ -85,6 +86,7 @@ class ContrastiveEngine:
         if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):
             compile_blocks(model)
         self.deepspeed = initialize(model, ds_config, recipe.optim)
+        self._group_settings = group_settings(self.deepspeed.optimizer)
         self.scalars = LossScalars(
             settings, recipe.optim, recipe.train.steps, self.device, has_bias=self._loss.has_bias
         )
@@ -125,8 +127,7 @@ class ContrastiveEngine:
         self.scalars.before_step(self.step)
         grads, micro_batches, pairs = self._accumulate(batch)
         lr = learning_rate(self.step, self.recipe.train.steps, self.recipe.optim)
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.deepspeed.optimizer, lr)
         self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
         if applied:
@@ -300,6 +301,8 @@ class ContrastiveEngine:
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
         if path is None:
             raise UserError(f"DeepSpeed found no checkpoint in {folder}")
+        for group, settings in zip(self.deepspeed.optimizer.param_groups, self._group_settings, strict=True):
+            group.update(settings)
         self.step = state["step"]
         self.scalars.load_state(state["scalars"])
         if self.queue is not None:

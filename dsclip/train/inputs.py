@@ -23,6 +23,7 @@ from dsclip.model import ClipConfig
 from dsclip.model.config import OF_THE_RUN
 from dsclip.model.fp8 import check_fp8_shapes
 from dsclip.model.presets import AUTO
+from dsclip.optim.groups import check_rules
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.resume import check_length
 from dsclip.train.run_folder import find_resume
@@ -77,6 +78,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
         recipe = replace(recipe, model=replace(recipe.model, **_of_the_weights(model, recipe)))
     with_prefixes(loss, recipe.loss, model.embed_dim)
     check_fp8_shapes(model)
+    check_rules(model, recipe.optim)
     if recipe.train.export_hf:  # now, not after the training
         try:
             hf_class(model)

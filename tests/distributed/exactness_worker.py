@@ -17,7 +17,7 @@ from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.engine.whole_tensors import whole_gradients, whole_weights
 from dsclip.model import Clip, resolve_preset
 from dsclip.model.patch_dropout import visible_patches
-from dsclip.optim.adamw import decay_groups
+from dsclip.optim.groups import parameter_groups
 from tests.distributed.launch import write_cases
 
 GLOBAL_BATCH, CONTEXT, SEED = 12, 16, 3
@@ -175,7 +175,7 @@ def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     scale = torch.nn.Parameter(engine.scalars.log_scale.detach().double())
     settings = dict(lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
-    groups = [*decay_groups(model, OPTIM.weight_decay), {"params": [scale], "weight_decay": 0.0}]
+    groups = [*parameter_groups(model, OPTIM), {"params": [scale], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, **settings)
     for step in range(steps):
         batch = global_batch(step)

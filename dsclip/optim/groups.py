@@ -1,0 +1,83 @@
+"""Parameter groups: which parameters decay, and whose learning rate is scaled."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from dsclip.config.schema import OptimSection
+from dsclip.errors import UserError
+from dsclip.model import Clip, ClipConfig
+
+OF_A_GROUP = ("lr_scale", "weight_decay", "betas", "eps")
+EMBEDDINGS = ("position_embedding", "class_embedding", "query_embedding", "registers")
+
+
+def parameter_groups(model: Clip, optim: OptimSection) -> list[dict[str, Any]]:
+    """Groups for torch's optimizers; `lr_scale` is the factor on the learning rate of the step. Raises UserError."""
+    named = dict(model.named_parameters())
+    return [
+        {"params": [named[name] for name in names], "weight_decay": decay, "lr_scale": scale}
+        for (_, scale, decay), names in grouped_names(model, optim).items()
+    ]
+
+
+def grouped_names(model: Clip, optim: OptimSection) -> dict[tuple[bool, float, float], list[str]]:
+    """{(is a vector or an embedding, factor on the learning rate, weight decay): names}, groups that decay by default first.
+
+    Matrices decay; biases, norms and embeddings of positions, class, query and registers don't (OpenCLIP's rule). Then
+    `optim.rules`, of which the last that matches and has the key counts, and layer-wise decay. Frozen ones are
+    in no group. Raises UserError for a rule that matches no trained parameter.
+    """
+    groups: dict[tuple[bool, float, float], list[str]] = {}
+    unused = {str(rule["match"]) for rule in optim.rules}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # under zero.Init the tensor itself is empty
+        free = len(shape) < 2 or name.endswith(EMBEDDINGS)
+        values = {"lr_scale": 1.0, "weight_decay": 0.0 if free else optim.weight_decay}
+        for rule in optim.rules:
+            if re.search(str(rule["match"]), name):
+                unused.discard(str(rule["match"]))
+                values |= {key: float(value) for key, value in rule.items() if key != "match"}
+        scale = values["lr_scale"] * optim.layer_decay ** layers_above(model, name)
+        groups.setdefault((free, scale, values["weight_decay"]), []).append(name)
+    if unused:
+        raise UserError(
+            f"`optim.rules`: `{min(unused)}` matches no parameter of this model that is trained. Names are such as "
+            "visual.blocks.0.attn.qkv.weight, text.embed.token_embedding, text.head.projection.weight."
+        )
+    return dict(sorted(groups.items(), key=lambda group: group[0][0]))
+
+
+def layers_above(model: Clip, name: str) -> int:
+    """Layers of its tower above a parameter's: 0 for the head, 1 for the last block, blocks + 1 for the embedding.
+
+    The exponent of layer-wise decay (Bao et al. 2022, BEiT, whose code counts layers the same way).
+    """
+    tower, part, *rest = name.split(".")
+    if part == "head":
+        return 0
+    depth = len(getattr(model, tower).blocks)
+    return depth + 1 if part == "embed" else depth - int(rest[0])
+
+
+def check_rules(config: ClipConfig, optim: OptimSection) -> None:
+    """Raises UserError for a rule that matches no parameter of the model, which is built without memory."""
+    if optim.rules:
+        with torch.device("meta"):
+            grouped_names(Clip(config), optim)
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """The learning rate of the next step, times each group's factor. optimizer: torch's or DeepSpeed's."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def group_settings(optimizer: Any) -> list[dict[str, Any]]:
+    """What the recipe says of each group. DeepSpeed replaces it by the checkpoint's when it loads one."""
+    return [{key: group[key] for key in OF_A_GROUP} for group in optimizer.param_groups]
