@@ -162,7 +162,7 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
             "LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start the ranks with `srun --ntasks-per-node 1 torchrun`"
         ) from None
     # With a device bound to each task (--gpus-per-task) a task sees its own alone, as number 0.
-    bound = re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", "")) is not None
+    bound = re.fullmatch(r"\d+|(GPU|MIG)-[^,]+", environment.get("CUDA_VISIBLE_DEVICES", "")) is not None
     found = {
         "RANK": rank,
         "WORLD_SIZE": tasks,
@@ -170,7 +170,7 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(on_node),
     }
     # The same on all ranks, another for each step, and below the ports that systems hand out (32768).
-    address = {"MASTER_ADDR": first, "MASTER_PORT": str(10000 + (job * 7 + step) % 20000)}
+    address = {"MASTER_ADDR": first, "MASTER_PORT": str(10000 + (job * 101 + step) % 20000)}
     return found | {name: environment.get(name, value) for name, value in address.items()}
 
 

@@ -19,7 +19,7 @@ TASK = {
 
 def test_a_task_of_srun_is_a_rank():
     assert slurm_ranks(TASK) == {
-        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "10084",
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "11212",
     }  # fmt: skip
 
 
@@ -58,7 +58,8 @@ def test_nodes_may_have_different_numbers_of_tasks():
 
 def test_a_device_bound_to_its_task_is_number_0():
     assert slurm_ranks(TASK | {"CUDA_VISIBLE_DEVICES": "5"})["LOCAL_RANK"] == "0"
-    assert slurm_ranks(TASK | {"CUDA_VISIBLE_DEVICES": "0,1"})["LOCAL_RANK"] == "1"
+    for others in ("0,1", "NoDevFiles", "-1", ""):
+        assert slurm_ranks(TASK | {"CUDA_VISIBLE_DEVICES": others})["LOCAL_RANK"] == "1"
 
 
 def test_steps_at_once_have_ports_of_their_own():

@@ -8,7 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ "$(id -u)" = 0 ] || { echo "slurm.sh starts slurm's daemons: run it as root" >&2; exit 2; }
-if ! command -v slurmctld slurmd sbatch munged >/dev/null; then
+is_there() { for program; do command -v "$program" >/dev/null || return 1; done; }
+if ! is_there slurmctld slurmd sbatch munged; then
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null
 fi
@@ -50,6 +51,8 @@ SlurmUser=root
 AuthType=auth/munge
 # A requeued job waits for its credentials to expire, by default two minutes.
 AuthInfo=cred_expire=5
+# Time to save after scancel, on loaded cores too.
+KillWait=60
 SlurmctldPort=16817
 StateSaveLocation=$place/state
 SlurmdSpoolDir=$place/spool.%n
