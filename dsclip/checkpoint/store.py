@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint, step_of
 from dsclip.checkpoint.manifest import MANIFEST, LaterRunState, Manifest, read_manifest, verify, write_manifest
 from dsclip.checkpoint.weights_alone import check_continuable
-from dsclip.config.schema import OptimSection
 from dsclip.distributed import Collectives
 from dsclip.errors import RunFailed, UserError
 from dsclip.files import on_disk
-from dsclip.model import Clip
 from dsclip.model.config import OF_THE_RUN, ClipConfig
-from dsclip.optim.groups import grouped_names
+from dsclip.optim.groups import same_groups
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
     from dsclip.engine.contrastive import ContrastiveEngine
 
 
-GROUPING = ("layer_decay", "rules", "weight_decay")  # what divides parameters into groups
 ROOM = 1.05  # beside the tensors: containers, tokenizer, manifest
 
 
@@ -227,15 +224,14 @@ def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world
         raise UserError(
             f"{path} holds another model: {', '.join(different)} differ. Resume with the recipe of that run."
         )
-    was = manifest["recipe"].get("model", {})  # an earlier version wrote neither key
-    locked, lock = (was.get("lock", "none"), was.get("unlocked_layers", 0)), engine.recipe.model
-    if locked != (lock.lock, lock.unlocked_layers):
+    section, then = engine.recipe.model, manifest["recipe"].get("model", {})
+    lock_then = (then.get("lock", "none"), then.get("unlocked_layers", 0))  # an earlier version wrote neither key
+    if lock_then != (section.lock, section.unlocked_layers):
         raise UserError(
-            f"{path} was trained with model.lock={locked[0]} model.unlocked_layers={locked[1]}, and the optimizer has a state for "
+            f"{path} was trained with model.lock={lock_then[0]} model.unlocked_layers={lock_then[1]}, and the optimizer has a state for "
             f"what was trained alone. Resume with both, or start a new run from its weights with model.init={path}."
         )
-    grouping = {k: v for k, v in manifest["recipe"].get("optim", {}).items() if k in GROUPING}
-    if _partition(engine.module, OptimSection(**grouping)) != _partition(engine.module, engine.recipe.optim):
+    if not same_groups(engine.module, manifest["recipe"].get("optim", {}), engine.recipe.optim):
         raise UserError(
             f"{path} holds other parameter groups: optim.layer_decay, rules and weight_decay divide the parameters in another way. "
             f"Resume with those of that run, or start a new run from its weights with model.init={path}."
@@ -247,11 +243,6 @@ def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world
             f"{path} was trained with {loss}, which learns {_words(had)}, and loss.name {engine.recipe.loss.name} learns "
             f"{_words(needed)}. Resume with the loss of that run, or start a new run from its weights with model.init={path}."
         )
-
-
-def _partition(model: Clip, optim: OptimSection) -> list[list[str]]:
-    """The names in each parameter group."""
-    return list(grouped_names(model, optim).values())
 
 
 def _words(scalars: set[str]) -> str:

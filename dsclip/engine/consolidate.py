@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 DEEPSPEED_TAG = "deepspeed"  # folder of DeepSpeed's own files within a checkpoint
+MODEL_STATES = "mp_rank_00_model_states.pt"  # where the module lies whole, in ZeRO-1 and 2
 
 
 class ShardedWeights(Mapping[str, Tensor]):
@@ -50,7 +51,9 @@ def full_precision_weights(folder: Path) -> ShardedWeights:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=DEEPSPEED_TAG, lazy_mode=True)
     # Of ZeRO-3, what is found are descriptions of where a tensor's parts lie; a copy holds no file open.
-    return ShardedWeights({name: partial(_copied, w) for name, w in weights.items()} | _frozen(files, weights))
+    found = {name: partial(_copied, w) for name, w in weights.items()}
+    path = files / MODEL_STATES  # of ZeRO-3 no file holds the module, and zero_to_fp32 has found its frozen weights
+    return ShardedWeights(found | (_frozen(_load(path), found) if path.is_file() else {}))
 
 
 def _copied(weight: Any) -> Tensor:
@@ -63,23 +66,19 @@ def _from_bf16_optimizer(files: Path, shards: list[Path]) -> ShardedWeights:
     """Each parameter group is one flat vector, cut into equal parts over the ranks, in the order of `param_shapes`."""
     shards.sort(key=lambda path: int(path.name.partition("pp_rank_")[2].partition("_")[0]))
     states = [_load(path)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for path in shards]
-    groups = _load(files / "mp_rank_00_model_states.pt")["param_shapes"]
+    model_states = _load(files / MODEL_STATES)
     pieces: dict[str, Callable[[], Tensor]] = {}
-    for index, shapes in enumerate(groups):
+    for index, shapes in enumerate(model_states["param_shapes"]):
         parts, start = [state[index] for state in states], 0
         for name, shape in shapes.items():
             pieces[name] = partial(_cut, parts, start, shape)
             start += shape.numel()
-    return ShardedWeights(pieces | _frozen(files, pieces))
+    return ShardedWeights(pieces | _frozen(model_states, pieces))
 
 
-def _frozen(files: Path, trained: Collection[str]) -> dict[str, Callable[[], Tensor]]:
-    """The weights that no optimizer has, beside `trained`: of ZeRO-1 only the whole module holds them.
-
-    Under ZeRO-3 no file holds the module, and zero_to_fp32 has found them.
-    """
-    path = files / "mp_rank_00_model_states.pt"
-    module = _load(path)["module"] if path.is_file() else {}
+def _frozen(model_states: dict[str, Any], trained: Collection[str]) -> dict[str, Callable[[], Tensor]]:
+    """The weights that no optimizer has, beside `trained`: of ZeRO-1 only the whole module holds them."""
+    module = model_states["module"]
     return {name: partial(_copied, weight) for name, weight in module.items() if name not in trained}
 
 

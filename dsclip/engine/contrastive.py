@@ -5,7 +5,6 @@ Symbols: n samples of this rank, N of all ranks, D embedding width, k micro-batc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +28,7 @@ from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, needed, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
 from dsclip.engine.state import EngineState, saved_bytes
-from dsclip.engine.step_metrics import StepMetrics
+from dsclip.engine.step_metrics import StepMetrics, step_numbers
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss, with_prefixes
 from dsclip.losses.feature_statistics import feature_statistics
@@ -39,7 +38,7 @@ from dsclip.model.captions import cut_captions
 from dsclip.model.compiled import compile_blocks
 from dsclip.model.fp8 import check_fp8
 from dsclip.model.lock import lock_tower
-from dsclip.optim.groups import group_settings, set_learning_rate
+from dsclip.optim.groups import group_settings, restore_settings, set_learning_rate
 from dsclip.optim.schedule import learning_rate
 
 
@@ -233,25 +232,10 @@ class ContrastiveEngine:
         queue.push(image, text, pairs.keys, self.group, pairs.text_valid)
 
     def _metrics(self, grads: LossGrads, lr: float, reason: str | None, batch: Batch, pairs: Pairs) -> StepMetrics:
-        # Filled on the device: for a copy of a number the host would wait.
-        hard = torch.full((), 0 if batch.hard_owner is None else len(batch.hard_owner), device=self.device)
-        counts = torch.stack([grads.correct_image, grads.correct_text, grads.masked.to(self.device), hard])
-        correct_image, correct_text, masked, hard = self.group.all_reduce_sum(counts)
-        total = self.recipe.batch.global_batch_size
+        hard = 0 if batch.hard_owner is None else len(batch.hard_owner)
         norm = self.deepspeed.get_global_grad_norm()  # ZeRO-1 and 2 have read it, ZeRO-3 has copied it to the host
-        if not isinstance(norm, Tensor) or norm.device != self.device:
-            norm = torch.full((), math.nan if norm is None else float(norm), dtype=torch.float64, device=self.device)
-        numbers = {
-            "loss": grads.loss,
-            "accuracy_image_to_text": correct_image / total,
-            "accuracy_text_to_image": correct_text / total,
-            "masked_negatives": masked,
-            "hard_negatives": hard,
-            "log_scale": self.scalars.log_scale,
-            "grad_norm": norm,
-        }
-        if self.scalars.bias is not None:
-            numbers["bias"] = self.scalars.bias
+        total = self.recipe.batch.global_batch_size
+        numbers = step_numbers(grads, self.scalars, hard, norm, total, self.group)
         if not self._loss.token_wise:
             numbers |= vars(feature_statistics(pairs.image, pairs.text))
         queued = 0 if self.queue is None else self.queue.filled
@@ -301,8 +285,7 @@ class ContrastiveEngine:
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
         if path is None:
             raise UserError(f"DeepSpeed found no checkpoint in {folder}")
-        for group, settings in zip(self.deepspeed.optimizer.param_groups, self._group_settings, strict=True):
-            group.update(settings)
+        restore_settings(self.deepspeed.optimizer, self._group_settings)
         self.step = state["step"]
         self.scalars.load_state(state["scalars"])
         if self.queue is not None:

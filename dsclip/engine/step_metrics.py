@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from dsclip.distributed import Collectives
 from dsclip.engine.host_copy import HostCopy
+from dsclip.engine.loss_scalars import LossScalars
+from dsclip.losses import LossGrads
 from dsclip.losses.feature_statistics import FeatureStatistics
 
 
@@ -71,3 +77,33 @@ class StepMetrics:
             return None
         n = self.numbers
         return FeatureStatistics(n["alignment"], n["uniformity"], n["positive"], n["negative"])
+
+
+def step_numbers(
+    grads: LossGrads,
+    scalars: LossScalars,
+    hard_negatives: int,
+    norm: float | Tensor | None,
+    total: int,
+    group: Collectives,
+) -> dict[str, Tensor]:
+    """The numbers of a step, on the device. Collective. hard_negatives: this rank's; total: pairs of the global batch."""
+    device = scalars.log_scale.device
+    # Filled on the device: for a copy of a number the host would wait.
+    hard = torch.full((), hard_negatives, device=device)
+    counts = torch.stack([grads.correct_image, grads.correct_text, grads.masked.to(device), hard])
+    correct_image, correct_text, masked, hard = group.all_reduce_sum(counts)
+    if not isinstance(norm, Tensor) or norm.device != device:
+        norm = torch.full((), math.nan if norm is None else float(norm), dtype=torch.float64, device=device)
+    numbers = {
+        "loss": grads.loss,
+        "accuracy_image_to_text": correct_image / total,
+        "accuracy_text_to_image": correct_text / total,
+        "masked_negatives": masked,
+        "hard_negatives": hard,
+        "log_scale": scalars.log_scale,
+        "grad_norm": norm,
+    }
+    if scalars.bias is not None:
+        numbers["bias"] = scalars.bias
+    return numbers

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,27 +12,36 @@ from dsclip.config.schema import OptimSection
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
 
+GROUPING = ("layer_decay", "rules", "weight_decay")  # the keys that divide parameters into groups
 OF_A_GROUP = ("lr_scale", "weight_decay", "betas", "eps")
 EMBEDDINGS = ("position_embedding", "class_embedding", "query_embedding", "registers")
+
+
+class Group(NamedTuple):
+    """What the parameters of a group have in common. free: vectors and embeddings, which don't decay unless a rule says so."""
+
+    free: bool
+    lr_scale: float
+    weight_decay: float
 
 
 def parameter_groups(model: Clip, optim: OptimSection) -> list[dict[str, Any]]:
     """Groups for torch's optimizers; `lr_scale` is the factor on the learning rate of the step. Raises UserError."""
     named = dict(model.named_parameters())
     return [
-        {"params": [named[name] for name in names], "weight_decay": decay, "lr_scale": scale}
-        for (_, scale, decay), names in grouped_names(model, optim).items()
+        {"params": [named[name] for name in names], "weight_decay": group.weight_decay, "lr_scale": group.lr_scale}
+        for group, names in grouped_names(model, optim).items()
     ]
 
 
-def grouped_names(model: Clip, optim: OptimSection) -> dict[tuple[bool, float, float], list[str]]:
-    """{(is a vector or an embedding, factor on the learning rate, weight decay): names}, groups that decay by default first.
+def grouped_names(model: Clip, optim: OptimSection) -> dict[Group, list[str]]:
+    """The names in each group, groups that decay by default first.
 
     Matrices decay; biases, norms and embeddings of positions, class, query and registers don't (OpenCLIP's rule). Then
     `optim.rules`, of which the last that matches and has the key counts, and layer-wise decay. Frozen ones are
     in no group. Raises UserError for a rule that matches no trained parameter.
     """
-    groups: dict[tuple[bool, float, float], list[str]] = {}
+    groups: dict[Group, list[str]] = {}
     unused = {str(rule["match"]) for rule in optim.rules}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -44,13 +54,13 @@ def grouped_names(model: Clip, optim: OptimSection) -> dict[tuple[bool, float, f
                 unused.discard(str(rule["match"]))
                 values |= {key: float(value) for key, value in rule.items() if key != "match"}
         scale = values["lr_scale"] * optim.layer_decay ** layers_above(model, name)
-        groups.setdefault((free, scale, values["weight_decay"]), []).append(name)
+        groups.setdefault(Group(free, scale, values["weight_decay"]), []).append(name)
     if unused:
         raise UserError(
             f"`optim.rules`: `{min(unused)}` matches no parameter of this model that is trained. Names are such as "
             "visual.blocks.0.attn.qkv.weight, text.embed.token_embedding, text.head.projection.weight."
         )
-    return dict(sorted(groups.items(), key=lambda group: group[0][0]))
+    return dict(sorted(groups.items(), key=lambda item: item[0].free))
 
 
 def layers_above(model: Clip, name: str) -> int:
@@ -63,6 +73,12 @@ def layers_above(model: Clip, name: str) -> int:
         return 0
     depth = len(getattr(model, tower).blocks)
     return depth + 1 if part == "embed" else depth - int(rest[0])
+
+
+def same_groups(model: Clip, was: Mapping[str, Any], now: OptimSection) -> bool:
+    """Whether the optim section of an earlier run, as a manifest has it, divides the parameters as this one does."""
+    before = OptimSection(**{key: value for key, value in was.items() if key in GROUPING})
+    return list(grouped_names(model, before).values()) == list(grouped_names(model, now).values())
 
 
 def check_rules(config: ClipConfig, optim: OptimSection) -> None:
@@ -79,5 +95,11 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 
 
 def group_settings(optimizer: Any) -> list[dict[str, Any]]:
-    """What the recipe says of each group. DeepSpeed replaces it by the checkpoint's when it loads one."""
+    """What the recipe says of each group."""
     return [{key: group[key] for key in OF_A_GROUP} for group in optimizer.param_groups]
+
+
+def restore_settings(optimizer: Any, settings: list[dict[str, Any]]) -> None:
+    """Puts the recipe's settings back: DeepSpeed replaces them by the checkpoint's when it loads one."""
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
