@@ -21,8 +21,8 @@ elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
 else
     "$python" -c 'import venv, ensurepip' 2>/dev/null || lacks "Python's venv module" "python3-venv" "python3" "python"
     "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
-        lacks "Python's header files (DeepSpeed compiles a small extension)" "python3-dev" "python3-devel" "python"
+        lacks "Python's header files (torch.compile builds with them)" "python3-dev" "python3-devel" "python"
 fi
 command -v "${CXX:-c++}" >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ||
-    lacks "a C++ compiler (DeepSpeed compiles a small extension)" "g++" "gcc-c++" "gcc"
+    lacks "a C++ compiler (torch.compile builds with it)" "g++" "gcc-c++" "gcc"
 exit $missing

@@ -27,6 +27,9 @@ KINDS: dict[Kind, str] = {
 }
 AUTO = (*SIZES, "zero_optimization.stage3_param_persistence_threshold")  # keys that may say "auto"
 # What DeepSpeed writes for these goes to its log at the level info, which a dsclip run otherwise leaves out.
+# The optimizer is torch's AdamW, with our parameter groups; DeepSpeed calls any but its own untested, and compiles its own for
+# an optimizer that is offloaded.
+TORCH_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 LOGGED = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "comms_logger")
 
 
@@ -155,10 +158,9 @@ def _check_applies(config: DsConfig, path: Path) -> None:
             )
     if stage != 1 and (config.get("bf16") or {}).get("immediate_grad_update"):
         raise UserError(f"{path}: remove `bf16.immediate_grad_update`: it works at stage 1, and the stage is {stage}.")
-    if config.get("zero_allow_untested_optimizer") is False:
-        raise UserError(
-            f"{path}: remove `zero_allow_untested_optimizer`: dsclip's optimizer is torch's AdamW, which DeepSpeed calls untested."
-        )
+    for key, value in TORCH_OPTIMIZER.items():
+        if config.get(key, value) is not value:
+            raise UserError(f"{path}: remove `{key}`: dsclip's optimizer is torch's AdamW, offloaded or not.")
     comms = config.get("comms_logger") or {}
     if comms.get("enabled") and not comms.get("verbose"):
         raise UserError(
@@ -205,8 +207,7 @@ def _defaults(config: DsConfig) -> DsConfig:
     never = 10**9  # also in the resolved file that a run writes, which may be used again
     logged = any(config.get(key) not in (None, False, {}, 0, never) for key in LOGGED)
     return {
-        # The optimizer is torch's AdamW, with our parameter groups; DeepSpeed calls any but its own untested.
-        "zero_allow_untested_optimizer": True,
+        **TORCH_OPTIMIZER,
         "steps_per_print": config.get("steps_per_print") or never,
         # DeepSpeed's default of 1.0 would clip unasked.
         "gradient_clipping": config.get("gradient_clipping", 0.0),

@@ -15,7 +15,7 @@ OBEYED: dict[str, dict[str, Kind]] = {
         "train_batch_size": int, "train_micro_batch_size_per_gpu": int, "gradient_accumulation_steps": int,
         "bf16": dict, "fp16": dict, "zero_optimization": dict, "data_types": dict, "comms_logger": dict, "timers": dict,
         "communication_data_type": str, "gradient_clipping": NUMBER, "gradient_predivide_factor": NUMBER,
-        "zero_allow_untested_optimizer": bool, "log_level": str, "steps_per_print": NUMBER,
+        "zero_allow_untested_optimizer": bool, "zero_force_ds_cpu_optimizer": bool, "log_level": str, "steps_per_print": NUMBER,
         "wall_clock_breakdown": bool, "memory_breakdown": bool, "dump_state": bool,
     },
     "bf16": {"enabled": bool, "immediate_grad_update": bool, "check_grad_overflow": bool},
@@ -117,7 +117,6 @@ REFUSED: dict[str, dict[str, str]] = {
         "disable_python_gc": "nothing in dsclip would collect garbage in its place",
         "vocabulary_size": "the tokenizer says how many tokens there are",
         "disable_allgather": "DeepSpeed 0.19.8 reads it and does nothing with it",
-        "zero_force_ds_cpu_optimizer": "dsclip takes DeepSpeed's CPU Adam whenever `offload_optimizer` is on",
     },
     "bf16": {"bf16_master_weights_and_grads": _MASTER, "bf16_optimizer_states": _MASTER},
     "data_types": {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,19 +29,7 @@ def init_distributed(timeout_minutes: float = 30) -> torch.device:
     if not dist.is_initialized():
         _address_of_a_single_process()
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes))
-        if not torch.cuda.is_available():
-            _unlink_shared_memory()
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _unlink_shared_memory() -> None:
-    """Takes the names off the 69 MB of shared memory that DeepSpeed makes for each rank on a CPU and never removes.
-
-    Every rank has mapped it by now, and memory without a name is freed with the last process, also a killed one.
-    """
-    dist.barrier()
-    address = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{dist.get_rank()}").unlink(missing_ok=True)
 
 
 def _address_of_a_single_process() -> None:
@@ -87,7 +74,7 @@ def initialize(model: Clip, ds_config: dict[str, Any], optim: OptimSection) -> d
     """The DeepSpeed engine around the model, with every layer a ZeRO-3 leaf module."""
     if ds_config["zero_optimization"]["stage"] == 3:
         deepspeed.utils.set_z3_leaf_modules(model, [Layer])
-    optimizer = adamw(model, ds_config, optim)
+    optimizer = adamw(model, optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if dist.get_world_size() == 1 and type(engine.optimizer).__name__ == "BF16_Optimizer":  # ZeRO-1 in bf16
         # DeepSpeed would flatten, "reduce" and copy back all gradients of a single rank: a quarter of a ViT-B/32 step.

@@ -1,14 +1,12 @@
 """DeepSpeed, imported with five corrections.
 
-What it prints, how its checkpoints name an enum, what it releases and gathers, and when it compiles.
+What it prints, how its checkpoints name an enum, what it releases and gathers, and what it compiles, and when.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import io
 import logging
 import os
 import warnings
@@ -40,17 +38,9 @@ torch_backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an at
 bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
-def _silent(build: Callable[[], Any]) -> Callable[[], Any]:
-    """Every rank prints that an extension for CPU collectives was built; when it could not be, the error still says so."""
-
-    def build_silently() -> Any:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return build()
-
-    return build_silently
-
-
-torch_backend.build_shm_op = _silent(torch_backend.build_shm_op)
+# Its shared-memory collectives for CPUs serve inference alone, and cost a training a C++ compiler, a minute or two of
+# compiling on a fresh machine and 69 MB of shared memory a rank that nothing frees.
+torch_backend.build_shm_op = lambda: None
 
 # Python 3.11.0 to 3.11.3 pickle an enum through getattr, which no checkpoint that is loaded may refer to.
 ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (ZeroStageEnum, (self.value,))

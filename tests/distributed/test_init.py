@@ -39,8 +39,8 @@ shutdown_distributed()
 """
 
 
-def test_no_shared_memory_of_deepspeeds_keeps_its_name(tmp_path):
-    """It would outlive the run: 69 MB a rank."""
+def test_deepspeed_makes_no_shared_memory(tmp_path):
+    """It would cost 69 MB a rank, outlive the run, and be compiled first."""
     (tmp_path / "script.py").write_text(SCRIPT)
     printed = run_ranks(tmp_path / "script.py", 2).stdout
     assert printed.replace("\n", "").endswith("[][]"), printed  # the ranks' lines may run into each other
