@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsclip.config.schema import OptimSection
+from dsclip.config.schema import ModelSection, OptimSection
 from dsclip.errors import UserError
 from dsclip.model import Clip, resolve_preset
 from dsclip.optim.groups import check_rules, grouped_names, parameter_groups, set_learning_rate
@@ -56,7 +56,10 @@ def test_of_the_rules_that_match_the_last_counts_key_by_key():
 
 def test_a_rule_that_matches_nothing_is_named():
     optim = OptimSection(rules=[{"match": "^text", "lr_scale": 0}, {"match": "^txt", "lr_scale": 0}])
-    for check in (lambda: parameter_groups(MODEL, optim), lambda: check_rules(resolve_preset("demo"), optim)):
+    for check in (
+        lambda: parameter_groups(MODEL, optim),
+        lambda: check_rules(resolve_preset("demo"), ModelSection(), optim),
+    ):
         with pytest.raises(UserError, match=r"`optim.rules`: `\^txt` matches no parameter"):
             check()
 

@@ -13,15 +13,17 @@ from torch import Tensor
 from dsclip.checkpoint.manifest import MANIFEST, verify
 from dsclip.checkpoint.store import find_checkpoint
 from dsclip.checkpoint.weights_alone import WEIGHTS, mapped_weights
+from dsclip.config.schema import ModelSection
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
+from dsclip.model.low_rank import MergedWeights
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A trained model, whole. logit_scale: the factor on similarities; logit_bias: that of a sigmoid loss.
 
-    state_dict: float32 weights by dsclip's names, each read from the disk when it is asked for.
+    state_dict: float32 weights by dsclip's names, each read from the disk when it is asked for; adapters are merged into them.
     """
 
     path: Path
@@ -50,12 +52,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         scalars = manifest["engine"]["scalars"]
         logit_scale = math.exp(scalars["log_scale"]["value"])
         logit_bias = scalars["bias"]["value"] if "bias" in scalars else None
+        model = manifest["recipe"].get("model", {})
+        lora = {
+            name: model[name] for name in ("lora_rank", "lora_alpha") if name in model
+        }  # an earlier version wrote neither
+        lora_scale = ModelSection(**lora).lora_scale
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder}/{MANIFEST} is damaged ({error}); use another checkpoint of the run") from error
+    weights = mapped_weights(folder) if WEIGHTS in manifest["files"] else full_precision_weights(folder)
     return Checkpoint(
         path=folder,
         config=config,
-        state_dict=mapped_weights(folder) if WEIGHTS in manifest["files"] else full_precision_weights(folder),
+        state_dict=MergedWeights(weights, lora_scale),
         logit_scale=logit_scale,
         tokenizer_dir=folder / "tokenizer",
         step=manifest["step"],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint, step_of
 from dsclip.checkpoint.manifest import MANIFEST, LaterRunState, Manifest, read_manifest, verify, write_manifest
 from dsclip.checkpoint.weights_alone import check_continuable
+from dsclip.config.schema import OF_WHAT_IS_TRAINED, ModelSection
 from dsclip.distributed import Collectives
 from dsclip.errors import RunFailed, UserError
 from dsclip.files import on_disk
@@ -225,11 +226,13 @@ def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world
             f"{path} holds another model: {', '.join(different)} differ. Resume with the recipe of that run."
         )
     section, then = engine.recipe.model, manifest["recipe"].get("model", {})
-    lock_then = (then.get("lock", "none"), then.get("unlocked_layers", 0))  # an earlier version wrote neither key
-    if lock_then != (section.lock, section.unlocked_layers):
+    defaults = ModelSection()  # an earlier version wrote fewer keys
+    trained_then = {name: then.get(name, getattr(defaults, name)) for name in OF_WHAT_IS_TRAINED}
+    if different := [name for name, value in trained_then.items() if value != getattr(section, name)]:
+        settings = " ".join(f"model.{name}={trained_then[name]}" for name in different)
         raise UserError(
-            f"{path} was trained with model.lock={lock_then[0]} model.unlocked_layers={lock_then[1]}, and the optimizer has a state for "
-            f"what was trained alone. Resume with both, or start a new run from its weights with model.init={path}."
+            f"{path} was trained with {settings}, and the optimizer has a state for what was trained alone. Resume with that, or start "
+            f"a new run from its weights with model.init={path}."
         )
     if not same_groups(engine.module, manifest["recipe"].get("optim", {}), engine.recipe.optim):
         raise UserError(

@@ -108,6 +108,27 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         model.lock != "none" or model.unlocked_layers == 0,
         f"`model.unlocked_layers` is {model.unlocked_layers}; it belongs to `model.lock: image` or `text`",
     )
+    lora = "model.lora_alpha" if model.lora_alpha is not None else "model.lora_full" if model.lora_full else None
+    yield lora is None or model.lora_rank > 0, f"`{lora}` belongs to adapters; set `model.lora_rank` too"
+    yield (
+        not model.lora_rank or model.init is not None,
+        f"`model.lora_rank` is {model.lora_rank} without `model.init`: adapters would be trained beside random weights. Say where the "
+        "weights are.",
+    )
+    yield (
+        not model.lora_rank or model.lock == "none",
+        f"`model.lock` is `{model.lock}` and `model.lora_rank` {model.lora_rank}: adapters leave all weights locked. Leave out the first, "
+        "and name the tower in `model.lora_targets`, such as [visual.blocks].",
+    )
+    yield (
+        not model.lora_rank or bool(model.lora_targets),
+        "`model.lora_targets` is empty; name layers that get an adapter, or leave it out",
+    )
+    yield (
+        not model.lora_rank or loss.queue_momentum is None,
+        f"`model.lora_rank` is {model.lora_rank} and `loss.queue_momentum` {loss.queue_momentum}: frozen weights have no moving average. "
+        "Leave out the second; a queue goes without it.",
+    )
     yield (
         loss.matryoshka_weights is None or len(loss.matryoshka_weights) == len(loss.matryoshka_dims),
         f"`loss.matryoshka_weights` has {len(loss.matryoshka_weights or [])} numbers; give one for each of the "

@@ -49,11 +49,15 @@ def _group_rule(rule: dict[str, str | float]) -> bool:
     numbers = {key: value for key, value in rule.items() if key != "match"}
     if not isinstance(match, str) or not numbers or numbers.keys() - {"lr_scale", "weight_decay"}:
         return False
+    return _expression(match) and all(not isinstance(x, str) and x >= 0 for x in numbers.values())
+
+
+def _expression(x: str) -> bool:
     try:
-        re.compile(match)
+        re.compile(x)
     except re.error:
         return False
-    return all(not isinstance(x, str) and x >= 0 for x in numbers.values())
+    return True
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -73,4 +77,5 @@ GroupRules = Annotated[
         "a list of {match: REGULAR EXPRESSION, lr_scale: NUMBER, weight_decay: NUMBER} with one number or both, 0 or more",
     ),
 ]
+Expressions = Annotated[list[str], Rule(lambda x: all(map(_expression, x)), "a list of regular expressions")]
 Colour = Annotated[list[float], Rule(lambda x: len(x) == 3, "three numbers, for red, green and blue")]

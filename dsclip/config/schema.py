@@ -19,6 +19,7 @@ from dsclip.config.kinds import (
     STRICT,
     Colour,
     Count,
+    Expressions,
     GroupRules,
     NotNegative,
     Positive,
@@ -32,6 +33,9 @@ from dsclip.config.kinds import (
 MAX_BATCH = 1 << 24  # a hundred times the largest published; beyond it even the features of a step fill machines
 MAX_LAYERS = 1000  # beyond it a typing error; building such towers, even without memory, takes minutes
 
+# Fields of the model section that say which parameters are trained, and not what the model is.
+OF_WHAT_IS_TRAINED = ("lock", "unlocked_layers", "lora_rank", "lora_alpha", "lora_targets", "lora_full")
+
 Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
 Checkpointing = Literal["auto", "none", "selective", "full", "offload"]
 FolderName = Annotated[
@@ -41,7 +45,7 @@ FolderName = Annotated[
 
 @dataclass(frozen=True, config=STRICT)
 class ModelSection:
-    """The two towers. Every field but `preset`, `init`, `stretch`, `lock` and `unlocked_layers` overrides the preset's own value."""
+    """The two towers. Every field but `preset`, `init`, `stretch` and those of what is trained (`lock`, `unlocked_layers`, `lora_…`) overrides the preset's own value."""
 
     preset: str = "auto"
     """`ViT-B-32`, `ViT-L-14`, … (also written `ViT-B/32`), each with `-quickgelu`; `demo`; `FILE.json`, an OpenCLIP model configuration; or `auto`: the model of `init`, `ViT-B-32` without."""
@@ -54,6 +58,14 @@ class ModelSection:
     """The tower that keeps the weights of `init` (LiT), see [training](training.md#locked-towers); the other one is trained."""
     unlocked_layers: Count = 0
     """Last layers of the locked tower that are trained all the same: 1 its head, 2 also its last block, and so on."""
+    lora_rank: Count = 0
+    """Rank of the adapters that are trained in place of the weights (LoRA), see [fine-tuning](finetuning.md#lora); 0: none."""
+    lora_alpha: PositiveFloat | None = None
+    """Adapters are multiplied by it over `lora_rank`; null: by 1."""
+    lora_targets: Expressions = field(default_factory=lambda: ["blocks"])
+    """Linear layers that get an adapter: those in whose name (`visual.blocks.0.attn.qkv`) one of these is found."""
+    lora_full: Expressions = field(default_factory=list)
+    """Parameters that are trained themselves beside the adapters: those in whose name one of these is found, such as `head`."""
     patch_dropout: ShareBelowOne | None = None
     """Share of the image patches left out in training (FLIP)."""
     vision_pool: Literal["class", "average", "attention"] | None = None
@@ -109,8 +121,13 @@ in SigLIP's image tower."""
     @property
     def overrides(self) -> dict[str, Any]:
         """The fields that override the preset's, None for those that are left open."""
-        own = ("preset", "init", "stretch", "lock", "unlocked_layers")
+        own = ("preset", "init", "stretch", *OF_WHAT_IS_TRAINED)
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor on the adapters' products."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
 
     @property
     def name(self) -> str:

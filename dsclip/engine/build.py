@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -55,19 +56,26 @@ def build_model(
     """
     torch.manual_seed(seed)
     given = Collectives.current().broadcast_object(state_dict is not None)
-    if ds_config["zero_optimization"]["stage"] < 3:
+    with constructing(ds_config):
         model = Clip(config)
+    if ds_config["zero_optimization"]["stage"] < 3:
         if state_dict is not None:
             model.load_state_dict(state_dict)
         return model
-    with deepspeed.zero.Init(config_dict_or_path=ds_config):
-        model = Clip(config)
     if given:
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
                 if state_dict is not None and dist.get_rank() == 0:
                     parameter.copy_(state_dict[name])
     return model
+
+
+def constructing(ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Within it modules of an engine's model are built: under ZeRO-3 each is sharded as soon as its constructor is done."""
+    if ds_config["zero_optimization"]["stage"] < 3:
+        return nullcontext()
+    sharding: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=ds_config)
+    return sharding
 
 
 def initialize(model: Clip, ds_config: dict[str, Any], optim: OptimSection) -> deepspeed.DeepSpeedEngine:

@@ -18,7 +18,7 @@ from dsclip.config.deepspeed import resolve_persistence
 from dsclip.config.schema import Recipe
 from dsclip.data.batch import Batch
 from dsclip.distributed import Collectives
-from dsclip.engine.build import build_model, init_distributed, initialize
+from dsclip.engine.build import build_model, constructing, init_distributed, initialize
 from dsclip.engine.consolidate import DEEPSPEED_TAG
 from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.finite import check_weights, finite_or, one_if_finite, skip_reason
@@ -37,7 +37,7 @@ from dsclip.model.attention import check_attention
 from dsclip.model.captions import cut_captions
 from dsclip.model.compiled import compile_blocks
 from dsclip.model.fp8 import check_fp8
-from dsclip.model.lock import lock_tower
+from dsclip.model.trained import choose_trained
 from dsclip.optim.groups import group_settings, restore_settings, set_learning_rate
 from dsclip.optim.schedule import learning_rate
 
@@ -81,7 +81,8 @@ class ContrastiveEngine:
         check_attention(config, self.device, _dtype(ds_config))
         check_fp8(config, self.device, _dtype(ds_config))
         model = build_model(config, ds_config, recipe.train.seed, state_dict)
-        lock_tower(model, recipe.model.lock, recipe.model.unlocked_layers)
+        with constructing(ds_config):
+            choose_trained(model, recipe.model)
         if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):
             compile_blocks(model)
         self.deepspeed = initialize(model, ds_config, recipe.optim)

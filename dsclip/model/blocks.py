@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dsclip.model.attention import attention
 from dsclip.model.fp8 import fp8_linear
 from dsclip.model.layer_major import Layer, over_chunks, recomputed
+from dsclip.model.low_rank import LowRank
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ class Linear(nn.Linear):
     needs its result.
 
     `std` None keeps PyTorch's default weight; `zero_bias` keeps the default bias otherwise. fp8: how the product is
-    computed, see `model/fp8.py`.
+    computed, see `model/fp8.py`. lora: a low-rank product beside it, within the layer scale.
     """
 
     fp8 = False
@@ -52,6 +53,7 @@ class Linear(nn.Linear):
         layer_scale: float | None = None,
     ):  # fmt: skip
         super().__init__(inputs, outputs, bias=bias)
+        self.lora: LowRank | None = None
         self.gamma = None if layer_scale is None else nn.Parameter(torch.full((outputs,), layer_scale))
         if std is not None:
             nn.init.normal_(self.weight, std=std)
@@ -59,8 +61,27 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        beside = self._beside(x)  # first: what checkpoints run again ends before the last product
         weight, bias = self.scaled()
-        return fp8_linear(x, weight, bias) if self.fp8 else F.linear(x, weight, bias)
+        product = fp8_linear(x, weight, bias) if self.fp8 else F.linear(x, weight, bias)
+        return product if beside is None else product + beside
+
+    def forward_again(self, x: Tensor) -> Tensor:
+        """`forward` for the sake of its graph: the product with the weight is left out."""
+        beside = self._beside(x)
+        weight, bias = self.scaled()
+        if self.fp8:
+            product = fp8_linear(x, weight, bias, product_left_out=True)
+        else:
+            without_product: Callable[..., Tensor] = _ProductLeftOut.apply
+            product = without_product(x, weight, bias)
+        return product if beside is None else product + beside
+
+    def _beside(self, x: Tensor) -> Tensor | None:
+        """The adapter's part of the result, if there is one."""
+        if self.lora is None:
+            return None
+        return self.lora(x) if self.gamma is None else self.gamma * self.lora(x)
 
     def scaled(self) -> tuple[Tensor, Tensor]:
         """The weight and the bias, times the layer scale."""
@@ -143,13 +164,8 @@ class Mlp(nn.Module):
         return self.fc2(self.activation(hidden))
 
     def forward_again(self, x: Tensor) -> Tensor:
-        """`forward` for the sake of its graph: its last product is left out, and its output is zero."""
-        hidden = self.activation(self.fc1(x))
-        weight, bias = self.fc2.scaled()
-        if self.fc2.fp8:
-            return fp8_linear(hidden, weight, bias, product_left_out=True)
-        without_product: Callable[..., Tensor] = _ProductLeftOut.apply
-        return without_product(hidden, weight, bias)
+        """`forward` for the sake of its graph: its last product is left out, and its output is no number of use."""
+        return self.fc2.forward_again(self.activation(self.fc1(x)))
 
 
 class _ProductLeftOut(torch.autograd.Function):

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dsclip.config.schema import OptimSection
+from dsclip.config.schema import ModelSection, OptimSection
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
+from dsclip.model.trained import choose_trained
 
 GROUPING = ("layer_decay", "rules", "weight_decay")  # the keys that divide parameters into groups
 OF_A_GROUP = ("lr_scale", "weight_decay", "betas", "eps")
@@ -81,11 +82,15 @@ def same_groups(model: Clip, was: Mapping[str, Any], now: OptimSection) -> bool:
     return list(grouped_names(model, before).values()) == list(grouped_names(model, now).values())
 
 
-def check_rules(config: ClipConfig, optim: OptimSection) -> None:
-    """Raises UserError for a rule that matches no parameter of the model, which is built without memory."""
-    if optim.rules:
-        with torch.device("meta"):
-            grouped_names(Clip(config), optim)
+def check_rules(config: ClipConfig, section: ModelSection, optim: OptimSection) -> None:
+    """Raises UserError for a rule that matches nothing that is trained, of the model, which is built without memory; and as
+    `choose_trained`."""
+    if not optim.rules and not section.lora_rank and section.lock == "none":
+        return
+    with torch.device("meta"):
+        model = Clip(config)
+        choose_trained(model, section)
+    grouped_names(model, optim)
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

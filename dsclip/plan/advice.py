@@ -11,6 +11,7 @@ from typing import Any
 from dsclip.config.deepspeed import DsConfig
 from dsclip.config.schema import BatchSection, LossSection
 from dsclip.model import ClipConfig
+from dsclip.model.trained import TrainedPart
 from dsclip.plan.choose import plan_batch
 from dsclip.plan.estimate import Estimate
 from dsclip.plan.machine import Machine
@@ -18,14 +19,16 @@ from dsclip.plan.machine import Machine
 
 def advice(
     config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, text_tokens: int | None = None,
+    loss: LossSection | None = None, text_tokens: int | None = None, trained: TrainedPart | None = None,
 ) -> list[str]:  # fmt: skip
     """Changes after which the batch fits, with the peak each leads to; the least first. Empty if none is known."""
 
     def peak(
         new_batch: BatchSection, new_ds_config: DsConfig = ds_config, ranks: int = world_size, new_loss: LossSection | None = loss
     ) -> Estimate:  # fmt: skip
-        return plan_batch(config, new_batch, new_ds_config, ranks, machine, loss=new_loss, text_tokens=text_tokens)[1]
+        return plan_batch(
+            config, new_batch, new_ds_config, ranks, machine, loss=new_loss, text_tokens=text_tokens, trained=trained
+        )[1]
 
     free = replace(batch, micro_batch_size=None, chunk_size=None, checkpointing="auto", accumulation="auto")
     stage_3 = _with(ds_config, stage=3)

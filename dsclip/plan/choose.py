@@ -10,6 +10,7 @@ from dsclip.config.deepspeed import DsConfig
 from dsclip.config.schema import BatchSection, Checkpointing, LossSection, Recipe
 from dsclip.distributed import Collectives
 from dsclip.model import ClipConfig
+from dsclip.model.trained import TrainedPart, trained_part
 from dsclip.plan.estimate import Estimate, estimate
 from dsclip.plan.machine import Machine, this_machine
 
@@ -20,13 +21,16 @@ def plan_recipe(recipe: Recipe, ds_config: DsConfig, config: ClipConfig, group: 
     """The recipe with its batch section planned for the machine of rank 0, and what a step will take. Collective."""
     # Memory differs a little between ranks, and a plan must not.
     machine = group.broadcast_object(this_machine())
-    batch, found = plan_batch(config, recipe.batch, ds_config, group.world_size, machine, loss=recipe.loss)
+    trained = trained_part(config, recipe.model)
+    batch, found = plan_batch(
+        config, recipe.batch, ds_config, group.world_size, machine, loss=recipe.loss, trained=trained
+    )
     return replace(recipe, batch=batch), found
 
 
 def plan_batch(
     config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, text_tokens: int | None = None,
+    loss: LossSection | None = None, text_tokens: int | None = None, trained: TrainedPart | None = None,
 ) -> tuple[BatchSection, Estimate]:  # fmt: skip
     """The batch section with micro_batch_size, chunk_size, checkpointing and coalesce_reduction filled in, and its estimate.
 
@@ -38,7 +42,9 @@ def plan_batch(
         machine = replace(machine, memory_gb=batch.memory_gb)
 
     def look(candidate: BatchSection) -> Estimate:
-        return estimate(config, candidate, ds_config, world_size, machine, loss=loss, text_tokens=text_tokens)
+        return estimate(
+            config, candidate, ds_config, world_size, machine, loss=loss, text_tokens=text_tokens, trained=trained
+        )
 
     if batch.accumulation == "manual":
         return batch, look(batch)

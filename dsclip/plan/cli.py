@@ -17,6 +17,7 @@ from dsclip.errors import UserError
 from dsclip.files import write_whole
 from dsclip.model import resolve_preset
 from dsclip.model.presets import AUTO
+from dsclip.model.trained import trained_part
 from dsclip.plan.advice import advice, describe_choice
 from dsclip.plan.choose import plan_batch
 from dsclip.plan.estimate import Estimate, parameter_counts
@@ -98,17 +99,20 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     own = recipe.model.overrides
     config = resolve_preset(recipe.model.preset, **own, **({} if a.config is None else _vocabulary(recipe)))
     machine, source = _machine(a, recipe.model.name)
+    trained = trained_part(config, recipe.model)
     batch, found = plan_batch(
-        config, recipe.batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens
+        config, recipe.batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens, trained=trained
     )
     changes = []
     if not found.fits:
         machine = machine if batch.memory_gb is None else replace(machine, memory_gb=batch.memory_gb)
-        changes = advice(config, batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens)
+        changes = advice(
+            config, batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens, trained=trained
+        )
     result = {
         "model": recipe.model.name, "global_batch_size": batch.global_batch_size,
         "fits": found.fits, "peak_mb": found.peak_mb, "parts": found.parts, "device": machine.device,
-        "memory_mb": 1e3 * (batch.memory_gb or machine.memory_gb), "parameters": parameter_counts(config)[0],
+        "memory_mb": 1e3 * (batch.memory_gb or machine.memory_gb), "parameters": parameter_counts(config)[0], "trained_parameters": trained.parameters,
         "micro_batch_size": found.micro_batch, "chunk_size": found.chunk, "checkpointing": found.checkpointing,
         "micro_batches": found.micro_batches, "gathers_per_step": found.gathers_per_step,
         "reductions_per_step": found.reductions_per_step, "gathered_mb_per_step": found.gathered_mb_per_step,
@@ -197,6 +201,8 @@ def table(result: dict[str, Any], found: Estimate, machine: Machine, ranks: int,
         f"{ranks} × {machine.name}" if machine.device == "cuda" else f"{_count(ranks, 'rank')} of this machine's CPU"
     )
     model = f"{result['model']}, {result['parameters'] / 1e6:.0f} M parameters"
+    if result["trained_parameters"] < result["parameters"]:
+        model += f", {result['trained_parameters'] / 1e6:.1f} M of them trained"
     lines = [f"{model}, global batch {result['global_batch_size']:,} on {device}: {describe_choice(found)}", ""]
     lines += [f"  {name.replace('_', ' '):18} {size:12,.0f} MB" for name, size in found.parts.items() if size >= 0.5]
     limit = f"of {result['memory_mb']:,.0f} MB, {USABLE:.0%} of which a plan may use"

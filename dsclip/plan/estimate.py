@@ -11,6 +11,7 @@ from dsclip.config.deepspeed import DsConfig, resolve_persistence
 from dsclip.config.schema import BatchSection, LossSection
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.flops import forward_flops
+from dsclip.model.trained import TrainedPart
 from dsclip.plan.machine import USABLE, Machine
 from dsclip.plan.memory import BF16, FP32, activation_bytes, image_bytes, loss_bytes, state_bytes
 
@@ -50,20 +51,24 @@ class Estimate:
 
 def estimate(
     config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, text_tokens: int | None = None,
+    loss: LossSection | None = None, text_tokens: int | None = None, trained: TrainedPart | None = None,
 ) -> Estimate:  # fmt: skip
-    """The estimate for one rank. text_tokens: of a chunk's longest caption; None: the context length."""
+    """The estimate for one rank. text_tokens: of a chunk's longest caption; None: the context length. trained: what is trained; None: all."""
     loss = loss or LossSection()
     parameters, block = parameter_counts(config)
+    part = trained or TrainedPart(parameters, parameters, 0, (0, 0), (1.0, 1.0))
+    parameters = part.of
     micro_batch, chunk, checkpointing = batch.sizes(world_size)
     local = batch.global_batch_size // world_size
     micro_batches = -(-local // micro_batch)
     texts = 1 if loss.hard_negatives == "none" else 2
-    saved, working = activation_bytes(config, micro_batch, chunk, checkpointing, machine.device, text_tokens, texts)
+    saved, working = activation_bytes(
+        config, micro_batch, chunk, checkpointing, machine.device, text_tokens, texts, part.locked
+    )
     ds_config = resolve_persistence(ds_config, batch)
-    state = state_bytes(parameters, block, ds_config, world_size, machine.device)
+    state = state_bytes(parameters, block, ds_config, world_size, machine.device, part.parameters)
     if batch.coalesce_reduction:
-        state["gradients"] += (BF16 + FP32) * parameters  # of a micro-batch, and their sum
+        state["gradients"] += (BF16 + FP32) * part.parameters  # of a micro-batch, and their sum
     losses = loss_bytes(config, batch.global_batch_size, world_size, loss, machine.device)
     if loss.queue_momentum is not None:
         sharded = ds_config["zero_optimization"]["stage"] == 3
@@ -77,17 +82,17 @@ def estimate(
 
     gathers, reductions = passes(parameters, batch, ds_config, world_size, micro_batches)
     wire = FP32 if ds_config.get("communication_data_type", "fp32") == "fp32" else BF16
-    gathered, reduced = gathers * BF16 * parameters, reductions * wire * parameters
-    one = sum(forward_flops(config, text_tokens))
-    again = one * (recomputed(checkpointing, machine.device) + (micro_batches - 1) / micro_batches)
-    seconds = local * (3 * one + again) / (machine.tflops * 1e12 * machine.efficiency)
+    gathered, reduced = gathers * BF16 * parameters, reductions * wire * part.parameters
+    forward, with_graph, backward = operations(config, text_tokens, part)
+    again = with_graph * recomputed(checkpointing, machine.device) + forward * (micro_batches - 1) / micro_batches
+    seconds = local * (forward + backward + again) / (machine.tflops * 1e12 * machine.efficiency)
     seconds += (gathered + reduced) / (machine.gigabytes_per_second * 1e9) if world_size > 1 else 0
     if checkpointing == "offload" and machine.device == "cuda":
-        inputs, _ = activation_bytes(config, local, chunk, "full", "cuda", text_tokens, texts)
+        inputs, _ = activation_bytes(config, local, chunk, "full", "cuda", text_tokens, texts, part.locked)
         seconds += 2 * inputs / HOST_BYTES_PER_SECOND
     return Estimate(
         parts, sum(parts.values()) <= USABLE * machine.memory_gb * 1e3, micro_batch, chunk, checkpointing, micro_batches, gathers,
-        reductions, gathered / 1e6, reduced / 1e6, 3 * one / 1e9, again / 1e9, batch.global_batch_size / seconds,
+        reductions, gathered / 1e6, reduced / 1e6, (forward + backward) / 1e9, again / 1e9, batch.global_batch_size / seconds,
     )  # fmt: skip
 
 
@@ -109,6 +114,19 @@ def passes(
         return 1, reductions
     keeps = min(zero.get("stage3_max_live_parameters", 1e9), zero.get("stage3_max_reuse_distance", 1e9)) >= parameters
     return (micro_batches if keeps else 3 * micro_batches - 1), reductions
+
+
+def operations(config: ClipConfig, text_tokens: int | None, part: TrainedPart) -> tuple[float, float, float]:
+    """FLOPs of a sample: (forward, of these what has a graph, backward).
+
+    Backward of a layer is a forward for its input's gradient, and one for its weights' as far as they are trained; a locked layer
+    has none. Layers count alike.
+    """
+    forwards = forward_flops(config, text_tokens)
+    layers = (config.vision_layers + 2, config.text_layers + 2)
+    with_graph = [f * (1 - locked / n) for f, n, locked in zip(forwards, layers, part.locked, strict=True)]
+    backward = sum(f * (1 + share) for f, share in zip(with_graph, part.shares, strict=True))
+    return sum(forwards), sum(with_graph), backward
 
 
 @cache

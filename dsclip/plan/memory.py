@@ -8,7 +8,7 @@ of a micro-batch, c samples of a chunk.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsclip.config.deepspeed import DsConfig
 from dsclip.config.schema import LossSection
@@ -73,25 +73,37 @@ class Tower:
         return again + ahead + self.tokens * (4 * self.width + 2 * self.mlp_width)
 
 
-def towers(config: ClipConfig, text_tokens: int | None) -> tuple[Tower, Tower]:
-    """The image and the text tower. text_tokens: of the longest caption of a chunk; None: the context length."""
+def towers(config: ClipConfig, text_tokens: int | None, locked: tuple[int, int] = (0, 0)) -> tuple[Tower, Tower]:
+    """What has a graph of the image and the text tower. text_tokens: of the longest caption of a chunk; None: the context length.
+
+    locked: so many of the first layers of each (the embedding, then blocks) have none.
+    """
     c = config
     visible = c.visible_patches
     text = c.context_length if c.text_pool == "last" else min(text_tokens or c.context_length, c.context_length)
-    return (
+    both = (
         Tower(c.vision_layers, c.computed_tokens, c.vision_width, c.vision_heads, c.vision_mlp_width, visible * 3 * c.patch_size**2,
               c.attention, c.vision_qk_norm, c.vision_layer_scale is not None),
         Tower(c.text_layers, text, c.text_width, c.text_heads, c.text_mlp_width, 0, c.attention, c.text_qk_norm,
               c.text_layer_scale is not None),
     )  # fmt: skip
+    image, texts = (_above(tower, n) for tower, n in zip(both, locked, strict=True))
+    return image, texts
+
+
+def _above(tower: Tower, locked: int) -> Tower:
+    """The tower without its first layers."""
+    if not locked:
+        return tower
+    return replace(tower, layers=max(0, tower.layers + 1 - locked), first=0)
 
 
 def activation_bytes(
     config: ClipConfig, micro_batch: int, chunk: int, checkpointing: str, device: str, text_tokens: int | None,
-    texts: float,
+    texts: float, locked: tuple[int, int] = (0, 0),
 ) -> tuple[float, float]:  # fmt: skip
-    """(saved for backward, working set of one block). texts: captions a sample, hard negatives included."""
-    image, text = towers(config, text_tokens)
+    """(saved for backward, working set of one block). texts: captions a sample, hard negatives included; locked: see `towers`."""
+    image, text = towers(config, text_tokens, locked)
     saved = micro_batch * BF16 * (image.saved(checkpointing, device) + texts * text.saved(checkpointing, device))
     # Graphs that exist at a time; each holds scaled weights of its own.
     graphs = math.ceil(micro_batch / chunk) if checkpointing == "none" else 0
@@ -106,22 +118,31 @@ def activation_bytes(
 
 
 def state_bytes(
-    parameters: int, block_parameters: int, ds_config: DsConfig, world_size: int, device: str
+    parameters: int,
+    block_parameters: int,
+    ds_config: DsConfig,
+    world_size: int,
+    device: str,
+    trained: int | None = None,
 ) -> dict[str, float]:
-    """Weights, optimizer, gradients and buckets; "reduction": what the gradients' reduction takes for a moment."""
+    """Weights, optimizer, gradients and buckets; "reduction": what the gradients' reduction takes for a moment.
+
+    trained: of the parameters, those that have gradients; None: all.
+    """
     zero = ds_config["zero_optimization"]
     stage, p, w = zero["stage"], parameters, world_size
+    t = p if trained is None else trained
     on_host = (zero.get("offload_optimizer") or {}).get("device", "none") != "none" and device == "cuda"
     weights_on_host = (zero.get("offload_param") or {}).get("device", "none") != "none" and device == "cuda"
     grad = FP32 if ds_config.get("data_types", {}).get("grad_accum_dtype", "fp32") == "fp32" else BF16
     wire = FP32 if ds_config.get("communication_data_type", "fp32") == "fp32" else BF16
     bucket = int(zero.get("reduce_bucket_size", 5e8))
     # Buckets are allocated whole; a CPU process pays for what it touches.
-    filled = min(p, bucket)
+    filled = min(t, bucket)
     allocated = filled if device == "cpu" else bucket
     reducers = 2 if zero.get("overlap_comm") else 1
     host_copies = 1 if device == "cpu" else 0  # gloo has no reduce-scatter of its own
-    optimizer = 0 if on_host else 12 * p / w
+    optimizer = 0 if on_host else 12 * t / w
     if stage == 3:
         live = min(p, int(zero.get("stage3_max_live_parameters", 1e9)))
         if zero.get("stage3_param_persistence_threshold", 0) >= p:
@@ -131,7 +152,7 @@ def state_bytes(
             "weights": 0 if weights_on_host else BF16 * p / w,
             "gathered_weights": BF16 * live,
             "optimizer": optimizer,
-            "gradients": (0 if on_host else grad * p / w) + BF16 * min(p, live),
+            "gradients": (0 if on_host else grad * t / w) + BF16 * min(t, live),
             "buckets": wire * allocated,
             "reduction": wire * filled * (1 + host_copies),
         }
@@ -140,15 +161,15 @@ def state_bytes(
             "weights": BF16 * p,
             "gathered_weights": 0,
             "optimizer": optimizer,
-            "gradients": 0 if on_host else grad * p / w,
+            "gradients": 0 if on_host else grad * t / w,
             "buckets": 0 if device == "cpu" else wire * allocated * reducers,
-            "reduction": (2 * wire * filled if device == "cpu" else wire * filled) + grad * p / w,
+            "reduction": (2 * wire * filled if device == "cpu" else wire * filled) + grad * t / w,
         }
     return {
         "weights": BF16 * p,
         "gathered_weights": 0,
         "optimizer": optimizer,
-        "gradients": (grad + BF16) * p,
+        "gradients": (grad + BF16) * t,
         "buckets": 0,
         "reduction": wire * filled if w > 1 else 0,
     }

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 
-import torch
-
 from dsclip.config import dump_recipe
 from dsclip.convert.init import fitted_weights, scale_notes
 from dsclip.convert.source import open_source
 from dsclip.distributed import Collectives, launched_ranks
-from dsclip.model import Clip
+from dsclip.model.trained import trained_part
 from dsclip.plan import Estimate, plan_batch
 from dsclip.plan.advice import describe_choice
 from dsclip.plan.machine import this_machine
@@ -25,19 +23,21 @@ def describe_run(inputs: RunInputs) -> str:
         source = open_source(inputs.init)
         fitted_weights(source, inputs.model, inputs.recipe.model.stretch)
         notes = source.notes(inputs.model) + scale_notes(source, inputs.recipe.loss.max_logit_scale)
-    with torch.device("meta"):
-        parameters = Clip(inputs.model).parameter_count()
     world_size = launched_ranks()[1]
     loader = make_loader(inputs, Collectives(0, world_size), None)
     batch = next(iter(loader))
     recipe, evaluation = inputs.recipe, inputs.evaluation
     local_batch = recipe.batch.global_batch_size // world_size
-    _, estimate = plan_batch(inputs.model, recipe.batch, inputs.ds_config, world_size, this_machine(), loss=recipe.loss)
+    trained = trained_part(inputs.model, recipe.model)
+    _, estimate = plan_batch(
+        inputs.model, recipe.batch, inputs.ds_config, world_size, this_machine(), loss=recipe.loss, trained=trained
+    )
     return "\n".join([
         "# recipe", dump_recipe(recipe), "# DeepSpeed", json.dumps(inputs.ds_config, indent=2),
         "# plan",
         f"run folder          {inputs.run_dir}" + (f", continued from {inputs.resume}" if inputs.resume else ""),
-        f"model               {recipe.model.name}, {parameters / 1e6:.2f} M parameters, {inputs.tokenizer.vocab_size} token vocabulary",
+        f"model               {recipe.model.name}, {(trained.of - trained.beside) / 1e6:.2f} M parameters, {inputs.tokenizer.vocab_size} token vocabulary",
+        f"trained             {trained}",
         f"global batch        {recipe.batch.global_batch_size} = {world_size} ranks x {local_batch} samples",
         f"a rank's step       {describe_estimate(estimate)}",
         f"data                {recipe.data.train_shards}: first caption {batch.report.captions[0]!r}",

@@ -78,7 +78,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
         recipe = replace(recipe, model=replace(recipe.model, **_of_the_weights(model, recipe)))
     with_prefixes(loss, recipe.loss, model.embed_dim)
     check_fp8_shapes(model)
-    check_rules(model, recipe.optim)
+    check_rules(model, recipe.model, recipe.optim)
     if recipe.train.export_hf:  # now, not after the training
         try:
             hf_class(model)

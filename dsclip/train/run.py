@@ -13,6 +13,7 @@ from dsclip.convert.hf import hf_class
 from dsclip.convert.init import load_init_once
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import RunFailed, RunStopped
+from dsclip.model.trained import trained_part
 from dsclip.plan import plan_recipe
 from dsclip.train.data_warnings import data_warnings
 from dsclip.train.dry_run import describe_estimate, describe_run
@@ -70,7 +71,9 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
     )
     watch = Watch(inputs, engine, resumed)
     warnings = data_warnings(recipe, loader.set_samples, loader.damaged)
-    for line in (*folder.messages, *resumed.describe(inputs.resume), describe_estimate(estimate), *warnings):
+    trained = trained_part(inputs.model, recipe.model)
+    frozen = [str(trained)] if trained.parameters < trained.of else []
+    for line in (*folder.messages, *frozen, *resumed.describe(inputs.resume), describe_estimate(estimate), *warnings):
         watch.message(line)
 
     data_state = resumed.data_state_of(engine.group.rank)

@@ -1,4 +1,4 @@
-"""Run on every rank: locked towers under each ZeRO stage, their gradients, optimizer, checkpoints; writes one JSON file."""
+"""Run on every rank: locked towers and adapters under each ZeRO stage, their gradients, optimizer, checkpoints; writes one JSON file."""
 
 import sys
 from dataclasses import replace
@@ -15,6 +15,7 @@ from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.engine.whole_tensors import whole_gradients, whole_weights
 from dsclip.errors import UserError
 from dsclip.model import Clip
+from dsclip.model.low_rank import MergedWeights
 from tests.distributed.checkpoint_worker import NoTokenizer, losses
 from tests.distributed.exactness_worker import (
     CONFIG,
@@ -35,13 +36,22 @@ CASES = (
     dict(stage=3, bf16=True, lock="image"),
     dict(stage=3, bf16=True, lock="image", unlocked_layers=2),
     dict(stage=3, bf16=False, lock="text", persisted=True),
+    dict(stage=1, bf16=True, lora=["blocks"]),
+    dict(stage=2, bf16=True, lora=["visual.*attn"], coalesce=True),
+    dict(stage=3, bf16=True, lora=["blocks"]),
+    dict(stage=3, bf16=False, lora=["visual.blocks.0.mlp", "text.head"], full=["visual.head"]),
 )
+LORA = 6  # the first case with adapters
+RANK, ALPHA = 2, 6.0
 
 
-def build(group, *, stage, bf16, lock="none", unlocked_layers=0, coalesce=False, persisted=False, other=False):
-    """other: the engine starts from other random weights."""
+def build(
+    group, *, stage, bf16, lock="none", unlocked_layers=0, lora=(), full=(), coalesce=False, persisted=False, other=False
+):
+    """lora, full: what adapters are added to, and what is trained beside them. other: the engine starts from other random weights."""
+    adapters = dict(lora_rank=RANK, lora_alpha=ALPHA, lora_targets=list(lora), lora_full=list(full)) if lora else {}
     recipe = Recipe(
-        model=ModelSection(lock=lock, unlocked_layers=unlocked_layers),
+        model=ModelSection(lock=lock, unlocked_layers=unlocked_layers, **adapters),
         batch=BatchSection(GLOBAL_BATCH, 3, 2, "selective", coalesce_reduction=coalesce),
         optim=OPTIM,
         train=TrainSection(seed=SEED, steps=10, compile="off"),
@@ -66,6 +76,18 @@ def gradients(engine, group) -> dict:
     return found
 
 
+def expected_gradients(ours: dict, everything: dict, start: dict) -> dict:
+    """Those of an unlocked run with the same features: adapters begin with B = 0, and with W's gradient G have s·G·Aᵀ for B and 0 for A."""
+    expected = {n: everything[n].double() for n in ours if n in everything}
+    for name in set(ours) - set(expected):
+        layer, _, part = name.rpartition(".lora.")
+        if part == "up":
+            expected[name] = ALPHA / RANK * everything[f"{layer}.weight"].double() @ start[f"{layer}.lora.down"].double().T
+        else:
+            expected[name] = torch.zeros_like(ours[name], dtype=torch.float64)
+    return expected
+
+
 def optimizer_numbers(engine, group) -> int:
     """Numbers of AdamW's two moments on all ranks."""
     states = engine.deepspeed.optimizer.optimizer.state.values()
@@ -74,7 +96,7 @@ def optimizer_numbers(engine, group) -> int:
 
 
 def locked_case(case: dict, group: Collectives, folder: Path) -> dict:
-    plain = {key: value for key, value in case.items() if key not in ("lock", "unlocked_layers")}
+    plain = {key: value for key, value in case.items() if key not in ("lock", "unlocked_layers", "lora", "full")}
     everything = gradients(build(group, **plain), group)
     ours = gradients(build(group, **case), group)
 
@@ -84,9 +106,10 @@ def locked_case(case: dict, group: Collectives, folder: Path) -> dict:
     expected = losses(whole, group, 4)
     result = {
         "case": case,
-        "gradient": relative(ours, {n: everything[n].double() for n in ours}),
-        "names": sorted(ours) == sorted(set(everything) - set(frozen)),
+        "gradient": relative(ours, expected_gradients(ours, everything, start)),
+        "names": sorted(ours) == sorted(set(start) - set(frozen)),
         "frozen": sorted({n.split(".")[0] for n in frozen}),
+        "adapted": sorted({n.rpartition(".lora")[0] for n in ours if ".lora." in n}),
         "trained": sum(g.numel() for g in ours.values()),
         "optimizer": optimizer_numbers(whole, group),
         "expected": expected,
@@ -108,14 +131,15 @@ def locked_case(case: dict, group: Collectives, folder: Path) -> dict:
     second.close()
     if group.rank == 0:
         read = read_checkpoint(folder).state_dict
-        result["read"] = set(read) == set(weights) and all(torch.equal(read[n], weights[n].cpu()) for n in read)
+        whole = MergedWeights(weights, ALPHA / RANK)
+        result["read"] = set(read) == set(whole) and all(torch.equal(read[n], whole[n].cpu()) for n in read)
         result["read_dtypes"] = sorted({str(x.dtype) for x in read.values()})
     group.barrier()
     return result
 
 
 def refusal(group: Collectives, folder: Path) -> str:
-    """What is said when the checkpoint of a locked run is continued without the lock."""
+    """What is said when the checkpoint of a run that trained a part is continued as one that trains everything."""
     engine = build(group, stage=1, bf16=True)
     try:
         load_checkpoint(engine, find_checkpoint(folder), world_size=group.world_size)
@@ -131,7 +155,7 @@ def cases(group: Collectives) -> list[dict]:
         found = [own]
         dist.broadcast_object_list(found)  # the ranks' one folder
         results = [locked_case(case, group, Path(found[0]) / str(i)) for i, case in enumerate(CASES)]
-        results.append({"refusal": refusal(group, Path(found[0]) / "0")})
+        results += [{"refusal": refusal(group, Path(found[0]) / str(i))} for i in (0, LORA)]
         group.barrier()
     return results
 

@@ -1,4 +1,4 @@
-"""Locked towers on two ranks and every ZeRO stage: gradients, optimizer, exact continuation, whole weights."""
+"""Locked towers and adapters on two ranks and every ZeRO stage: gradients, optimizer, exact continuation, whole weights."""
 
 import pytest
 
@@ -13,13 +13,23 @@ def found(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(found):
-    return found[:-1]
+    return found[:-2]
 
 
 def test_the_rest_has_the_gradient_of_an_unlocked_run(results):
-    for r in results:
+    locked = [r for r in results if "lock" in r["case"]]
+    for r in locked:
         assert r["names"] and r["frozen"] == [{"image": "visual", "text": "text"}[r["case"]["lock"]]]
         assert r["gradient"] == 0, r["case"]  # the same sums in the same order
+    assert len(locked) == 6
+
+
+def test_adapters_have_the_gradient_that_follows_from_that_of_their_weights(results):
+    adapters = [r for r in results if "lora" in r["case"]]
+    for r in adapters:
+        assert r["names"] and r["adapted"] and r["gradient"] < (2e-2 if r["case"]["bf16"] else 1e-5), r["case"]
+    assert {r["case"]["stage"] for r in adapters} == {1, 2, 3}
+    assert [len(r["adapted"]) for r in adapters] == [12, 4, 12, 3]
 
 
 def test_the_optimizer_has_moments_of_what_is_trained_alone(results):
@@ -43,4 +53,5 @@ def test_checkpoints_are_read_whole_in_float32(results):
 
 
 def test_a_checkpoint_is_not_continued_with_another_lock(found):
-    assert "was trained with model.lock=image model.unlocked_layers=0" in found[-1]["refusal"]
+    assert "was trained with model.lock=image, and" in found[-2]["refusal"]
+    assert "model.lora_rank=2 model.lora_alpha=6.0, and" in found[-1]["refusal"]
