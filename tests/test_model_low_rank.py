@@ -114,7 +114,9 @@ def test_the_attention_pool_s_weight_that_is_cut_in_two_gets_no_adapter():
 
 @pytest.mark.parametrize("key", ["lora_targets", "lora_full"])
 def test_an_expression_that_is_found_nowhere_is_named(key):
-    with pytest.raises(UserError, match=f"`model.{key}`: `blcoks` is found in no name of this model. Names are such as"):
+    with pytest.raises(
+        UserError, match=f"`model.{key}`: `blcoks` is found in no name of this model. Names are such as"
+    ):
         trained_part(resolve_preset("demo"), section(**{key: ["head", "blcoks"]}))
 
 

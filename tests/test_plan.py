@@ -12,11 +12,13 @@ from dsclip.bench.measure import in_process, product_tflops, utilisation
 from dsclip.bench.step import make_batch
 from dsclip.config import load_ds_config, load_recipe
 from dsclip.config.deepspeed import resolve_persistence
-from dsclip.config.schema import BatchSection, LossSection, OptimSection, Recipe, TrainSection
+from dsclip.config.schema import BatchSection, LossSection, ModelSection, OptimSection, Recipe, TrainSection
 from dsclip.distributed import Collectives
 from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.errors import UserError
-from dsclip.model import resolve_preset
+from dsclip.model import Clip, resolve_preset
+from dsclip.model.flops import forward_flops
+from dsclip.model.trained import choose_trained, trained_part
 from dsclip.plan import estimate, plan_batch, plan_recipe
 from dsclip.plan.advice import advice
 from dsclip.plan.estimate import parameter_counts
@@ -129,6 +131,52 @@ def test_in_a_ring_features_are_those_of_two_other_ranks_and_advice_knows_it():
     tight = replace(GPU, memory_gb=0.95 * plan("ViT-B-32", batch, ranks)[1].peak_mb / 900)
     changes = advice(config, batch, ds_config(batch, ranks), ranks, tight)
     assert any("loss.gather=ring" in change for change in changes)
+
+
+LORA = dict(init="x", lora_rank=8)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "section", [dict(lock="image", init="x"), dict(lock="text", init="x", unlocked_layers=2), LORA]
+)
+def test_gradients_and_optimizer_are_those_of_what_is_trained(section, stage):
+    config, ranks = resolve_preset("ViT-L-14"), 4
+    batch = BatchSection(1024, checkpointing="full", accumulation="manual")
+    settings = ds_config(batch, ranks, f"zero{stage}")
+    with torch.device("meta"):
+        model = Clip(config)
+        choose_trained(model, ModelSection(**section))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    everything = estimate(config, batch, settings, ranks, GPU)
+    part = estimate(config, batch, settings, ranks, GPU, trained=trained_part(config, ModelSection(**section)))
+    parameters = parameter_counts(config)[0]
+    assert part.parts["optimizer"] == pytest.approx(12 * trained / ranks / 1e6)
+    gradients = {n: e.parts["gradients"] for n, e in (("all", everything), ("part", part))}
+    shrunk = trained / parameters
+    assert gradients["part"] == pytest.approx(gradients["all"] * shrunk, rel=1e-6)
+    assert part.reduced_mb_per_step == pytest.approx(everything.reduced_mb_per_step * shrunk)
+    assert part.peak_mb < everything.peak_mb and part.samples_per_second > everything.samples_per_second
+
+
+def test_a_locked_layer_saves_nothing_and_is_computed_forward_alone():
+    config, batch = resolve_preset("ViT-L-14"), BatchSection(256, checkpointing="none", accumulation="manual")
+    settings = ds_config(batch, 1)
+
+    def planned(**section):
+        found = trained_part(config, ModelSection(**section))
+        return estimate(config, batch, settings, 1, GPU, trained=found)
+
+    image, text = forward_flops(config)
+    assert planned().gflops_per_sample == pytest.approx(3 * (image + text) / 1e9)
+    assert planned(lock="image").gflops_per_sample == pytest.approx((image + 3 * text) / 1e9)
+    both = planned().parts["activations"]
+    assert both == pytest.approx(planned(lock="image").parts["activations"] + planned(lock="text").parts["activations"])
+    # Two of 24 blocks, and the head, which the plan takes for nothing.
+    last = planned(lock="image", unlocked_layers=3).parts["activations"] - planned(lock="image").parts["activations"]
+    assert last == pytest.approx(planned(lock="text").parts["activations"] * 2 / 24, rel=0.02)
+    adapters = planned(**LORA)
+    assert 1.9 * (image + text) < adapters.gflops_per_sample * 1e9 < 2.1 * (image + text)
 
 
 def test_a_recipe_is_planned_within_the_memory_it_is_given_and_the_step_is_the_same():

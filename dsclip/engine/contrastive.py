@@ -148,7 +148,8 @@ class ContrastiveEngine:
     def accumulate(self, batch: Batch) -> LossGrads:
         """Features, loss and backward of the towers; the gradients then wait in DeepSpeed for its step.
 
-        The last micro-batch keeps its graph and goes backward first; the others ran without one and run again.
+        The last micro-batch keeps its graph and goes backward first; the others ran without one and run again, but in a tower
+        that is locked.
         Every backward follows an engine forward: two in a row lose gradients silently in DeepSpeed 0.19.8.
         """
         return self._accumulate(batch)[0]
@@ -165,11 +166,12 @@ class ContrastiveEngine:
         factor = self.group.world_size * one_if_finite(grads)
         with self._reduction() as sums:
             self._backward(last, gradients[-1], factor, last=len(micro_batches) == 1)
-            del image, text, last, cached
+            del image, text, last
             for index, m in enumerate(micro_batches[:-1]):
                 if sums is not None:
                     sums.take()
-                self._backward(self._features(m), gradients[index], factor, last=index == len(micro_batches) - 2)
+                again = m.knowing(cached[index], self.module)
+                self._backward(self._features(again), gradients[index], factor, last=index == len(micro_batches) - 2)
             if sums is not None:
                 sums.give()
         self.deepspeed.set_gradient_accumulation_boundary(True)
@@ -179,10 +181,13 @@ class ContrastiveEngine:
         """Image features [b, D], and text features [b + m, D] of captions and hard negatives."""
         _, _, checkpointing = self.recipe.batch.sizes(self.group.world_size)
         encode: Encoder = encoder or self.deepspeed
-        return encode(
-            micro_batch.images, micro_batch.captions, chunk_size=self.recipe.batch.chunk_size, checkpointing=checkpointing,
-            visible_patches=micro_batch.visible_patches, token_wise=self._loss.token_wise,
+        m = micro_batch
+        image, text = encode(
+            m.images if m.image_features is None else None, m.captions if m.text_features is None else None,
+            chunk_size=self.recipe.batch.chunk_size, checkpointing=checkpointing, visible_patches=m.visible_patches,
+            token_wise=self._loss.token_wise,
         )  # fmt: skip
+        return m.completed(image, text)
 
     def _pairs(self, micro_batches: list[MicroBatch], features: list[tuple[Tensor, Tensor]], batch: Batch) -> Pairs:
         """What the loss sees: the features of all micro-batches, hard negatives and queue."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from dsclip.config.schema import Recipe
 from dsclip.data.batch import Batch
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads
-from dsclip.model import Captions, ClipConfig
+from dsclip.model import Captions, Clip, ClipConfig
 from dsclip.model.captions import cut_captions
 from dsclip.model.patch_dropout import visible_patches
 
@@ -22,12 +22,32 @@ class MicroBatch:
 
     images [b, 3, S, S]; captions [b + m]: those of the images, then their hard negatives; hard_owner [m]: the row of
     the local batch that each hard negative belongs to; visible_patches: of each image, None without patch dropout.
+    image_features [b, D], text_features [b + m, D]: where they are known already, and that tower has nothing to do.
     """
 
     images: Tensor
     captions: Captions
     hard_owner: Tensor
     visible_patches: Tensor | None
+    image_features: Tensor | None = None
+    text_features: Tensor | None = None
+
+    def knowing(self, features: tuple[Tensor, Tensor], model: Clip) -> MicroBatch:
+        """The same with those of a locked tower, as they were computed: without a graph they are needed once."""
+        image, text = features
+        return replace(
+            self,
+            image_features=image if model.visual.all_locked else self.image_features,
+            text_features=text if model.text.all_locked else self.text_features,
+        )
+
+    def completed(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a forward gave, with the known features in the place of those that it was spared."""
+        image = self.image_features if image is None else image
+        text = self.text_features if text is None else text
+        if image is None or text is None:
+            raise RuntimeError("a micro-batch's forward left out features that are not known")
+        return image, text
 
 
 @dataclass(frozen=True)

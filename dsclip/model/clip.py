@@ -24,14 +24,14 @@ class Encoder(Protocol):
 
     def __call__(
         self,
-        images: Tensor,
-        tokens: Tensor | Captions,
+        images: Tensor | None,
+        tokens: Tensor | Captions | None,
         *,
         chunk_size: int | None = None,
         checkpointing: str = "none",
         visible_patches: Tensor | None = None,
         token_wise: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """(image features, text features); shapes and meanings as in `Clip.forward`."""
 
 
@@ -70,6 +70,11 @@ class Tower(nn.Module):
             dummy = None
         host.leave()
         return chunks
+
+    @property
+    def all_locked(self) -> bool:
+        """Whether nothing of the tower has a graph."""
+        return self.locked == len(self.blocks) + 2
 
     def layers(self) -> list[nn.Module]:
         """In the order in which they run."""

@@ -83,8 +83,8 @@ def estimate(
     gathers, reductions = passes(parameters, batch, ds_config, world_size, micro_batches)
     wire = FP32 if ds_config.get("communication_data_type", "fp32") == "fp32" else BF16
     gathered, reduced = gathers * BF16 * parameters, reductions * wire * part.parameters
-    forward, with_graph, backward = operations(config, text_tokens, part)
-    again = with_graph * recomputed(checkpointing, machine.device) + forward * (micro_batches - 1) / micro_batches
+    forward, towers, layers, backward = operations(config, text_tokens, part)
+    again = layers * recomputed(checkpointing, machine.device) + towers * (micro_batches - 1) / micro_batches
     seconds = local * (forward + backward + again) / (machine.tflops * 1e12 * machine.efficiency)
     seconds += (gathered + reduced) / (machine.gigabytes_per_second * 1e9) if world_size > 1 else 0
     if checkpointing == "offload" and machine.device == "cuda":
@@ -116,8 +116,8 @@ def passes(
     return (micro_batches if keeps else 3 * micro_batches - 1), reductions
 
 
-def operations(config: ClipConfig, text_tokens: int | None, part: TrainedPart) -> tuple[float, float, float]:
-    """FLOPs of a sample: (forward, of these what has a graph, backward).
+def operations(config: ClipConfig, text_tokens: int | None, part: TrainedPart) -> tuple[float, float, float, float]:
+    """FLOPs of a sample: (forward, of these towers that have a graph, layers that have one, backward).
 
     Backward of a layer is a forward for its input's gradient, and one for its weights' as far as they are trained; a locked layer
     has none. Layers count alike.
@@ -126,7 +126,8 @@ def operations(config: ClipConfig, text_tokens: int | None, part: TrainedPart) -
     layers = (config.vision_layers + 2, config.text_layers + 2)
     with_graph = [f * (1 - locked / n) for f, n, locked in zip(forwards, layers, part.locked, strict=True)]
     backward = sum(f * (1 + share) for f, share in zip(with_graph, part.shares, strict=True))
-    return sum(forwards), sum(with_graph), backward
+    towers = sum(f for f, above in zip(forwards, with_graph, strict=True) if above > 0)
+    return sum(forwards), towers, sum(with_graph), backward
 
 
 @cache

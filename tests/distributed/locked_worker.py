@@ -46,7 +46,17 @@ RANK, ALPHA = 2, 6.0
 
 
 def build(
-    group, *, stage, bf16, lock="none", unlocked_layers=0, lora=(), full=(), coalesce=False, persisted=False, other=False
+    group,
+    *,
+    stage,
+    bf16,
+    lock="none",
+    unlocked_layers=0,
+    lora=(),
+    full=(),
+    coalesce=False,
+    persisted=False,
+    other=False,
 ):
     """lora, full: what adapters are added to, and what is trained beside them. other: the engine starts from other random weights."""
     adapters = dict(lora_rank=RANK, lora_alpha=ALPHA, lora_targets=list(lora), lora_full=list(full)) if lora else {}
@@ -82,7 +92,9 @@ def expected_gradients(ours: dict, everything: dict, start: dict) -> dict:
     for name in set(ours) - set(expected):
         layer, _, part = name.rpartition(".lora.")
         if part == "up":
-            expected[name] = ALPHA / RANK * everything[f"{layer}.weight"].double() @ start[f"{layer}.lora.down"].double().T
+            expected[name] = (
+                ALPHA / RANK * everything[f"{layer}.weight"].double() @ start[f"{layer}.lora.down"].double().T
+            )
         else:
             expected[name] = torch.zeros_like(ours[name], dtype=torch.float64)
     return expected
