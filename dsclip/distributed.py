@@ -76,6 +76,14 @@ class Collectives:
 
         return wait
 
+    def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """The first sent[0] numbers of x [sum of sent] go to rank 0, the next to rank 1; what came, [sum of received], by rank."""
+        if self.world_size == 1:
+            return x.clone()
+        arrived = x.new_empty(sum(received))
+        dist.all_to_all_single(arrived, x.contiguous(), received, sent)
+        return arrived
+
     def all_gather_object(self, x: T) -> list[T]:
         """The object of every rank, in rank order."""
         if self.world_size == 1:

@@ -50,8 +50,8 @@ def load(tmp_path, *, stage=3, **changes):
         ({"stage": 2, "zero_optimization": {"stage3_max_live_parameters": 5}}, "works at stage 3, and the stage is 2"),
         ({"zero_optimization": {"round_robin_gradients": True}}, "works at stage 1 and 2, and the stage is 3"),
         ({"bf16": {"enabled": True, "immediate_grad_update": True}}, "works at stage 1, and the stage is 3"),
-        ({"zero_allow_untested_optimizer": False}, "remove `zero_allow_untested_optimizer`: dsclip's optimizer is torch's"),
-        ({"zero_force_ds_cpu_optimizer": True}, "remove `zero_force_ds_cpu_optimizer`: dsclip's optimizer is torch's"),
+        ({"zero_allow_untested_optimizer": False}, "remove `zero_allow_untested_optimizer`: the optimizer is torch's AdamW or dsclip's own"),
+        ({"zero_force_ds_cpu_optimizer": True}, "remove `zero_force_ds_cpu_optimizer`: the optimizer is torch's AdamW or dsclip's own"),
     ],
 )  # fmt: skip
 def test_what_would_do_nothing_is_refused_with_what_to_use_instead(tmp_path, changes, message):

@@ -17,7 +17,7 @@ VECTORS |= {"visual.head.pool.query_embedding"}
 def values(**optim):
     """{name: (factor, decay)}"""
     groups = grouped_names(MODEL, OptimSection(weight_decay=0.1, **optim))
-    found = {name: (scale, decay) for (_, scale, decay), names in groups.items() for name in names}
+    found = {name: (g.lr_scale, g.weight_decay) for g, names in groups.items() for name in names}
     assert sorted(found) == sorted(NAMES) == sorted(n for names in groups.values() for n in names), "each exactly once"
     return found
 

@@ -65,7 +65,9 @@ def planned(
 ) -> dict[str, Any]:
     """What a plan made before the engine was there says of its step, for captions as long as these."""
     tokens = padded_length(caption_tokens[1], engine.config.context_length)
-    plan = estimate(engine.config, engine.recipe.batch, engine.ds_config, 1, machine, text_tokens=tokens)
+    plan = estimate(
+        engine.config, engine.recipe.batch, engine.ds_config, 1, machine, optim=engine.recipe.optim, text_tokens=tokens
+    )
     return {
         "planned_peak_mb": plan.peak_mb, "schedule": describe_choice(plan), "checkpointing": plan.checkpointing,
         "recomputed_gflops_per_sample": plan.recomputed_gflops_per_sample,

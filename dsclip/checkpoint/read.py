@@ -17,6 +17,7 @@ from dsclip.config.schema import ModelSection
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
 from dsclip.model.low_rank import MergedWeights
+from dsclip.optim.average import AverageOf
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Checkpoint:
     """A trained model, whole. logit_scale: the factor on similarities; logit_bias: that of a sigmoid loss.
 
     state_dict: float32 weights by dsclip's names, each read from the disk when it is asked for; adapters are merged into them.
+    average: they are the moving average of the run's.
     """
 
     path: Path
@@ -35,12 +37,14 @@ class Checkpoint:
     samples: int
     recipe: dict[str, dict[str, Any]]
     logit_bias: float | None = None
+    average: bool = False
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, average: bool = False) -> Checkpoint:
     """The checkpoint at `path`, or the newest of the run folder `path`, from ZeRO-1, 2 or 3 with any number of ranks.
 
-    Raises UserError when it isn't a checkpoint or is damaged.
+    average: the moving average of its weights (`optim.ema`) in their place. Raises UserError when it isn't a checkpoint, is
+    damaged, or has no average.
     """
     from dsclip.engine.consolidate import full_precision_weights
 
@@ -52,6 +56,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         scalars = manifest["engine"]["scalars"]
         logit_scale = math.exp(scalars["log_scale"]["value"])
         logit_bias = scalars["bias"]["value"] if "bias" in scalars else None
+        if average and (state := manifest["engine"].get("average")):
+            logit_scale = math.exp(state["scalars"]["log_scale"])
+            logit_bias = state["scalars"].get("bias")
         model = manifest["recipe"].get("model", {})
         lora = {
             name: model[name] for name in ("lora_rank", "lora_alpha") if name in model
@@ -63,11 +70,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(
         path=folder,
         config=config,
-        state_dict=MergedWeights(weights, lora_scale),
+        state_dict=MergedWeights(AverageOf(folder, weights) if average else weights, lora_scale),
         logit_scale=logit_scale,
         tokenizer_dir=folder / "tokenizer",
         step=manifest["step"],
         samples=manifest["samples"],
         recipe=manifest["recipe"],
         logit_bias=logit_bias,
+        average=average,
     )

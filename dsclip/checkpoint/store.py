@@ -234,6 +234,12 @@ def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world
             f"{path} was trained with {settings}, and the optimizer has a state for what was trained alone. Resume with that, or start "
             f"a new run from its weights with model.init={path}."
         )
+    name = manifest["recipe"].get("optim", {}).get("name", "adamw")  # an earlier version had no other
+    if name != engine.recipe.optim.name:
+        raise UserError(
+            f"{path} was trained with optim.name {name}, and {engine.recipe.optim.name} has another state. Resume with that of the run, "
+            f"or start a new run from its weights with model.init={path}."
+        )
     if not same_groups(engine.module, manifest["recipe"].get("optim", {}), engine.recipe.optim):
         raise UserError(
             f"{path} holds other parameter groups: optim.layer_decay, rules and weight_decay divide the parameters in another way. "

@@ -77,6 +77,10 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "be reached. Lower the first or raise the second.",
     )
     yield (
+        optim.momentum is None or optim.name == "muon",
+        f"`optim.momentum` is {optim.momentum}; it belongs to `optim.name: muon`",
+    )
+    yield (
         optim.decay_share is None or optim.schedule == "wsd",
         f"`optim.decay_share` is {optim.decay_share}; it belongs to `optim.schedule: wsd`",
     )

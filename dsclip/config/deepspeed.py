@@ -26,10 +26,11 @@ KINDS: dict[Kind, str] = {
     list: "a list",
 }
 AUTO = (*SIZES, "zero_optimization.stage3_param_persistence_threshold")  # keys that may say "auto"
-# What DeepSpeed writes for these goes to its log at the level info, which a dsclip run otherwise leaves out.
-# The optimizer is torch's AdamW, with our parameter groups; DeepSpeed calls any but its own untested, and compiles its own for
-# an optimizer that is offloaded.
+# The optimizer is torch's AdamW or one of ours; DeepSpeed calls any but its own untested, and compiles its own for an optimizer
+# that is offloaded.
 TORCH_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+OFFLOADED = ("adamw", "adamw_bf16", "lion")  # optimizers whose step needs no other rank
+# What DeepSpeed writes for these goes to its log at the level info, which a dsclip run otherwise leaves out.
 LOGGED = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "comms_logger")
 
 
@@ -51,6 +52,7 @@ def load_ds_config(name_or_path: str | Path, recipe: Recipe, world_size: int) ->
     _check_precision_and_stage(config, path)
     _check_applies(config, path)
     _check_reduction(config, path, recipe)
+    _check_offload(config, path, recipe)
     return config | _sizes(config, path, recipe, world_size) | _defaults(config)
 
 
@@ -160,7 +162,9 @@ def _check_applies(config: DsConfig, path: Path) -> None:
         raise UserError(f"{path}: remove `bf16.immediate_grad_update`: it works at stage 1, and the stage is {stage}.")
     for key, value in TORCH_OPTIMIZER.items():
         if config.get(key, value) is not value:
-            raise UserError(f"{path}: remove `{key}`: dsclip's optimizer is torch's AdamW, offloaded or not.")
+            raise UserError(
+                f"{path}: remove `{key}`: the optimizer is torch's AdamW or dsclip's own, offloaded or not."
+            )
     comms = config.get("comms_logger") or {}
     if comms.get("enabled") and not comms.get("verbose"):
         raise UserError(
@@ -173,6 +177,15 @@ def _check_reduction(config: DsConfig, path: Path, recipe: Recipe) -> None:
     if recipe.batch.coalesce_reduction and stage == 1:
         raise UserError(
             f"{path}: batch.coalesce_reduction needs ZeRO stage 2 or 3, and the stage is 1, which reduces once a step anyway."
+        )
+
+
+def _check_offload(config: DsConfig, path: Path, recipe: Recipe) -> None:
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none" and recipe.optim.name not in OFFLOADED:
+        raise UserError(
+            f"{path}: remove `zero_optimization.offload_optimizer`, or choose optim.name {', '.join(OFFLOADED[:-1])} or {OFFLOADED[-1]}: "
+            f"{recipe.optim.name} looks at whole tensors, whose parts ranks exchange on their devices."
         )
 
 

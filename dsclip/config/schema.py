@@ -38,6 +38,7 @@ OF_WHAT_IS_TRAINED = ("lock", "unlocked_layers", "lora_rank", "lora_alpha", "lor
 
 Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
 Checkpointing = Literal["auto", "none", "selective", "full", "offload"]
+OptimizerName = Literal["adamw", "adamw_bf16", "stable_adamw", "lion", "lamb", "muon"]
 FolderName = Annotated[
     str, Rule(lambda name: bool(re.fullmatch(r"\w[\w.+-]*", name)), "letters, digits and . _ - + only")
 ]
@@ -214,16 +215,22 @@ class LossSection:
 
 @dataclass(frozen=True, config=STRICT)
 class OptimSection:
-    """AdamW with decoupled decay on matrices only; CLIP's values for ViT."""
+    """The optimizer, with decoupled decay on matrices only; CLIP's values for ViT."""
 
+    name: OptimizerName = "adamw"
+    """`adamw_bf16`: its moments in bf16; `stable_adamw`: with update clipping; see [training](training.md#optimizers)."""
     lr: PositiveFloat = 5e-4
     """Learning rate at the end of the warm-up."""
     beta1: ShareBelowOne = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; of Lion's momentum within its update."""
     beta2: ShareBelowOne = 0.98
-    """Decay of the second moment."""
+    """Decay of the second moment; of Lion's momentum itself."""
     eps: PositiveFloat = 1e-6
     """Added to the root of the second moment."""
+    momentum: ShareBelowOne | None = None
+    """Of `muon`, for the blocks' matrices; null: 0.95."""
+    ema: ShareBelowOne | None = None
+    """Decay of a moving average of the weights, saved beside them, see [training](training.md#average-of-the-weights); null: none."""
     weight_decay: NotNegative = 0.2
     """Decoupled, of matrices only."""
     layer_decay: PositiveShare = 1.0
@@ -238,6 +245,11 @@ class OptimSection:
     """Last part of `train.steps` in which `wsd` decays; null: 0.2."""
     min_lr: NotNegative = 0.0
     """Where `cosine` and `wsd` end, and what `inverse_sqrt` does not go below; at most `lr`."""
+
+    @property
+    def muon_momentum(self) -> float:
+        """Of `muon`."""
+        return 0.95 if self.momentum is None else self.momentum
 
     @property
     def wsd_share(self) -> float:

@@ -13,6 +13,9 @@ from dsclip.config.schema import BatchSection, Recipe
 from dsclip.errors import did_you_mean
 
 SYNONYMS = {
+    "optim.name": "optimizer optimizer_name optim_name opt optimizer_type",
+    "optim.ema": "ema_decay ema_momentum weight_average model_ema model_ema_decay",
+    "optim.momentum": "muon_momentum",
     "optim.lr": "learning_rate learningrate base_lr max_lr peak_lr",
     "optim.min_lr": "lr_min final_lr end_lr lr_end",
     "optim.weight_decay": "wd decay weightdecay",

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None, *, to: str | None = None) -> None:
     p.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     if to is None:
         p.add_argument("--to", required=True, choices=list(FORMATS), help="format to write")
+    p.add_argument("--ema", action="store_true", help="of a checkpoint: the moving average of its weights (optim.ema)")
     p.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the written weights (default: fp32)")
     p.add_argument("--tokenizer", help="folder or hub name (default: the model's own)")
     p.add_argument(
@@ -69,7 +70,7 @@ def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     a = arguments
     _check_options(a)
     laps = [time.perf_counter()]
-    source = open_source(a.model)
+    source = open_source(a.model, average=a.ema)
     with tempfile.TemporaryDirectory(prefix="dsclip-tokenizer-") as folder:
         model = whole_model(source, Path(folder), a.tokenizer)
         say(f"read {model.path}" + (f": step {model.step}, verified" if source.checkpoint else ""))

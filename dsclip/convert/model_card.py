@@ -6,11 +6,19 @@ import json
 
 from dsclip.checkpoint import Checkpoint
 
+OPTIMIZERS = {
+    "adamw": "AdamW", "adamw_bf16": "AdamW with moments in bf16", "stable_adamw": "StableAdamW", "lion": "Lion", "lamb": "LAMB", "muon": "Muon",
+}  # fmt: skip
 Metrics = dict[str, dict[str, float | list[float]]]  # {task: {metric: value, metric_ci95: [lower, upper]}}
 
 
 def results_of_run(checkpoint: Checkpoint) -> tuple[Metrics, dict[str, str]]:
-    """(metrics {task: {metric: value}}, data {task: its name}) that the checkpoint's run measured at its step; or nothing."""
+    """(metrics {task: {metric: value}}, data {task: its name}) that the checkpoint's run measured at its step; or nothing.
+
+    A run measures its weights as they are, so of their average nothing.
+    """
+    if checkpoint.average:
+        return {}, {}
     log = checkpoint.path.parent.parent / "metrics.jsonl"
     metrics: Metrics = {}
     data: dict[str, str] = {}
@@ -54,7 +62,8 @@ def model_card(checkpoint: Checkpoint, metrics: Metrics, data: dict[str, str]) -
     trained_on, batch, optim = recipe.get("data", {}), recipe.get("batch", {}), recipe.get("optim", {})
     training = (
         f"{checkpoint.step} steps, {checkpoint.samples} samples seen. Data: `{trained_on.get('train_shards')}`. Global batch\n"
-        f"{batch.get('global_batch_size')}, AdamW with learning rate {optim.get('lr')} and weight decay {optim.get('weight_decay')}."
+        f"{batch.get('global_batch_size')}, {OPTIMIZERS[optim.get('name', 'adamw')]} with learning rate {optim.get('lr')} and weight decay "
+        f"{optim.get('weight_decay')}.{' The weights are a moving average of those that were trained.' * checkpoint.average}"
         if checkpoint.step
         else f"Not by dsclip: these are the weights of `{checkpoint.path.name}`, and how they were trained isn't known here."
     )

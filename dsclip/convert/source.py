@@ -98,12 +98,17 @@ def _plainly(value: object) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, *, average: bool = False) -> Source:
     """A checkpoint, the newest of a run, a HuggingFace folder, an OpenCLIP folder or state dict, or one on the hub, see `local_path`.
 
-    Raises UserError for what is none of these, is damaged, or is a model that dsclip's towers can't be.
+    average: of a checkpoint, the moving average of its weights (`optim.ema`). Raises UserError for what is none of these, is
+    damaged, has no average that was asked for, or is a model that dsclip's towers can't be.
     """
     layout, path = layout_on_hub(path), local_path(path, weights=True)
+    if average and (_is_hf(path, layout) or path.is_file() or (path / openclip.CONFIG).is_file()):
+        raise UserError(
+            f"--ema: {path} is no checkpoint of a dsclip run, which alone has an average beside its weights"
+        )
     if _is_hf(path, layout):
         folder = open_hf_folder(path)
         tokenizer_dir = path if _has_tokenizer(path) else None
@@ -115,7 +120,7 @@ def open_source(path: str | Path) -> Source:
         return _openclip_source(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, average=average)
     return Source(
         checkpoint.path, _said(checkpoint.config), finite_scale(checkpoint.logit_scale, checkpoint.path),
         checkpoint.state_dict, logit_bias=checkpoint.logit_bias, tokenizer_dir=checkpoint.tokenizer_dir,

@@ -38,6 +38,7 @@ from dsclip.model.captions import cut_captions
 from dsclip.model.compiled import compile_blocks
 from dsclip.model.fp8 import check_fp8
 from dsclip.model.trained import choose_trained
+from dsclip.optim.build import optimizer_report, weight_average
 from dsclip.optim.groups import group_settings, restore_settings, set_learning_rate
 from dsclip.optim.schedule import learning_rate
 
@@ -100,6 +101,7 @@ class ContrastiveEngine:
             self.queue = FeatureQueue(settings, *self._feature_shapes(), self.device)
         if settings.queue_momentum is not None:
             self._momentum = MomentumEncoder(model, config, ds_config, settings.queue_momentum, self.device)
+        self._average = weight_average(self.deepspeed.optimizer, model, recipe.optim, self.scalars.named())
 
     def _feature_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         config = self.config
@@ -134,8 +136,9 @@ class ContrastiveEngine:
             self.scalars.step(grads, lr)
             if self.queue is not None:
                 self._fill_queue(self.queue, micro_batches, pairs)
-            if self._momentum is not None:
-                self._momentum.update()
+            for average in (self._momentum, self._average):
+                if average is not None:
+                    average.update()
         self.step += 1
         reason = None if applied else skip_reason(pairs, grads, self.group)
         if measure or not applied or self._measured is None:
@@ -241,7 +244,7 @@ class ContrastiveEngine:
         hard = 0 if batch.hard_owner is None else len(batch.hard_owner)
         norm = self.deepspeed.get_global_grad_norm()  # ZeRO-1 and 2 have read it, ZeRO-3 has copied it to the host
         total = self.recipe.batch.global_batch_size
-        numbers = step_numbers(grads, self.scalars, hard, norm, total, self.group)
+        numbers = step_numbers(grads, self.scalars, hard, norm, total, self.group) | optimizer_report(self.deepspeed)
         if not self._loss.token_wise:
             numbers |= vars(feature_statistics(pairs.image, pairs.text))
         queued = 0 if self.queue is None else self.queue.filled
@@ -264,6 +267,8 @@ class ContrastiveEngine:
         extra = 0 if self.queue is None else self.queue.bytes
         if self._momentum is not None:
             extra += self._momentum.bytes * self.group.world_size
+        if self._average is not None:
+            extra += self._average.bytes * self.group.world_size
         return saved_bytes(self.module.parameters()) + extra
 
     def save(self, folder: Path) -> EngineState:
@@ -284,7 +289,8 @@ class ContrastiveEngine:
         if self._momentum is not None:
             self._momentum.save(folder, self.group.rank)
         queue = None if self.queue is None else self.queue.state()
-        return {"step": self.step, "scalars": self.scalars.state(), "queue": queue}
+        average = None if self._average is None else self._average.save(folder, self.group.rank)
+        return {"step": self.step, "scalars": self.scalars.state(), "queue": queue, "average": average}
 
     def load(self, folder: Path, state: EngineState) -> None:
         """Restores what `save` wrote with the same number of ranks. Collective; `folder` must have been verified."""
@@ -298,6 +304,8 @@ class ContrastiveEngine:
             self.queue.load(folder, state["queue"])
         if self._momentum is not None:
             self._momentum.load(folder, self.group.rank)
+        if self._average is not None:
+            self._average.resume(folder, state.get("average"))
 
     def close(self) -> None:
         """Frees DeepSpeed's buffers and hooks; call it before `shutdown_distributed`."""

@@ -34,10 +34,11 @@ class LossScalars:
         if has_bias:
             self.bias = torch.nn.Parameter(torch.tensor(loss.init_bias, dtype=torch.float32, device=device))
         self._adamw = torch.optim.AdamW(
-            list(self._named().values()), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=0.0
+            list(self.named().values()), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=0.0
         )
 
-    def _named(self) -> dict[str, torch.nn.Parameter]:
+    def named(self) -> dict[str, torch.nn.Parameter]:
+        """What the loss learns beside the towers."""
         named = {"log_scale": self.log_scale, "bias": self.bias}
         return {name: p for name, p in named.items() if p is not None}
 
@@ -84,7 +85,7 @@ class LossScalars:
     def state(self) -> dict[str, dict[str, float]]:
         """A few numbers by scalar, which JSON keeps exactly (float32 fits into a double)."""
         states = {}
-        for name, parameter in self._named().items():
+        for name, parameter in self.named().items():
             moments = self._adamw.state.get(parameter, {})
             states[name] = {"value": parameter.item()} | {k: v.item() for k, v in moments.items()}
         states["log_scale"]["start"] = self._start  # a schedule goes on from here, not from the recipe's temperature
@@ -92,7 +93,7 @@ class LossScalars:
 
     def load_state(self, states: dict[str, dict[str, float]]) -> None:
         """Restores what `state` returned, bit for bit."""
-        for name, parameter in self._named().items():
+        for name, parameter in self.named().items():
             state = dict(states[name])
             if name == "log_scale":
                 self._start = state.pop("start", self._start)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from torch import nn
+
+from dsclip.optim.average import AverageState
 
 
 class QueueState(TypedDict):
@@ -16,11 +18,15 @@ class QueueState(TypedDict):
 
 
 class EngineState(TypedDict):
-    """step: optimizer steps done; scalars: {"log_scale" or "bias": its value and AdamW's moments}; queue: None without one."""
+    """step: optimizer steps done; scalars: {"log_scale" or "bias": its value and AdamW's moments}; queue: None without one.
+
+    average: of the weights, None without one; an earlier version didn't write it.
+    """
 
     step: int
     scalars: dict[str, dict[str, float]]
     queue: QueueState | None
+    average: NotRequired[AverageState | None]
 
 
 def saved_bytes(weights: Iterable[nn.Parameter]) -> int:

@@ -14,6 +14,8 @@ from dsclip.engine.loss_scalars import LossScalars
 from dsclip.losses import LossGrads
 from dsclip.losses.feature_statistics import FeatureStatistics
 
+OF_THE_OPTIMIZER = ("update_rms", "clipped_tensors")
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -59,6 +61,11 @@ class StepMetrics:
     def logit_bias(self) -> float | None:
         """Of losses that have one, after the step."""
         return self.numbers["bias"].item() if "bias" in self.numbers else None
+
+    @property
+    def optimizer(self) -> dict[str, float]:
+        """What the optimizer says of its step; of StableAdamW the largest RMS of a tensor, and how many were clipped."""
+        return {name: self.numbers[name].item() for name in OF_THE_OPTIMIZER if name in self.numbers}
 
     @property
     def masked_negatives(self) -> int:

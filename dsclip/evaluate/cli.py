@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoint, run, HuggingFace CLIP folder, OpenCLIP folder or state dict, hf:NAME, openclip:NAME, or "
         "adapter:MODULE:FUNCTION for a model of another framework",
     )
+    p.add_argument("--ema", action="store_true", help="of a checkpoint: the moving average of its weights (optim.ema)")
     p.add_argument("--task", choices=list(TASKS))
     p.add_argument("--suite", help=f"many tasks in one go: {', '.join(suite_names())}, or a YAML file")
     p.add_argument("--data-root", type=Path, help="with --suite: where its sets are (default: this folder)")
@@ -166,7 +167,9 @@ def _check_output(arguments: argparse.Namespace) -> None:
 
 
 def _wanted(a: argparse.Namespace) -> Wanted:
-    return Wanted(a.model, a.tokenizer, a.batch_size, a.dtype, a.device_map, a.host_memory_gb, a.offload_folder)
+    return Wanted(
+        a.model, a.tokenizer, a.batch_size, a.dtype, a.device_map, a.host_memory_gb, a.offload_folder, average=a.ema
+    )
 
 
 def _measure(arguments: argparse.Namespace, model: OpenedModel) -> dict[str, Any]:

@@ -31,7 +31,10 @@ CPU_CHUNK = 32  # images: half the activations of a batch of 64, as fast, and th
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a user says of the model. dtype: of DTYPES, None: bf16 on a GPU, fp32 on a CPU; the rest: see the command line."""
+    """What a user says of the model. dtype: of DTYPES, None: bf16 on a GPU, fp32 on a CPU; the rest: see the command line.
+
+    average: the moving average of a checkpoint's weights.
+    """
 
     model: str
     tokenizer: str | None = None
@@ -40,6 +43,7 @@ class Wanted:
     device_map: str | None = None
     host_memory_gb: float | None = None
     offload_folder: Path | None = None
+    average: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def open_model(wanted: Wanted, device: torch.device, group: Collectives, tempora
 def _loaded(
     wanted: Wanted, dtype: torch.dtype, device: torch.device, group: Collectives, temporary: Path
 ) -> OpenedModel:
-    source = open_source(wanted.model)
+    source = open_source(wanted.model, average=wanted.average)
     tokenizer = tokenizer_of(source, wanted.tokenizer)
     config = source.config(tokenizer.eot_token_id)
     check_tokenizer(tokenizer, config, source)
@@ -97,7 +101,8 @@ def _loaded(
 
     @cache  # it hashes all weights
     def protocol() -> dict[str, Any]:
-        return run_protocol(model, str(source.path), config, tokenizer, name, dtype, device, source.stored)
+        path = f"{source.path}{' (its moving average)' * wanted.average}"
+        return run_protocol(model, path, config, tokenizer, name, dtype, device, source.stored)
 
     return OpenedModel(wanted.model, embedder, config.image_size, None, protocol, source.train_shards, source.scale)
 
@@ -119,7 +124,9 @@ def _encoders(
 
 
 def _adapted(wanted: Wanted, device: torch.device, group: Collectives) -> OpenedModel:
-    given = {"--tokenizer": wanted.tokenizer, "--dtype": wanted.dtype, "--device-map": wanted.device_map}
+    given = {
+        "--tokenizer": wanted.tokenizer, "--dtype": wanted.dtype, "--device-map": wanted.device_map, "--ema": wanted.average or None,
+    }  # fmt: skip
     if unused := [name for name, value in given.items() if value is not None]:
         raise UserError(f"{' and '.join(unused)} can't be obeyed with an adapter: that is up to its functions")
     adapter, code = load_adapter(wanted.model)

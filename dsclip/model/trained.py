@@ -59,13 +59,14 @@ def _leading_frozen(tower: Tower) -> int:
 class TrainedPart(NamedTuple):
     """Sizes of what is trained. of: numbers of the model, adapters included; parameters: numbers that have a gradient; beside: of these, the adapters', which the plain model
     doesn't have; locked: so many of the first layers of the image and the text tower run without a graph; shares: of what is in the
-    others, the part that is trained."""
+    others, the part that is trained; matrices: of `parameters`, those in matrices of blocks."""
 
     of: int
     parameters: int
     beside: int
     locked: tuple[int, int]
     shares: tuple[float, float]
+    matrices: int
 
     def __str__(self) -> str:
         return f"{self.parameters:,} of {self.of:,} parameters are trained ({self.parameters / self.of:.2%})"
@@ -84,6 +85,7 @@ def trained_part(config: ClipConfig, section: ModelSection) -> TrainedPart:
         model.parameter_count() - own,
         (model.visual.locked, model.text.locked),
         (_trained_share(model.visual), _trained_share(model.text)),
+        sum(p.numel() for n, p in model.named_parameters() if ".blocks." in n and p.dim() == 2 and p.requires_grad),
     )
 
 

@@ -13,24 +13,31 @@ from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.trained import choose_trained
 
-GROUPING = ("layer_decay", "rules", "weight_decay")  # the keys that divide parameters into groups
+GROUPING = ("name", "layer_decay", "rules", "weight_decay")  # the keys that divide parameters into groups
 OF_A_GROUP = ("lr_scale", "weight_decay", "betas", "eps")
 EMBEDDINGS = ("position_embedding", "class_embedding", "query_embedding", "registers")
 
 
 class Group(NamedTuple):
-    """What the parameters of a group have in common. free: vectors and embeddings, which don't decay unless a rule says so."""
+    """What the parameters of a group have in common.
+
+    free: vectors and embeddings, which don't decay unless a rule says so. orthogonal: the blocks' matrices, of Muon.
+    """
 
     free: bool
     lr_scale: float
     weight_decay: float
+    orthogonal: bool = False
 
 
 def parameter_groups(model: Clip, optim: OptimSection) -> list[dict[str, Any]]:
     """Groups for torch's optimizers; `lr_scale` is the factor on the learning rate of the step. Raises UserError."""
     named = dict(model.named_parameters())
     return [
-        {"params": [named[name] for name in names], "weight_decay": group.weight_decay, "lr_scale": group.lr_scale}
+        {
+            "params": [named[name] for name in names],
+            **{key: getattr(group, key) for key in ("weight_decay", "lr_scale", "orthogonal")},
+        }
         for group, names in grouped_names(model, optim).items()
     ]
 
@@ -55,7 +62,8 @@ def grouped_names(model: Clip, optim: OptimSection) -> dict[Group, list[str]]:
                 unused.discard(str(rule["match"]))
                 values |= {key: float(value) for key, value in rule.items() if key != "match"}
         scale = values["lr_scale"] * optim.layer_decay ** layers_above(model, name)
-        groups.setdefault(Group(free, scale, values["weight_decay"]), []).append(name)
+        orthogonal = optim.name == "muon" and len(shape) == 2 and ".blocks." in name
+        groups.setdefault(Group(free, scale, values["weight_decay"], orthogonal), []).append(name)
     if unused:
         raise UserError(
             f"`optim.rules`: `{min(unused)}` matches no parameter of this model that is trained. Names are such as "

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from dsclip.config.deepspeed import DsConfig
-from dsclip.config.schema import BatchSection, LossSection
+from dsclip.config.schema import BatchSection, LossSection, OptimSection
 from dsclip.model import ClipConfig
 from dsclip.model.trained import TrainedPart
 from dsclip.plan.choose import plan_batch
@@ -19,7 +19,8 @@ from dsclip.plan.machine import Machine
 
 def advice(
     config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, text_tokens: int | None = None, trained: TrainedPart | None = None,
+    loss: LossSection | None = None, optim: OptimSection | None = None, text_tokens: int | None = None,
+    trained: TrainedPart | None = None,
 ) -> list[str]:  # fmt: skip
     """Changes after which the batch fits, with the peak each leads to; the least first. Empty if none is known."""
 
@@ -27,7 +28,15 @@ def advice(
         new_batch: BatchSection, new_ds_config: DsConfig = ds_config, ranks: int = world_size, new_loss: LossSection | None = loss
     ) -> Estimate:  # fmt: skip
         return plan_batch(
-            config, new_batch, new_ds_config, ranks, machine, loss=new_loss, text_tokens=text_tokens, trained=trained
+            config,
+            new_batch,
+            new_ds_config,
+            ranks,
+            machine,
+            loss=new_loss,
+            optim=optim,
+            text_tokens=text_tokens,
+            trained=trained,
         )[1]
 
     free = replace(batch, micro_batch_size=None, chunk_size=None, checkpointing="auto", accumulation="auto")
@@ -51,7 +60,7 @@ def advice(
             peak, free, buckets
         )
     if machine.device == "cuda":  # a CPU's ranks share one memory, in which the optimizer is already
-        if not zero.get("offload_optimizer"):
+        if not zero.get("offload_optimizer") and (optim is None or optim.name == "adamw"):
             offload = "keep the optimizer in host memory: ds_configs/zero3_offload_bf16.json"
             tries[offload] = partial(peak, free, offloaded)
         for factor in (2, 4, 8, 16, 32):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 
 from dsclip.config.deepspeed import DsConfig
-from dsclip.config.schema import BatchSection, Checkpointing, LossSection, Recipe
+from dsclip.config.schema import BatchSection, Checkpointing, LossSection, OptimSection, Recipe
 from dsclip.distributed import Collectives
 from dsclip.model import ClipConfig
 from dsclip.model.trained import TrainedPart, trained_part
@@ -23,14 +23,22 @@ def plan_recipe(recipe: Recipe, ds_config: DsConfig, config: ClipConfig, group: 
     machine = group.broadcast_object(this_machine())
     trained = trained_part(config, recipe.model)
     batch, found = plan_batch(
-        config, recipe.batch, ds_config, group.world_size, machine, loss=recipe.loss, trained=trained
+        config,
+        recipe.batch,
+        ds_config,
+        group.world_size,
+        machine,
+        loss=recipe.loss,
+        optim=recipe.optim,
+        trained=trained,
     )
     return replace(recipe, batch=batch), found
 
 
 def plan_batch(
     config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, text_tokens: int | None = None, trained: TrainedPart | None = None,
+    loss: LossSection | None = None, optim: OptimSection | None = None, text_tokens: int | None = None,
+    trained: TrainedPart | None = None,
 ) -> tuple[BatchSection, Estimate]:  # fmt: skip
     """The batch section with micro_batch_size, chunk_size, checkpointing and coalesce_reduction filled in, and its estimate.
 
@@ -43,7 +51,15 @@ def plan_batch(
 
     def look(candidate: BatchSection) -> Estimate:
         return estimate(
-            config, candidate, ds_config, world_size, machine, loss=loss, text_tokens=text_tokens, trained=trained
+            config,
+            candidate,
+            ds_config,
+            world_size,
+            machine,
+            loss=loss,
+            optim=optim,
+            text_tokens=text_tokens,
+            trained=trained,
         )
 
     if batch.accumulation == "manual":

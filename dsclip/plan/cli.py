@@ -101,13 +101,29 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     machine, source = _machine(a, recipe.model.name)
     trained = trained_part(config, recipe.model)
     batch, found = plan_batch(
-        config, recipe.batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens, trained=trained
+        config,
+        recipe.batch,
+        ds_config,
+        a.gpus,
+        machine,
+        loss=recipe.loss,
+        optim=recipe.optim,
+        text_tokens=a.text_tokens,
+        trained=trained,
     )
     changes = []
     if not found.fits:
         machine = machine if batch.memory_gb is None else replace(machine, memory_gb=batch.memory_gb)
         changes = advice(
-            config, batch, ds_config, a.gpus, machine, loss=recipe.loss, text_tokens=a.text_tokens, trained=trained
+            config,
+            batch,
+            ds_config,
+            a.gpus,
+            machine,
+            loss=recipe.loss,
+            optim=recipe.optim,
+            text_tokens=a.text_tokens,
+            trained=trained,
         )
     result = {
         "model": recipe.model.name, "global_batch_size": batch.global_batch_size,

@@ -8,12 +8,13 @@ from functools import cache
 import torch
 
 from dsclip.config.deepspeed import DsConfig, resolve_persistence
-from dsclip.config.schema import BatchSection, LossSection
+from dsclip.config.schema import BatchSection, LossSection, OptimSection
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.flops import forward_flops
 from dsclip.model.trained import TrainedPart
 from dsclip.plan.machine import USABLE, Machine
 from dsclip.plan.memory import BF16, FP32, activation_bytes, image_bytes, loss_bytes, state_bytes
+from dsclip.plan.optimizer_state import block_matrices, kept_bytes, step_bytes
 
 HOST_BYTES_PER_SECOND = 25e9  # between GPU and pinned memory over PCIe 4, to and fro at a time
 # Of a forward's products, those that are computed again for the gradients; full: all but each block's last.
@@ -51,12 +52,13 @@ class Estimate:
 
 def estimate(
     config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, text_tokens: int | None = None, trained: TrainedPart | None = None,
+    loss: LossSection | None = None, optim: OptimSection | None = None, text_tokens: int | None = None,
+    trained: TrainedPart | None = None,
 ) -> Estimate:  # fmt: skip
     """The estimate for one rank. text_tokens: of a chunk's longest caption; None: the context length. trained: what is trained; None: all."""
-    loss = loss or LossSection()
+    loss, optim = loss or LossSection(), optim or OptimSection()
     parameters, block = parameter_counts(config)
-    part = trained or TrainedPart(parameters, parameters, 0, (0, 0), (1.0, 1.0))
+    part = trained or TrainedPart(parameters, parameters, 0, (0, 0), (1.0, 1.0), block_matrices(config))
     parameters = part.of
     micro_batch, chunk, checkpointing = batch.sizes(world_size)
     local = batch.global_batch_size // world_size
@@ -66,15 +68,18 @@ def estimate(
         config, micro_batch, chunk, checkpointing, machine.device, text_tokens, texts, part.locked
     )
     ds_config = resolve_persistence(ds_config, batch)
-    state = state_bytes(parameters, block, ds_config, world_size, machine.device, part.parameters)
+    kept, average = kept_bytes(part.parameters, part.matrices, optim)
+    state = state_bytes(parameters, block, ds_config, world_size, machine.device, part.parameters, kept)
+    if average:
+        state["weight_average"] = average / world_size if state["optimizer"] else 0
     if batch.coalesce_reduction:
         state["gradients"] += (BF16 + FP32) * part.parameters  # of a micro-batch, and their sum
     losses = loss_bytes(config, batch.global_batch_size, world_size, loss, machine.device)
     if loss.queue_momentum is not None:
         sharded = ds_config["zero_optimization"]["stage"] == 3
         state["momentum_encoder"] = parameters * (FP32 + BF16) / (world_size if sharded else 1)
-    reduction = state.pop("reduction")
-    # The graph's peak is where backward begins, or the loss before it; the reduction's is where it ends.
+    # The graph's peak is where backward begins, or the loss before it; the reduction's is where it ends, and then the step's.
+    reduction = max(state.pop("reduction"), step_bytes(part.parameters / world_size, optim))
     at_work = max(working, losses.pop("loss_tiles"))
     activations = {"activations": saved, "working_set": at_work, "reduction": max(0, reduction - saved - at_work)}
     sizes = {"process": machine.base_gb * 1e9, **state, "images": image_bytes(config, local), **losses, **activations}

@@ -123,15 +123,15 @@ def state_bytes(
     ds_config: DsConfig,
     world_size: int,
     device: str,
-    trained: int | None = None,
+    trained: int,
+    kept: float,
 ) -> dict[str, float]:
     """Weights, optimizer, gradients and buckets; "reduction": what the gradients' reduction takes for a moment.
 
-    trained: of the parameters, those that have gradients; None: all.
+    trained: of the parameters, those that have gradients; kept: bytes of their masters and moments, of all ranks together.
     """
     zero = ds_config["zero_optimization"]
-    stage, p, w = zero["stage"], parameters, world_size
-    t = p if trained is None else trained
+    stage, p, t, w = zero["stage"], parameters, trained, world_size
     on_host = (zero.get("offload_optimizer") or {}).get("device", "none") != "none" and device == "cuda"
     weights_on_host = (zero.get("offload_param") or {}).get("device", "none") != "none" and device == "cuda"
     grad = FP32 if ds_config.get("data_types", {}).get("grad_accum_dtype", "fp32") == "fp32" else BF16
@@ -142,7 +142,7 @@ def state_bytes(
     allocated = filled if device == "cpu" else bucket
     reducers = 2 if zero.get("overlap_comm") else 1
     host_copies = 1 if device == "cpu" else 0  # gloo has no reduce-scatter of its own
-    optimizer = 0 if on_host else 12 * t / w
+    optimizer = 0 if on_host else kept / w
     if stage == 3:
         live = min(p, int(zero.get("stage3_max_live_parameters", 1e9)))
         if zero.get("stage3_param_persistence_threshold", 0) >= p:

@@ -30,7 +30,14 @@ def describe_run(inputs: RunInputs) -> str:
     local_batch = recipe.batch.global_batch_size // world_size
     trained = trained_part(inputs.model, recipe.model)
     _, estimate = plan_batch(
-        inputs.model, recipe.batch, inputs.ds_config, world_size, this_machine(), loss=recipe.loss, trained=trained
+        inputs.model,
+        recipe.batch,
+        inputs.ds_config,
+        world_size,
+        this_machine(),
+        loss=recipe.loss,
+        optim=recipe.optim,
+        trained=trained,
     )
     return "\n".join([
         "# recipe", dump_recipe(recipe), "# DeepSpeed", json.dumps(inputs.ds_config, indent=2),

@@ -31,6 +31,8 @@ GROUPS = {
         "grad_norm",
         "skipped_steps",
         "logit_bias",
+        "update_rms",
+        "clipped_tensors",
     ),
     "features": ("alignment", "uniformity"),
     "negatives": ("masked_negatives", "hard_negatives", "queue_length"),

@@ -263,8 +263,8 @@ def evaluation_tag(name: str) -> str:
 
 
 def loss_scalars(metrics: StepMetrics) -> dict[str, float]:
-    """What TensorBoard shows of the loss beyond its value; only what the run has."""
-    shown = {"logit_bias": metrics.logit_bias}
+    """What TensorBoard shows of the loss beyond its value, and of the optimizer; only what the run has."""
+    shown = {"logit_bias": metrics.logit_bias, **metrics.optimizer}
     if metrics.features is not None:
         shown |= {"alignment": metrics.features.alignment.item(), "uniformity": metrics.features.uniformity.item()}
     counts = ("masked_negatives", "hard_negatives", "queue_length")

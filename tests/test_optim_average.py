@@ -1,0 +1,126 @@
+"""The average of the weights on one rank: written by a run, read by other sizes of it, converted and evaluated."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from dsclip.checkpoint import CheckpointStore, load_checkpoint, read_checkpoint
+from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
+from dsclip.convert import cli
+from dsclip.convert.source import open_source
+from dsclip.distributed import Collectives
+from dsclip.engine.contrastive import ContrastiveEngine
+from dsclip.errors import UserError
+from dsclip.evaluate.cli import _parser, evaluate
+from dsclip.optim.average import PATTERN, WeightAverage
+from dsclip.optim.flat import FlatVector, Piece
+from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, global_batch
+from tests.distributed.launch import alone
+
+
+def build(ema, config=CONFIG):
+    optim = OptimSection(lr=1e-2, warmup_steps=0, ema=ema)
+    recipe = Recipe(batch=BatchSection(GLOBAL_BATCH), optim=optim, train=TrainSection(steps=10, compile="off"))
+    return ContrastiveEngine(recipe, ds_config(3, True, 1), config)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tmp_path_factory):
+    """Of three steps with an average, and of three without."""
+    run = tmp_path_factory.mktemp("averaged")
+    config = replace(CONFIG, vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
+    with alone():
+        found = []
+        for ema in (0.9, None):
+            engine = build(ema, config)
+            for step in range(3):
+                batch = global_batch(step)
+                ended = torch.where(batch.tokens == CONFIG.eot_token_id, tokenizer.eot_token_id, batch.tokens)
+                engine.train_step(replace(batch, tokens=ended))
+            store = CheckpointStore(run / str(ema), keep=1, tokenizer=tokenizer)
+            found.append(store.save(engine, {}, asdict(engine.recipe)))
+            engine.close()
+    return found
+
+
+def test_a_checkpoint_is_converted_and_evaluated_with_its_average(checkpoint, tmp_path):
+    averaged, plain = read_checkpoint(checkpoint[0], average=True), read_checkpoint(checkpoint[0])
+    different = [n for n, w in plain.state_dict.items() if not torch.equal(w, averaged.state_dict[n])]
+    assert len(different) == len(plain.state_dict) and averaged.logit_scale != plain.logit_scale
+    with pytest.raises(SystemExit) as done:
+        cli.main([str(checkpoint[0]), str(tmp_path / "hf"), "--ema"], to="hf")
+    assert done.value.code == 0
+    back = open_source(tmp_path / "hf").weights()
+    assert all(torch.equal(w, averaged.state_dict[n]) for n, w in back)
+    assert "moving average" in (tmp_path / "hf" / "README.md").read_text()
+    data = ["--task", "retrieval", "--data", "demo:val", "--max-samples", "30"]
+    by_hand = evaluate(_parser().parse_args(["--model", str(tmp_path / "hf"), *data]))
+    found = evaluate(_parser().parse_args(["--model", str(checkpoint[0]), "--ema", *data]))
+    other = evaluate(_parser().parse_args(["--model", str(checkpoint[0]), *data]))
+    hashes = [r["protocol"]["model"]["weights_sha256"] for r in (by_hand, found, other)]
+    assert found["metrics"] == by_hand["metrics"] and hashes[0] == hashes[1] != hashes[2]
+
+
+def test_an_average_that_is_not_there_is_said(checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"has no average of the weights: it was trained without optim.ema"):
+        read_checkpoint(checkpoint[1], average=True)
+    (tmp_path / "weights.pt").touch()
+    with pytest.raises(UserError, match=r"--ema: .*weights.pt is no checkpoint of a dsclip run"):
+        open_source(tmp_path / "weights.pt", average=True)
+
+
+def test_a_run_that_had_none_begins_its_average_with_its_weights(checkpoint, tokenizer):
+    with alone():
+        config = replace(CONFIG, vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
+        engine = build(0.9, config)
+        load_checkpoint(engine, checkpoint[1], world_size=1)
+        weights = read_checkpoint(checkpoint[1]).state_dict
+        assert all(torch.equal(x, weights[n].flatten()) for n, x in engine._average.pieces().items())
+        engine.close()
+
+
+def cut(ranks: int, sharded: bool) -> list[FlatVector]:
+    """Three tensors as a rank of so many holds them: under ZeRO-3 a part of each, else a stretch of all."""
+    shapes = [torch.Size(s) for s in ((5, 3), (7,), (4, 4))]
+    names, total = ["a", "b", "c"], 38
+    vectors = []
+    for rank in range(ranks):
+        pieces, offset, begin = [], 0, 0
+        for tensor, shape in enumerate(shapes):
+            n = shape.numel()
+            if sharded:
+                share = -(-n // ranks)
+                start, stop = rank * share, min(n, (rank + 1) * share)
+                place, offset = offset, offset + share
+            else:
+                share = -(-total // ranks)
+                start, stop = max(0, rank * share - begin), min(n, (rank + 1) * share - begin)
+                place = begin + start - rank * share
+            begin += n
+            if start < stop:
+                pieces.append(Piece(tensor, start, stop - start, place))
+        everything = [[]] * ranks
+        everything[rank] = pieces
+        group = Collectives(rank, ranks)
+        vectors.append(FlatVector(torch.zeros(offset if sharded else share), names, shapes, everything, group))
+    return vectors
+
+
+@pytest.mark.parametrize("saved", [(1, True), (3, True), (2, False), (3, False)])
+@pytest.mark.parametrize("loaded", [(2, True), (4, True), (1, False), (5, False)])
+def test_it_is_read_by_any_number_of_ranks_in_any_stage(saved, loaded, tmp_path):
+    whole = torch.arange(38.0)
+    values = dict(zip("abc", whole.split([15, 7, 16]), strict=True))
+    for v in cut(*saved):
+        for p in v.own:
+            v.numbers.narrow(0, p.offset, p.numel).copy_(values[v.names[p.tensor]].narrow(0, p.start, p.numel))
+        state = WeightAverage([v], {}, 0.9).save(tmp_path, v.group.rank)
+    assert len(list(tmp_path.glob(PATTERN))) == saved[0]
+    found = {name: [] for name in values}
+    for v in cut(*loaded):
+        average = WeightAverage([v], {}, 0.9)
+        average.load(tmp_path, state)
+        for name, piece in average.pieces().items():
+            found[name].append(piece)
+    assert all(torch.equal(torch.cat(found[name]), values[name]) for name in values)
