@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dsclip.data import build_eval_dataset
 from dsclip.errors import UserError
 from dsclip.evaluate import Embedder, Options, run_task
+from dsclip.evaluate.arguments import NEGATIVE_KEY, check_keys
 from dsclip.evaluate.results.intervals import bootstrap, intervals
 from dsclip.evaluate.tasks.multilabel import measure_multilabel
 from dsclip.losses import SingleRank
@@ -123,3 +124,26 @@ def test_groups_come_from_the_metadata_of_datacomps_shards(tmp_path):
         for key in ("npy:0", "npy:1", "npy:2")
     }
     assert groups == {"npy:0": ["2", "0", "2"], "npy:1": ["7", "7", "9"], "npy:2": [None] * 3}
+
+
+def test_a_group_of_metadata_has_all_digits_and_is_a_number(tmp_path):
+    vectors = {
+        "0": np.float64([1234567, 0.1]), "1": np.float64([1234568, np.nan]), "2": np.int64([2**62 + 1, -1]), "3": np.float32([1e6, 0.1]),
+        "4": np.array([True, False]), "5": np.float16([np.inf, -0.0]),
+    }  # fmt: skip
+    write_tar(tmp_path / "0.tar", {k: {"jpg": jpeg(int(k)), "cls": b"0", "npy": npy(v)} for k, v in vectors.items()})
+    first, second = (
+        build_eval_dataset(str(tmp_path / "0.tar"), image_size=16, group_key=key).groups for key in ("npy:0", "npy:1")
+    )
+    assert first == ["1234567", "1234568", "4611686018427387905", "1000000", "1", None]
+    assert second == ["0.1", None, "-1", "0.1", "0", "0"]
+
+
+def test_a_group_key_that_is_no_place_in_metadata_is_said(tmp_path):
+    write_tar(tmp_path / "0.tar", {"0": {"jpg": jpeg(0), "cls": b"0", "npy": npy([1])}})
+    for key in ("npy:x", "npy:", "npy:-1"):
+        with pytest.raises(UserError, match=f"group key '{key}' is no place in .npy; give npy: and a number"):
+            build_eval_dataset(str(tmp_path / "0.tar"), image_size=16, group_key=key)
+    dataset = build_eval_dataset(str(tmp_path / "0.tar"), image_size=16, group_key="npy:1")
+    with pytest.raises(UserError, match="has the group key 'npy:1'; look into a sample's .npy"):
+        check_keys(dataset, "0.tar", "npy:1", NEGATIVE_KEY)

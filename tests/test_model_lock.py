@@ -96,7 +96,6 @@ def test_what_would_lock_nothing_is_refused():
 @pytest.mark.parametrize(
     "keys, words",
     [
-        (["model.lock=image"], "without `model.init`: that tower would stay random"),
         (["model.unlocked_layers=1"], "belongs to `model.lock: image` or `text`"),
         (["model.lock=text", "model.init=x", "loss.queue_size=512", "loss.queue_momentum=0.9"], "no moving average"),
     ],

@@ -123,7 +123,6 @@ def test_an_expression_that_is_found_nowhere_is_named(key):
 @pytest.mark.parametrize(
     "keys, words",
     [
-        (["model.lora_rank=4"], "without `model.init`: adapters would be trained beside random weights"),
         (["model.lora_rank=4", "model.init=x", "model.lock=text"], "adapters leave all weights locked"),
         (["model.lora_rank=4", "model.init=x", "model.lora_targets=[]"], "`model.lora_targets` is empty"),
         (["model.lora_rank=4", "model.init=x", "model.lora_targets=['(']"], "give a list of regular expressions"),

@@ -64,6 +64,17 @@ def test_a_rule_that_matches_nothing_is_named():
             check()
 
 
+def test_before_a_run_rules_are_held_against_what_it_trains():
+    config, text = resolve_preset("demo"), OptimSection(rules=[{"match": r"^text\.", "lr_scale": 0}])
+    check_rules(config, ModelSection(), text)
+    with pytest.raises(UserError, match=r"`\^text\\.` matches no parameter of this model that is trained"):
+        check_rules(config, ModelSection(lock="text"), text)
+    with pytest.raises(UserError, match="leave something to train"):
+        check_rules(config, ModelSection(lock="image"), text)
+    with pytest.raises(UserError, match="model.unlocked_layers is 99"):
+        check_rules(config, ModelSection(lock="image", unlocked_layers=99), OptimSection())
+
+
 def test_the_learning_rate_is_scaled_by_group_and_a_factor_of_0_freezes():
     model = Clip(resolve_preset("demo", vision_layers=1, text_layers=1))
     optim = OptimSection(rules=[{"match": r"^visual\.", "lr_scale": 0}])

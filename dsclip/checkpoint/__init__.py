@@ -1,5 +1,6 @@
 """Checkpoints: written atomically, verified before they are read."""
 
+from dsclip.checkpoint.fits import check_fits
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint
 from dsclip.checkpoint.manifest import Manifest, read_manifest
 from dsclip.checkpoint.read import Checkpoint, read_checkpoint
@@ -11,6 +12,7 @@ __all__ = [
     "Lineage",
     "Manifest",
     "NoRoom",
+    "check_fits",
     "complete_checkpoints",
     "find_checkpoint",
     "load_checkpoint",

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dsclip.checkpoint.fits import check_fits
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint, step_of
 from dsclip.checkpoint.manifest import MANIFEST, LaterRunState, Manifest, read_manifest, verify, write_manifest
-from dsclip.checkpoint.weights_alone import check_continuable
-from dsclip.config.schema import OF_WHAT_IS_TRAINED, ModelSection
 from dsclip.distributed import Collectives
 from dsclip.errors import RunFailed, UserError
 from dsclip.files import on_disk
-from dsclip.model.config import OF_THE_RUN, ClipConfig
-from dsclip.optim.groups import same_groups
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
     from dsclip.engine.contrastive import ContrastiveEngine
@@ -200,61 +197,7 @@ def load_checkpoint(engine: ContrastiveEngine, path: Path, *, world_size: int) -
 
 def load_verified(engine: ContrastiveEngine, path: Path, manifest: Manifest, *, world_size: int) -> None:
     """The same with a checkpoint that `verify` has just read, and whose manifest every rank has."""
-    _check_fits(manifest, engine, path, world_size)
-    engine.load(path, manifest["engine"])
-
-
-def _check_fits(manifest: Manifest, engine: ContrastiveEngine, path: Path, world_size: int) -> None:
-    check_continuable(manifest, path)
-    if manifest["world_size"] != world_size:
-        raise UserError(
-            f"{path} was written by {manifest['world_size']} ranks and this run has {world_size}. Use as many ranks again, "
-            f"or start a new run from its weights with model.init={path}."
-        )
-    stage = engine.ds_config["zero_optimization"]["stage"]
-    if manifest["zero_stage"] != stage:
-        raise UserError(
-            f"{path} was written with ZeRO stage {manifest['zero_stage']} and the DeepSpeed configuration says {stage}. "
-            f"Use the same stage, or start a new run from its weights with model.init={path}."
-        )
-    ours = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(engine.config).items()}
-    theirs = {f.name: f.default for f in fields(ClipConfig)} | manifest[
-        "model"
-    ]  # an earlier version wrote fewer fields
-    if different := [k for k in ours if k not in OF_THE_RUN and ours[k] != theirs[k]]:
-        raise UserError(
-            f"{path} holds another model: {', '.join(different)} differ. Resume with the recipe of that run."
-        )
-    section, then = engine.recipe.model, manifest["recipe"].get("model", {})
-    defaults = ModelSection()  # an earlier version wrote fewer keys
-    trained_then = {name: then.get(name, getattr(defaults, name)) for name in OF_WHAT_IS_TRAINED}
-    if different := [name for name, value in trained_then.items() if value != getattr(section, name)]:
-        settings = " ".join(f"model.{name}={trained_then[name]}" for name in different)
-        raise UserError(
-            f"{path} was trained with {settings}, and the optimizer has a state for what was trained alone. Resume with that, or start "
-            f"a new run from its weights with model.init={path}."
-        )
-    name = manifest["recipe"].get("optim", {}).get("name", "adamw")  # an earlier version had no other
-    if name != engine.recipe.optim.name:
-        raise UserError(
-            f"{path} was trained with optim.name {name}, and {engine.recipe.optim.name} has another state. Resume with that of the run, "
-            f"or start a new run from its weights with model.init={path}."
-        )
-    if not same_groups(engine.module, manifest["recipe"].get("optim", {}), engine.recipe.optim):
-        raise UserError(
-            f"{path} holds other parameter groups: optim.layer_decay, rules and weight_decay divide the parameters in another way. "
-            f"Resume with those of that run, or start a new run from its weights with model.init={path}."
-        )
-    had, needed = set(manifest["engine"].get("scalars", ())), set(engine.scalars.state())
-    if had != needed:
-        loss = manifest["recipe"].get("loss", {}).get("name", "another loss")
-        raise UserError(
-            f"{path} was trained with {loss}, which learns {_words(had)}, and loss.name {engine.recipe.loss.name} learns "
-            f"{_words(needed)}. Resume with the loss of that run, or start a new run from its weights with model.init={path}."
-        )
-
-
-def _words(scalars: set[str]) -> str:
-    return " and ".join(
-        {"log_scale": "a temperature", "bias": "a bias"}.get(s, s) for s in sorted(scalars, reverse=True)
+    check_fits(
+        manifest, path, recipe=engine.recipe, ds_config=engine.ds_config, config=engine.config, world_size=world_size
     )
+    engine.load(path, manifest["engine"])

@@ -54,14 +54,15 @@ def _sentence(error: ValidationError, section: str, hints: dict[str, Any], keys:
     # Where a list is allowed and was given, the element that is wrong.
     elements = [loc[-1] for e in found if (loc := e["loc"])[0] == key and isinstance(loc[-1], int)]
     kind, name, value, what = found[0]["type"], f"{section}.{key}", keys[key], allowed(hints[key])
+    nested = any(t.startswith("list[dict") for t in what.types)  # Python's word for such a type helps nobody
+    if kind == "value_error" or nested:
+        return f"`{name}` is {value!r}; give {what.rule}"
     if elements:
         listed = next(t for t in what.types if t.startswith("list["))
         return f"`{name}[{elements[0]}]` is {value[elements[0]]!r}; it must be {listed[len('list[') : -1]}"
     if kind == "literal_error" and isinstance(value, str):
         choices = list(what.choices)
         return f"`{name}` is `{value}`.{did_you_mean(value, choices)} Choose from: {', '.join(choices)}"
-    if kind == "value_error":
-        return f"`{name}` is {value!r}; give {what.rule}"
     if kind in OUT_OF_BOUNDS:
         return f"`{name}` is {value}; it must be {what.bounds or 'a finite number'}"
     return f"`{name}` is {value!r}; it must be {what.type_words}"
@@ -84,7 +85,22 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         optim.decay_share is None or optim.schedule == "wsd",
         f"`optim.decay_share` is {optim.decay_share}; it belongs to `optim.schedule: wsd`",
     )
-    decay_steps = round(optim.wsd_share * train.steps) if optim.schedule == "wsd" else 0
+    decay = optim.wsd_share * train.steps
+    yield (
+        optim.schedule != "wsd" or decay > 1,  # the step that begins it still has the whole learning rate
+        f"`optim.schedule: wsd` would not fall: its decay is {decay:g} of {train.steps} steps and must be more than one. "
+        "Raise `optim.decay_share` or `train.steps`, or use `constant`.",
+    )
+    yield (
+        optim.schedule != "inverse_sqrt" or optim.warmup_steps > 0,
+        "`optim.schedule: inverse_sqrt` begins to fall at the end of the warm-up and `optim.warmup_steps` is 0: step 100 would have a tenth "
+        "of `optim.lr`. Give a warm-up.",
+    )
+    yield (
+        optim.schedule != "constant" or optim.min_lr == 0,
+        f"`optim.min_lr` is {optim.min_lr}, and `optim.schedule: constant` does not fall. Leave it out.",
+    )
+    decay_steps = round(decay) if optim.schedule == "wsd" else 0
     yield (
         optim.warmup_steps + decay_steps <= train.steps,
         f"`optim.warmup_steps` {optim.warmup_steps} and the decay of {decay_steps} steps exceed `train.steps` "
@@ -100,10 +116,6 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     )
     model = recipe.model
     yield (
-        model.lock == "none" or model.init is not None,
-        f"`model.lock` is `{model.lock}` without `model.init`: that tower would stay random. Say where its weights are.",
-    )
-    yield (
         model.lock == "none" or loss.queue_momentum is None,
         f"`model.lock` is `{model.lock}` and `loss.queue_momentum` {loss.queue_momentum}: a locked tower has no moving average. "
         "Leave out the second; a queue goes without it.",
@@ -114,11 +126,6 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     )
     lora = "model.lora_alpha" if model.lora_alpha is not None else "model.lora_full" if model.lora_full else None
     yield lora is None or model.lora_rank > 0, f"`{lora}` belongs to adapters; set `model.lora_rank` too"
-    yield (
-        not model.lora_rank or model.init is not None,
-        f"`model.lora_rank` is {model.lora_rank} without `model.init`: adapters would be trained beside random weights. Say where the "
-        "weights are.",
-    )
     yield (
         not model.lora_rank or model.lock == "none",
         f"`model.lock` is `{model.lock}` and `model.lora_rank` {model.lora_rank}: adapters leave all weights locked. Leave out the first, "

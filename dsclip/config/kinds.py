@@ -47,7 +47,7 @@ def _jitter(x: list[float]) -> bool:
 def _group_rule(rule: dict[str, str | float]) -> bool:
     match = rule.get("match")
     numbers = {key: value for key, value in rule.items() if key != "match"}
-    if not isinstance(match, str) or not numbers or numbers.keys() - {"lr_scale", "weight_decay"}:
+    if not isinstance(match, str) or not match or not numbers or numbers.keys() - {"lr_scale", "weight_decay"}:
         return False
     return _expression(match) and all(not isinstance(x, str) and x >= 0 for x in numbers.values())
 

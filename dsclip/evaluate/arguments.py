@@ -105,7 +105,10 @@ def check_keys(dataset: EvalDataset, data: str, group_key: str | None, negative_
     }
     for what, (key, is_there) in asked.items():
         if key is not None and not is_there:
-            raise UserError(f"no sample of {data} has the {what} {key!r}; look into a sample's .json, or leave it out")
+            place = ".npy" if key.startswith("npy:") else ".json"
+            raise UserError(
+                f"no sample of {data} has the {what} {key!r}; look into a sample's {place}, or leave it out"
+            )
 
 
 def _part(data: str, names: tuple[str, ...], open_set: OpenSet) -> EvalDataset:

@@ -47,7 +47,7 @@ def grouped_names(model: Clip, optim: OptimSection) -> dict[Group, list[str]]:
 
     Matrices decay; biases, norms and embeddings of positions, class, query and registers don't (OpenCLIP's rule). Then
     `optim.rules`, of which the last that matches and has the key counts, and layer-wise decay. Frozen ones are
-    in no group. Raises UserError for a rule that matches no trained parameter.
+    in no group. Raises UserError for a rule that matches no trained parameter, and where none is left to train.
     """
     groups: dict[Group, list[str]] = {}
     unused = {str(rule["match"]) for rule in optim.rules}
@@ -69,6 +69,8 @@ def grouped_names(model: Clip, optim: OptimSection) -> dict[Group, list[str]]:
             f"`optim.rules`: `{min(unused)}` matches no parameter of this model that is trained. Names are such as "
             "visual.blocks.0.attn.qkv.weight, text.embed.token_embedding, text.head.projection.weight."
         )
+    if groups and not any(group.lr_scale for group in groups):
+        raise UserError("`optim.rules`: `lr_scale` is 0 for all that would be trained; leave something to train")
     return dict(sorted(groups.items(), key=lambda item: item[0].free))
 
 
@@ -84,21 +86,27 @@ def layers_above(model: Clip, name: str) -> int:
     return depth + 1 if part == "embed" else depth - int(rest[0])
 
 
-def same_groups(model: Clip, was: Mapping[str, Any], now: OptimSection) -> bool:
-    """Whether the optim section of an earlier run, as a manifest has it, divides the parameters as this one does."""
+def same_groups(config: ClipConfig, section: ModelSection, was: Mapping[str, Any], now: OptimSection) -> bool:
+    """Whether the optim section of an earlier run, as a manifest has it, divides what is trained as this one does."""
     before = OptimSection(**{key: value for key, value in was.items() if key in GROUPING})
+    if all(getattr(before, key) == getattr(now, key) for key in GROUPING):
+        return True
+    model = _outline(config, section)
     return list(grouped_names(model, before).values()) == list(grouped_names(model, now).values())
 
 
 def check_rules(config: ClipConfig, section: ModelSection, optim: OptimSection) -> None:
-    """Raises UserError for a rule that matches nothing that is trained, of the model, which is built without memory; and as
-    `choose_trained`."""
-    if not optim.rules and not section.lora_rank and section.lock == "none":
-        return
+    """Raises UserError as `grouped_names` and `choose_trained` do, before the model is built."""
+    if optim.rules or section.lora_rank or section.lock != "none":
+        grouped_names(_outline(config, section), optim)
+
+
+def _outline(config: ClipConfig, section: ModelSection) -> Clip:
+    """The model as it is trained, without memory: its names, its shapes, and what is frozen."""
     with torch.device("meta"):
         model = Clip(config)
         choose_trained(model, section)
-    grouped_names(model, optim)
+    return model
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dsclip.checkpoint import check_fits, read_manifest
 from dsclip.config import Recipe, load_ds_config, load_recipe
 from dsclip.convert.hf import hf_class
 from dsclip.convert.init import starting_config, starting_tokenizer
@@ -66,6 +67,11 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
         check_length(resume, recipe.train.steps)
     # A resumed run goes on with the model of its checkpoint, whether the weights it began with are still there or not.
     source = resume or recipe.model.init
+    if source is None and (recipe.model.lock != "none" or recipe.model.lora_rank):
+        key = "lora_rank" if recipe.model.lora_rank else "lock"
+        raise UserError(
+            f"`model.{key}` is {getattr(recipe.model, key)} without `model.init`: what it locks would stay random. Say where the weights are."
+        )
     tokenizer = load_tokenizer(starting_tokenizer(source, recipe.data.tokenizer))
     model = starting_config(
         source,
@@ -79,6 +85,10 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     with_prefixes(loss, recipe.loss, model.embed_dim)
     check_fp8_shapes(model)
     check_rules(model, recipe.model, recipe.optim)
+    if resume:
+        check_fits(
+            read_manifest(resume), resume, recipe=recipe, ds_config=ds_config, config=model, world_size=world_size
+        )
     if recipe.train.export_hf:  # now, not after the training
         try:
             hf_class(model)

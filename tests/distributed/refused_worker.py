@@ -1,4 +1,4 @@
-"""Run on every rank: starts runs that are refused, one after the other in the same ranks; writes what each rank said."""
+"""Run on every rank: starts runs that are refused, one after the other in the same ranks, each as a dry run too; writes what was said."""
 
 import json
 import sys
@@ -27,7 +27,10 @@ def main(out: str, cases: str) -> None:
     init_distributed()
     group, found = Collectives.current(), {}
     for case, arguments in json.loads(Path(cases).read_text()).items():
-        found[case] = group.all_gather_object(said(arguments))
+        found[case] = {
+            "run": group.all_gather_object(said(arguments)),
+            "dry run": group.all_gather_object(said([*arguments, "--dry-run"])),
+        }
     if group.rank == 0:
         Path(out).write_text(json.dumps(found))
     shutdown_distributed()

@@ -254,12 +254,20 @@ REFUSED = {
     "missing tokenizer": "give a folder with tokenizer.json",
     "empty shard": "there is no sample in",
     "no checkpoint": "is no dsclip checkpoint",
+    "a rule of locked parameters": "matches no parameter of this model that is trained",
+    "more layers than there are": "nothing would be locked",
+    "a lock without weights": "what it locks would stay random",
+    "resume with another lock": "was trained with model.lock=none",
+    "resume with other groups": "holds other parameter groups",
+    "resume with another stage": "was written with ZeRO stage 3",
+    "resume with another model": "holds another model: vision_layers",
+    "resume with another loss": "loss.name sigmoid learns a temperature and a bias",
 }
 
 
 @pytest.fixture(scope="module")
-def refused(demo, tmp_path_factory):
-    """(what each rank said in each case of REFUSED, the folder of their runs): one launch for all of them."""
+def refused(finished, tmp_path_factory):
+    """(what each rank said in each case of REFUSED, of the run and of its dry run, the folder of their runs): one launch for all."""
     folder = tmp_path_factory.mktemp("refused")
     (folder / "0.tar").write_bytes(b"")
     packaged = json.loads((REPOSITORY / "ds_configs" / "zero3_bf16.json").read_text())
@@ -274,6 +282,17 @@ def refused(demo, tmp_path_factory):
         "empty shard": [f"data.train_shards={folder}/0.tar"],
         "no checkpoint": ["--resume", str(folder)],
     }
+    locked, resumed = [f"model.init={finished[0]}", "model.lock=image"], ["--resume", str(finished[0])]
+    wrong |= {
+        "a rule of locked parameters": [*locked, "optim.rules=[{match: visual, lr_scale: 0.1}]"],
+        "more layers than there are": [*locked, "model.unlocked_layers=99"],
+        "a lock without weights": ["model.lock=image"],
+        "resume with another lock": [*resumed, "model.lock=image"],
+        "resume with other groups": [*resumed, "optim.layer_decay=0.5"],
+        "resume with another stage": [*resumed, "--ds_config", "zero2_bf16"],
+        "resume with another model": [*resumed, "model.vision_layers=3"],
+        "resume with another loss": [*resumed, "loss.name=sigmoid"],
+    }
     common = ["--config", "demo", *SMALL, f"train.output={folder}/runs"]
     cases = {case: [*common, f"train.name={case.replace(' ', '-')}", *arguments] for case, arguments in wrong.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -284,8 +303,9 @@ def refused(demo, tmp_path_factory):
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_ends_with_one_clear_sentence(case, refused):
     said, runs = refused
-    for sentence in said[case]:
+    for sentence in said[case]["run"]:
         assert REFUSED[case] in sentence and "Traceback" not in sentence
+    assert said[case]["dry run"][0] == said[case]["run"][0]  # the others leave it to rank 0
     again = find_resume("none", runs / case.replace(" ", "-"))
     assert again is None, "corrected, the same command must not stumble over its own leftovers"
 

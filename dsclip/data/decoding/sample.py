@@ -15,9 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dsclip.errors import UserError
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MEMBER_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", "neg.txt")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+IN_VECTOR = r"npy:(\d+)"  # a part's key that is a place in the sample's .npy
 MOST_TEXT_BYTES = 1 << 20  # of a .txt, .json, .cls or .neg.txt member
 
 
@@ -128,11 +131,26 @@ def read_part(raw: RawSample, part_key: str | None) -> str | None:
     I-th number, from 0, of the vector in its .npy, where DataComp's shards have metadata. Raises BadSample."""
     if part_key is None:
         return None
-    if (place := re.fullmatch(r"npy:(\d+)", part_key)) and "npy" in raw.members:
-        numbers, index = _vector(raw), int(place[1])
-        return f"{numbers[index]:g}" if index < len(numbers) else None
+    if place := re.fullmatch(IN_VECTOR, part_key):
+        numbers, index = _vector(raw) if "npy" in raw.members else np.empty(0), int(place[1])
+        return _number_word(numbers[index]) if index < len(numbers) else None
     value = _json_value(raw, part_key, None)
     return str(value) if isinstance(value, str | int) else None
+
+
+def check_part_key(part_key: str | None) -> None:
+    """Raises UserError for one that begins as a place in the .npy does and is none."""
+    if part_key is not None and part_key.startswith("npy:") and not re.fullmatch(IN_VECTOR, part_key):
+        raise UserError(
+            f"the group key {part_key!r} is no place in .npy; give npy: and a number from 0 on, such as npy:0"
+        )
+
+
+def _number_word(number: Any) -> str | None:
+    """A number of a vector, all its digits: 1234567.0 is "1234567"; None for one that isn't finite."""
+    if not np.isfinite(number):
+        return None
+    return str(int(number)) if number == int(number) else str(number)
 
 
 @lru_cache(maxsize=1)

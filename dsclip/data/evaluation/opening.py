@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dsclip.data.decoding.sample import (
     BadSample,
     RawSample,
+    check_part_key,
     read_captions,
     read_label,
     read_label_set,
@@ -70,6 +71,7 @@ def build_eval_dataset(
     and counted in `.bad`, as are those whose image can't be decoded, later. Raises UserError when nothing is found, it isn't recognised, or
     nothing in it is usable.
     """
+    check_part_key(group_key)
     dataset = EvalDataset(image_size, max_image_pixels, storage, prepare)
     with _collection_paused():
         column = None if caption_key == "caption" else caption_key

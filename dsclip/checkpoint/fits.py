@@ -1,0 +1,81 @@
+"""Whether a run can go on from a checkpoint: told from its manifest and the run's settings, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from dsclip.checkpoint.manifest import Manifest
+from dsclip.checkpoint.weights_alone import check_continuable
+from dsclip.config.schema import OF_WHAT_IS_TRAINED, ModelSection, Recipe
+from dsclip.errors import UserError
+from dsclip.losses import find_loss
+from dsclip.model.config import OF_THE_RUN, ClipConfig
+from dsclip.optim.groups import same_groups
+
+
+def check_fits(
+    manifest: Manifest,
+    path: Path,
+    *,
+    recipe: Recipe,
+    ds_config: Mapping[str, Any],
+    config: ClipConfig,
+    world_size: int,
+) -> None:
+    """Raises UserError that names what is another one in the checkpoint and must not be: ranks, ZeRO stage, model, what is trained,
+    optimizer, groups, loss."""
+    check_continuable(manifest, path)
+    afresh = f"or start a new run from its weights with model.init={path}."
+    if manifest["world_size"] != world_size:
+        raise UserError(
+            f"{path} was written by {manifest['world_size']} ranks and this run has {world_size}. Use as many ranks again, {afresh}"
+        )
+    stage = ds_config["zero_optimization"]["stage"]
+    if manifest["zero_stage"] != stage:
+        raise UserError(
+            f"{path} was written with ZeRO stage {manifest['zero_stage']} and the DeepSpeed configuration says {stage}. "
+            f"Use the same stage, {afresh}"
+        )
+    ours = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    # An earlier version wrote fewer fields.
+    theirs = {f.name: f.default for f in fields(ClipConfig)} | manifest["model"]
+    if different := [k for k in ours if k not in OF_THE_RUN and ours[k] != theirs[k]]:
+        raise UserError(
+            f"{path} holds another model: {', '.join(different)} differ. Resume with the recipe of that run."
+        )
+    section, then = recipe.model, manifest["recipe"].get("model", {})
+    defaults = ModelSection()  # an earlier version wrote fewer keys
+    trained_then = {name: then.get(name, getattr(defaults, name)) for name in OF_WHAT_IS_TRAINED}
+    if different := [name for name, value in trained_then.items() if value != getattr(section, name)]:
+        settings = " ".join(f"model.{name}={trained_then[name]}" for name in different)
+        raise UserError(
+            f"{path} was trained with {settings}, and the optimizer has a state for what was trained alone. Resume with that, {afresh}"
+        )
+    optim = manifest["recipe"].get("optim", {})
+    if (name := optim.get("name", "adamw")) != recipe.optim.name:  # an earlier version had no other
+        raise UserError(
+            f"{path} was trained with optim.name {name}, and {recipe.optim.name} has another state. Resume with that of the run, {afresh}"
+        )
+    if not same_groups(config, section, optim, recipe.optim):
+        raise UserError(
+            f"{path} holds other parameter groups: optim.layer_decay, rules and weight_decay divide the parameters in another way. "
+            f"Resume with those of that run, {afresh}"
+        )
+    had, needed = set(manifest["engine"].get("scalars", ())), {"log_scale"}
+    if find_loss(recipe.loss.name, recipe.loss.plugin).has_bias:
+        needed.add("bias")
+    if had != needed:
+        loss = manifest["recipe"].get("loss", {}).get("name", "another loss")
+        raise UserError(
+            f"{path} was trained with {loss}, which learns {_words(had)}, and loss.name {recipe.loss.name} learns {_words(needed)}. "
+            f"Resume with the loss of that run, {afresh}"
+        )
+
+
+def _words(scalars: set[str]) -> str:
+    return " and ".join(
+        {"log_scale": "a temperature", "bias": "a bias"}.get(s, s) for s in sorted(scalars, reverse=True)
+    )
