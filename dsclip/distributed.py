@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +24,11 @@ T = TypeVar("T")
 _meetings = itertools.count()  # of this process group; the same on all ranks
 _decisions = itertools.count()
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask a run to stop: its ranks agree and save
+# What SLURM says of a task of a step.
+OF_A_TASK = (
+    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID", "SLURM_STEP_ID",
+)  # fmt: skip
+COMPARING_S = 1800.0  # for the slowest rank to come; as long as a collective may take
 DECISIONS_KEPT = 1000  # steps that rank 0's host may be ahead of another rank's: collectives allow fewer
 
 
@@ -159,16 +166,20 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environment or tasks == "1":
         return {}
+    said = {name: environment.get(name, "") for name in OF_A_TASK}
+    rank, local_rank, node, nodes, per_node, job, step = said.values()
+    first = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).partition(",")[0]
     try:
-        rank, local_rank, node = (environment[f"SLURM_{name}"] for name in ("PROCID", "LOCALID", "NODEID"))
-        first = re.sub(r"\[(\w+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).partition(",")[0]
-        on_node = _tasks_of_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])[int(node)]
-        job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-    except (KeyError, ValueError, IndexError) as error:
+        on_node = _tasks_of_nodes(per_node)[int(node)]
+        step_number = int(job) * 101 + int(step)
+    except (ValueError, IndexError):
+        on_node = step_number = 0
+    if not (on_node and first and rank.isdigit() and local_rank.isdigit()):
+        shown = ", ".join(f"{name} is {value or 'not set'}" for name, value in said.items())
         raise UserError(
-            f"srun started this process as one of {tasks} tasks, but what SLURM says of them can't be read ({error!r}); set RANK, WORLD_SIZE, "
-            "LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start the ranks with `srun --ntasks-per-node 1 torchrun`"
-        ) from None
+            f"srun started this process as one of {tasks} tasks, but its rank can't be told from SLURM's variables: {shown}. Set RANK, "
+            "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start the ranks with `srun --ntasks-per-node 1 torchrun`"
+        )
     # With a device bound to each task (--gpus-per-task) a task sees its own alone, as number 0.
     bound = re.fullmatch(r"\d+|(GPU|MIG)-[^,]+", environment.get("CUDA_VISIBLE_DEVICES", "")) is not None
     found = {
@@ -178,7 +189,7 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(on_node),
     }
     # The same on all ranks, another for each step, and below the ports that systems hand out (32768).
-    address = {"MASTER_ADDR": first, "MASTER_PORT": str(10000 + (job * 101 + step) % 20000)}
+    address = {"MASTER_ADDR": first, "MASTER_PORT": str(10000 + step_number % 20000)}
     return found | {name: environment.get(name, value) for name, value in address.items()}
 
 
@@ -194,6 +205,33 @@ def _tasks_of_nodes(text: str) -> list[int]:
 def take_slurm_ranks() -> None:
     """Makes a task of srun a rank, as a launcher would have; to be called before anything reads RANK. See `slurm_ranks`."""
     os.environ.update(slurm_ranks(os.environ))
+
+
+def check_one_job(group: Collectives, settings: str = "") -> None:
+    """Raises UserError, on all ranks, when they were started with different arguments or settings: they are no ranks of one job.
+
+    Tasks of one `srun` that were meant to be independent would be joined without a word. Every rank calls it once the process
+    group is there; no device is used. settings: as this rank read them, for a file of that name may be another one elsewhere.
+    """
+    arguments = [word for word in sys.argv[1:] if not re.match("--local[-_]rank", word)]  # DeepSpeed numbers its ranks
+    words = group.meet(json.dumps([arguments, settings.splitlines()]), COMPARING_S)
+    if words is None:
+        raise UserError(f"some of the {group.world_size} ranks never said how they were started; start the job again")
+    first, *others = map(json.loads, words)
+    for rank, other in enumerate(others, 1):
+        for what, ours, theirs in zip(("was started with", "read the setting"), first, other, strict=True):
+            if ours != theirs:
+                raise UserError(
+                    f"rank 0 {what} {_first_difference(ours, theirs)} and rank {rank} {_first_difference(theirs, ours)}: ranks of one job have "
+                    "the same. If they are independent tasks of one srun, start each with `env -u SLURM_STEP_NUM_TASKS python ...`"
+                )
+
+
+def _first_difference(ours: list[str], theirs: list[str]) -> str:
+    """The first of our words that differs from theirs, and the option that it belongs to."""
+    place = next(i for i, (a, b) in enumerate(itertools.zip_longest(ours, theirs)) if a != b)
+    start = place - 1 if place and ours[place - 1].startswith("-") else place
+    return f"`{' '.join(ours[start : place + 1]).strip()}`" if place < len(ours) else "nothing more"
 
 
 def launched_ranks() -> tuple[int, int, int]:

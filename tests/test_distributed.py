@@ -1,14 +1,16 @@
 """Ranks of SLURM: a task of `srun` becomes the rank that a launcher would have made. tests/cluster/slurm.sh runs it on SLURM itself."""
 
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from dsclip.distributed import slurm_ranks
+from dsclip.distributed import check_one_job, slurm_ranks
 from dsclip.errors import UserError
 from tests.programs import ROOT
+from tests.thread_ranks import ThreadRanks
 
 # Of `srun -N2 --ntasks-per-node 2`, as SLURM 22.05 sets them.
 TASK = {
@@ -71,10 +73,65 @@ def test_steps_at_once_have_ports_of_their_own():
     assert len(ports) == 350 and all(10000 <= int(port) < 32768 for port in ports)
 
 
-@pytest.mark.parametrize("change", [{"SLURM_STEP_TASKS_PER_NODE": "many"}, {"SLURM_NODEID": "5"}, {"SLURM_JOB_ID": ""}])
-def test_what_cannot_be_read_is_said(change):
-    with pytest.raises(UserError, match="one of 4 tasks"):
-        slurm_ranks(TASK | change)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "many"}, "SLURM_STEP_TASKS_PER_NODE is many"),
+        ({"SLURM_NODEID": "5"}, r"SLURM_NODEID is 5, SLURM_STEP_NODELIST is n\[1-2\]"),
+        ({"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is not set"),
+        ({"SLURM_LOCALID": None}, "SLURM_LOCALID is not set"),
+        ({"SLURM_STEP_NODELIST": None}, "SLURM_STEP_NODELIST is not set"),
+    ],
+)
+def test_what_cannot_be_read_is_said(change, words):
+    with pytest.raises(UserError, match=f"one of 4 tasks.*{words}") as error:
+        slurm_ranks({k: v for k, v in (TASK | change).items() if v is not None})
+    assert "Error(" not in str(error.value)
+
+
+def test_independent_tasks_of_one_srun_are_no_job(tmp_path):
+    """Two evaluations, a model each, as `srun --multi-prog` starts them: neither may be credited with the other's."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    step = TASK | {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "n1",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+    }
+    base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "launchers/evaluate.py", "--task", "zeroshot", "--data", "demo:val", "--model"]
+    tasks = [
+        subprocess.Popen(
+            [*command, f"{tmp_path}/model{i}"], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+            env=base | step | address | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [task.communicate(timeout=120)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [2, 2], said
+    assert f"rank 0 was started with `--model {tmp_path}/model0` and rank 1 `--model {tmp_path}/model1`" in said[0]
+    assert "start each with `env -u SLURM_STEP_NUM_TASKS" in said[0] and "Traceback" not in "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["lr: 1\n  steps: 10", "lr: 1\n  steps: 20"], "rank 0 read the setting `steps: 10` and rank 1 `steps: 20`"),
+        (["lr: 1", "lr: 1", "lr: 1\nsteps: 20"], "rank 0 read the setting nothing more and rank 2 `steps: 20`"),
+        (["lr: 1", "lr: 1"], None),
+    ],
+)
+def test_ranks_that_read_different_settings_are_no_job(settings, words):
+    def complaint(group):
+        try:
+            check_one_job(group, settings[group.rank])
+        except UserError as error:
+            return str(error)
+
+    for said in ThreadRanks(len(settings)).run(complaint):
+        assert said is words is None or words in said
 
 
 def test_tasks_of_one_node_see_each_other():

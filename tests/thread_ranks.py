@@ -70,5 +70,8 @@ class ThreadRank:
     def broadcast_object(self, x):
         return self._exchange(x)[0]
 
+    def meet(self, word, timeout_s):
+        return self._exchange(word)
+
     def barrier(self):
         self._exchange(None)

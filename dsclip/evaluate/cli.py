@@ -19,7 +19,7 @@ from dsclip.command_line import parser, report_error, say
 from dsclip.data import EvalDataset, build_eval_dataset
 from dsclip.data.corruptions.corruption import parse_corruptions
 from dsclip.datasets.inspect_cli import add_remote, storage_of
-from dsclip.distributed import Collectives, launched_ranks, shutdown_distributed, take_slurm_ranks
+from dsclip.distributed import Collectives, check_one_job, launched_ranks, shutdown_distributed, take_slurm_ranks
 from dsclip.errors import UserError
 from dsclip.evaluate import TASKS, measure_task
 from dsclip.evaluate.arguments import NEGATIVE_KEY, add_task_options, check_keys, task_options
@@ -220,7 +220,9 @@ def _join_ranks(arguments: argparse.Namespace) -> tuple[torch.device, Collective
         torch.cuda.set_device(local_rank)
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    return torch.device("cuda", local_rank) if cuda else torch.device("cpu"), Collectives(rank, world_size)
+    group = Collectives(rank, world_size)
+    check_one_job(group)
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu"), group
 
 
 def _report(result: dict[str, Any], arguments: argparse.Namespace) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dsclip.checkpoint import CheckpointStore, load_verified, read_checkpoint
 from dsclip.command_line import say
+from dsclip.config import dump_recipe
 from dsclip.convert import export_hf
 from dsclip.convert.hf import hf_class
 from dsclip.convert.init import load_init_once
-from dsclip.distributed import Collectives, launched_ranks
+from dsclip.distributed import Collectives, check_one_job, launched_ranks
 from dsclip.errors import RunFailed, RunStopped
 from dsclip.model.trained import trained_part
 from dsclip.plan import plan_recipe
@@ -41,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     from dsclip.engine.build import init_distributed
 
     init_distributed()
+    check_one_job(Collectives.current(), f"{dump_recipe(inputs.recipe)}\n{json.dumps(inputs.ds_config, indent=1)}")
     folder = RunFolder(inputs.run_dir, arguments.resume, Collectives.current())
     try:
         train_in(folder, replace(inputs, resume=folder.resume, init=None if folder.resume else inputs.init))
