@@ -8,7 +8,10 @@ With SLURM:       sbatch launchers/slurm.sbatch --config my.yaml
 With accelerate:  accelerate launch --multi_gpu --num_processes 8 launchers/train.py --ds_config ds_configs/zero3_bf16.json
 """
 
-from dsclip.train.cli import main
+from dsclip.train.early_stop import end_on_signals
 
 if __name__ == "__main__":
+    end_on_signals()
+    from dsclip.train.cli import main  # takes seconds, in which a signal may come
+
     main()

@@ -137,7 +137,7 @@ def test_a_job_array_has_a_task_for_each_run(tmp_path):
     sweep(grid, "--slurm", tmp_path / "array.sbatch", "--at-a-time", "3")
     script = (tmp_path / "array.sbatch").read_text()
     assert "#SBATCH --array=1-2%3" in script and '--only "$SLURM_ARRAY_TASK_ID"' in script
-    assert 'scontrol requeue "$SLURM_JOB_ID"' in script  # what tests/cluster runs
+    assert "exec bash launchers/requeue.sh python tools/sweep.py" in script  # what tests/cluster runs
     assert subprocess.run(["bash", "-n", tmp_path / "array.sbatch"]).returncode == 0
     assert [run["status"] for run in sweep(grid, "--list")[0]["runs"]] == ["open", "open"]
 

@@ -198,8 +198,7 @@ def slurm_script(sweep: Sweep, command: Sequence[str], at_a_time: int) -> str:
         f"#SBATCH --output={sweep.folder}/slurm-%a.out", "#SBATCH --requeue",
         "# Before the time is up the ranks of srun are told: they save and end with exit code 75, and the task goes on in its next turn.",
         "#SBATCH --open-mode=append", "#SBATCH --signal=USR1@120",
-        f"{shlex.join(command)} --only \"$SLURM_ARRAY_TASK_ID\"", "code=$?",
-        '[ "$code" != 75 ] || scontrol requeue "$SLURM_JOB_ID"', 'exit "$code"', "",
+        f"exec bash launchers/requeue.sh {shlex.join(command)} --only \"$SLURM_ARRAY_TASK_ID\"", "",
     ])  # fmt: skip
 
 

@@ -49,9 +49,9 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        signal.set_wakeup_fd(self._before_fd)
-        os.close(self._pipe_end)  # which wakes the thread, and it closes the other end
         # A rank that stops is still saving, while its launcher may send it what another rank was sent.
+        signal.set_wakeup_fd(-1 if kind is RunStopped else self._before_fd)
+        os.close(self._pipe_end)  # which wakes the thread, and it closes the other end
         if kind is not RunStopped:
             for number, handler in self._before.items():
                 signal.signal(number, handler)

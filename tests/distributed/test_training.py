@@ -273,6 +273,7 @@ def refused(finished, tmp_path_factory):
     packaged = json.loads((REPOSITORY / "ds_configs" / "zero3_bf16.json").read_text())
     for name, change in (("typo", {"gradient_cliping": 1.0}), ("sizes", {"train_batch_size": 64})):
         (folder / f"{name}.json").write_text(json.dumps(packaged | change))
+    locked, resumed = [f"model.init={finished[0]}", "model.lock=image"], ["--resume", str(finished[0])]
     wrong = {
         "unknown recipe key": ["optim.lrr=1"],
         "unknown DeepSpeed key": ["--ds_config", f"{folder}/typo.json"],
@@ -281,9 +282,6 @@ def refused(finished, tmp_path_factory):
         "missing tokenizer": [f"data.tokenizer={folder}/tokenizer"],
         "empty shard": [f"data.train_shards={folder}/0.tar"],
         "no checkpoint": ["--resume", str(folder)],
-    }
-    locked, resumed = [f"model.init={finished[0]}", "model.lock=image"], ["--resume", str(finished[0])]
-    wrong |= {
         "a rule of locked parameters": [*locked, "optim.rules=[{match: visual, lr_scale: 0.1}]"],
         "more layers than there are": [*locked, "model.unlocked_layers=99"],
         "a lock without weights": ["model.lock=image"],
