@@ -15,6 +15,6 @@ if [ "$code" = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$most" ]; then
     echo "requeue.sh: stopped by a signal and saved; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 elif [ "$code" = 75 ]; then
-    echo "requeue.sh: stopped again after $most times in the queue, and not put back; send it again if it got on (DSCLIP_MOST_REQUEUES)" >&2
+    echo "requeue.sh: ended with 75 once more after $most requeues; not put back. Send it again if it got on (DSCLIP_MOST_REQUEUES: more of them)" >&2
 fi
 exit "$code"

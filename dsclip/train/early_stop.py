@@ -57,9 +57,10 @@ def _watch(pipe: int) -> None:
     while True:
         for number in os.read(pipe, 64):
             if number in SIGNALS:
+                rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
                 text = (
-                    f"dsclip: rank {os.environ.get('RANK', 0)} was stopped by {signal.Signals(number).name} before its first step, or after its "
-                    "last, which is saved. Go on with the same command and --resume auto\n"
+                    f"dsclip: rank {rank} was stopped by {signal.Signals(number).name} before its first step, or after its last, which is saved. "
+                    "Go on with the same command and --resume auto\n"
                 )
                 with contextlib.suppress(OSError):  # who read it may be gone
                     os.write(sys.stderr.fileno(), text.encode())
