@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -221,6 +222,9 @@ def check_one_job(group: Collectives, settings: str = "") -> None:
     for rank, other in enumerate(others, 1):
         for what, ours, theirs in zip(("was started with", "read the setting"), first, other, strict=True):
             if ours != theirs:
+                # Rank 0 holds the store: it must not end before the others have read.
+                with contextlib.suppress(RuntimeError):
+                    group.meet("compared", 60.0)
                 raise UserError(
                     f"rank 0 {what} {_first_difference(ours, theirs)} and rank {rank} {_first_difference(theirs, ours)}: ranks of one job have "
                     "the same. If they are independent tasks of one srun, start each with `env -u SLURM_STEP_NUM_TASKS python ...`"
