@@ -13,6 +13,7 @@ from dsclip.checkpoint.manifest import LaterRunState, write_manifest
 from dsclip.checkpoint.weights_alone import WEIGHTS
 from dsclip.convert.finite import finite
 from dsclip.convert.folder import whole_folder
+from dsclip.convert.made_ahead import made_ahead
 from dsclip.convert.safetensors_file import write_one_file
 from dsclip.convert.streamed import empty_clip
 from dsclip.convert.tokenizer_folder import write_tokenizer
@@ -31,7 +32,7 @@ def export_dsclip(model: Checkpoint, out: Path) -> None:
         empty = empty_clip(model.config).state_dict()
         shapes = ((name, x.shape, torch.float32) for name, x in empty.items())
         weights = fitting(empty, finite(model.state_dict.items(), model.path))
-        write_one_file(temporary / WEIGHTS, shapes, ((name, x.float()) for name, x in weights))
+        write_one_file(temporary / WEIGHTS, shapes, made_ahead((name, x.float()) for name, x in weights))
         scalars = {"log_scale": {"value": math.log(model.logit_scale)}}
         if model.logit_bias is not None:
             scalars["bias"] = {"value": model.logit_bias}

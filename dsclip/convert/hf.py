@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dsclip.checkpoint import Checkpoint
 from dsclip.convert.finite import finite
 from dsclip.convert.folder import whole_folder, write_json
+from dsclip.convert.made_ahead import made_ahead
 from dsclip.convert.model_card import Metrics, model_card
-from dsclip.convert.safetensors_file import write_one_file
+from dsclip.convert.safetensors_file import Shape, write_one_file
 from dsclip.convert.tokenizer_folder import write_tokenizer
 from dsclip.convert.weights import Named, fitting, to_hf, to_siglip
 from dsclip.errors import UserError
@@ -21,6 +22,7 @@ from dsclip.model import Clip, ClipConfig
 from dsclip.model.config import TOWER_OPTIONS
 
 TRAINING_DATA = "training_data.json"  # so that results on training pairs are known for what they are
+ONE_FILE = "model.safetensors"
 MAX_SHARD_GB = 5.0  # of a weight file, as transformers had it for long
 HF_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +41,7 @@ def export_hf(
     """Writes the checkpoint as a HuggingFace folder: safetensors, configuration, preprocessing, tokenizer, model card.
 
     metrics: {task: {metric: value}} and data: {task: what it was measured on} for the card. max_shard_gb: 10⁹ bytes of a
-    weight file, of which one at a time is in memory. Written aside and renamed, so `out` is whole or absent. Raises
+    weight file; two weights are in memory at a time. Written aside and renamed, so `out` is whole or absent. Raises
     UserError when `out` exists with content and `overwrite` is not set, and as `hf_class`.
     """
     hf_class(checkpoint.config)
@@ -61,13 +63,19 @@ def _write(
     write_tokenizer(checkpoint.tokenizer_dir, folder, checkpoint.config.context_length, **more)
     with torch.device("meta"):
         empty = Clip(checkpoint.config).state_dict()
-    weights = fitting(empty, finite(checkpoint.state_dict.items(), checkpoint.path))
-    scale = checkpoint.logit_scale
-    named = to_hf(weights, scale) if clip else to_siglip(weights, scale, checkpoint.logit_bias)
-    stored = as_stored(named, DTYPES[dtype])
+
+    def stored(weights: Named) -> Named:
+        scale, bias = checkpoint.logit_scale, checkpoint.logit_bias
+        return as_stored(to_hf(weights, scale) if clip else to_siglip(weights, scale, bias), DTYPES[dtype])
+
+    # In the model's order, whatever that of a checkpoint's optimizer is: so each file is written from its start to its end.
+    held = checkpoint.state_dict
+    names = [*(name for name in empty if name in held), *(name for name in held if name not in empty)]
+    weights = stored(fitting(empty, finite(((name, held[name]) for name in names), checkpoint.path)))
     if dtype != "fp32":  # a narrower range may not hold them
-        stored = finite(stored, checkpoint.path)
-    write_safetensors(stored, folder, most)
+        weights = finite(weights, checkpoint.path)
+    shapes = ((name, weight.shape, weight.dtype) for name, weight in stored(empty.items()))
+    write_safetensors(shapes, weights, folder, most)
     write_json(folder / "config.json", hf_config(checkpoint.config, _bos_token_id(checkpoint.tokenizer_dir), dtype))
     write_json(folder / "preprocessor_config.json", hf_preprocessor(checkpoint.config))
     write_json(folder / TRAINING_DATA, {"train_shards": checkpoint.recipe.get("data", {}).get("train_shards")})
@@ -172,34 +180,36 @@ def hf_preprocessor(c: ClipConfig) -> dict[str, Any]:
     }
 
 
-def write_safetensors(weights: Named, folder: Path, most_bytes: int) -> None:
-    """The weights as model.safetensors, or as numbered files of at most `most_bytes` each with their index.
+def write_safetensors(shapes: Iterable[Shape], weights: Named, folder: Path, most_bytes: int) -> None:
+    """The weights, which come in the order of `shapes`, as model.safetensors, or as numbered files of at most `most_bytes` with their index.
 
-    One file's weights are in memory at a time.
+    Two weights are in memory at a time. Raises ValueError as `write_one_file`.
     """
-    written: list[list[str]] = []
-    total = size = 0
-    pending: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in pending.items()]
-        write_one_file(folder / f"model-{len(written):05d}.tmp", shapes, pending.items())
-        written.append(list(pending))
-        pending.clear()
-
-    for name, tensor in weights:
-        if pending and size + tensor.nbytes > most_bytes:
-            flush()
-            size = 0
-        pending[name] = tensor.contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    count = len(written)
-    names = (
-        [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
-    )
-    for i, name in enumerate(names):
-        os.rename(folder / f"model-{i:05d}.tmp", folder / name)
+    files = _files_of(shapes, most_bytes)
+    count, coming = len(files), made_ahead(weights)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [ONE_FILE]
+    for name, held in zip(names, files, strict=True):
+        write_one_file(folder / name, held, itertools.islice(coming, len(held)))
+    if (more := next(coming, None)) is not None:
+        raise ValueError(f"{more[0]} came, which wasn't said to")
     if count > 1:
-        places = {weight: names[i] for i, held in enumerate(written) for weight in held}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+        places = {weight: name for name, held in zip(names, files, strict=True) for weight, _, _ in held}
+        total = sum(_bytes(shape) for held in files for shape in held)
+        write_json(folder / f"{ONE_FILE}.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _files_of(shapes: Iterable[Shape], most_bytes: int) -> list[list[Shape]]:
+    """What each file holds; a weight that is larger has one of its own."""
+    files: list[list[Shape]] = [[]]
+    size = 0
+    for shape in shapes:
+        if files[-1] and size + _bytes(shape) > most_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(shape)
+        size += _bytes(shape)
+    return files
+
+
+def _bytes(shape: Shape) -> int:
+    return shape[1].numel() * shape[2].itemsize

@@ -9,6 +9,7 @@ from dsclip.checkpoint import Checkpoint
 from dsclip.convert.finite import finite
 from dsclip.convert.folder import whole_folder, write_json
 from dsclip.convert.hf import DTYPES, as_stored
+from dsclip.convert.made_ahead import made_ahead
 from dsclip.convert.openclip import CONFIG, WEIGHT_FILES
 from dsclip.convert.safetensors_file import write_one_file
 from dsclip.convert.streamed import empty_clip
@@ -51,7 +52,7 @@ def export_openclip(checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32") -
         )
         weights = fitting(empty, finite(checkpoint.state_dict.items(), checkpoint.path))
         named = as_stored(to_openclip(in_openclip(weights), scale, bias), stored)
-        write_one_file(temporary / WEIGHT_FILES[0], shapes, finite(named, checkpoint.path))
+        write_one_file(temporary / WEIGHT_FILES[0], shapes, made_ahead(finite(named, checkpoint.path)))
         write_json(temporary / CONFIG, openclip_config(checkpoint.config, bias, tokenizer=out.name))
 
 

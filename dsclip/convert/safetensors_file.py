@@ -12,8 +12,10 @@ from dsclip.convert.weights import Named
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
+Shape = tuple[str, torch.Size, torch.dtype]  # of a weight, with its name
 
-def write_one_file(path: Path, shapes: Iterable[tuple[str, torch.Size, torch.dtype]], weights: Named) -> None:
+
+def write_one_file(path: Path, shapes: Iterable[Shape], weights: Named) -> None:
     """Writes weights of these shapes, which come in any order. Raises ValueError where one is another than was said, or lacks.
 
     Format: the header's length as uint64, little-endian; the header in JSON, with each tensor's place; the tensors.
