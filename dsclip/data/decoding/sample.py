@@ -21,6 +21,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MEMBER_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", "neg.txt")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 IN_VECTOR = r"npy:(\d+)"  # a part's key that is a place in the sample's .npy
+_DECODE_JSON = json.JSONDecoder().decode
 MOST_TEXT_BYTES = 1 << 20  # of a .txt, .json, .cls or .neg.txt member
 
 
@@ -156,7 +157,12 @@ def _number_word(number: Any) -> str | None:
 @lru_cache(maxsize=1)
 def _parsed(content: bytes) -> Any:
     """A .json member, parsed once for its captions, hard negatives and group."""
-    return json.loads(content)
+    try:
+        return _DECODE_JSON(
+            content.decode()
+        )  # json.loads first looks which encoding bytes have, for as long as it parses them
+    except ValueError:
+        return json.loads(content)
 
 
 def read_label_set(raw: RawSample) -> tuple[int, ...] | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +24,10 @@ from dsclip.errors import UserError
 
 TEXT_EXTENSIONS = (*(e for e in MEMBER_EXTENSIONS if e not in IMAGE_EXTENSIONS), "npy")  # several labels a sample
 SMALL_SAMPLE = 1 << 16  # bytes: up to here, reading whole samples is faster than going from header to header
-GROUP_BYTES = 1 << 25  # of samples that are looked at together
+GROUP_BYTES = 1 << 23  # of samples that are looked at together: the memory of the group before is taken again
 GROUP_SAMPLES = 4096
 
+Member = tuple[bytes, int, int]  # name, first byte in the shard, size
 Place = tuple[str, int, int]  # extension, first byte in the shard, size
 
 
@@ -103,24 +105,30 @@ class _Part:
 
 def _plain_members(
     part: _Part, starts: NDArray[np.int64], ends: NDArray[np.int64]
-) -> list[list[tuple[bytes, int, int]] | None]:
-    """(name, first byte, size) of the members of each sample; None for a sample with any but plain headers."""
-    members: list[list[tuple[bytes, int, int]] | None] = [[] for _ in starts]
+) -> Sequence[Sequence[Member] | None]:
+    """The members of each sample; None for a sample with any but plain headers."""
+    levels: list[
+        tuple[NDArray[np.int64], NDArray[np.bool_], list[Member]]
+    ] = []  # all first members, all second ones, …
     samples, positions = np.arange(len(starts)), starts
     while len(samples):
         plain, sizes, names = _parse(part.headers(positions))
         bodies = positions + BLOCK
         following = bodies + -(-sizes // BLOCK) * BLOCK
         plain &= following <= ends[samples]
-        rows = zip(samples.tolist(), plain.tolist(), names, bodies.tolist(), sizes.tolist(), strict=True)
-        for sample, is_plain, name, body, size in rows:
-            of_sample = members[sample]
-            if is_plain and of_sample is not None:
-                of_sample.append((name, body, size))
-            else:
-                members[sample] = None
+        levels.append((samples, plain, list(zip(names, bodies.tolist(), sizes.tolist(), strict=True))))
         unfinished = plain & (following < ends[samples])
         samples, positions = samples[unfinished], following[unfinished]
+    if all(len(of_level) == len(starts) and plain.all() for of_level, plain, _ in levels):
+        return list(zip(*(found for _, _, found in levels), strict=True))
+    members: list[list[Member] | None] = [[] for _ in starts]
+    for of_level, plain, found in levels:
+        for sample, is_plain, member in zip(of_level.tolist(), plain.tolist(), found, strict=True):
+            of_sample = members[sample]
+            if is_plain and of_sample is not None:
+                of_sample.append(member)
+            else:
+                members[sample] = None
     return members
 
 
@@ -129,28 +137,38 @@ def _parse(headers: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.in
     size_digits, sum_digits = (headers[:, a:b].astype(np.int64) - ord("0") for a, b in ((124, 135), (148, 154)))
     sizes, sums = (digits @ (8 ** np.arange(digits.shape[1])[::-1]) for digits in (size_digits, sum_digits))
     actual = headers.sum(axis=1, dtype=np.int64) - headers[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
-    plain = (sums == actual) & np.isin(headers[:, 156], (0, ord("0"))) & (headers[:, 345] == 0)
+    plain = (sums == actual) & _is_zero_or(headers[:, 156], "0") & (headers[:, 345] == 0)
     for digits in (size_digits, sum_digits):
         plain &= ((digits >= 0) & (digits < 8)).all(axis=1)
-    plain &= (headers[:, 99] == 0) & (headers[:, :100] < 128).all(axis=1) & np.isin(headers[:, 135], (0, ord(" ")))
+    plain &= (headers[:, 99] == 0) & (headers[:, :100] < 128).all(axis=1) & _is_zero_or(headers[:, 135], " ")
     names = np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0].tolist()
     return plain, np.where(plain, sizes, 0), names
 
 
-def _named(members: list[tuple[bytes, int, int]] | None) -> tuple[str, list[Place]] | None:
+def _is_zero_or(values: NDArray[np.uint8], character: str) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = (values == 0) | (values == ord(character))
+    return found
+
+
+def _named(members: Sequence[Member] | None) -> tuple[str, list[Place]] | None:
     """(key, places) where every name is KEY.EXTENSION."""
     if not members:
         return None
     first = members[0][0]
     folder, slash, base = first.rpartition(b"/")
-    key = folder + slash + base.partition(b".")[0]
-    places, start = [], len(key) + 1
+    begin = folder + slash + base.partition(b".")[0] + b"."
+    places, start = [], len(begin)
     for name, body, size in members:
-        extension = name[start:]
-        if not extension or not name.startswith(key + b".") or b"/" in extension or b"\0" in name:
+        if name[:start] != begin or not (extension := _extension(name[start:])):
             return None
-        places.append((extension.decode("ascii").lower(), body, size))
-    return key.decode("ascii"), places
+        places.append((extension, body, size))
+    return begin[:-1].decode("ascii"), places
+
+
+@lru_cache(maxsize=1024)
+def _extension(name: bytes) -> str:
+    """What follows the key's point; "" for what is no extension."""
+    return "" if b"/" in name or b"\0" in name else name.decode("ascii").lower()
 
 
 def _one_by_one(part: _Part, start: int, end: int) -> tuple[str, list[Place]]:
@@ -159,14 +177,17 @@ def _one_by_one(part: _Part, start: int, end: int) -> tuple[str, list[Place]]:
 
 
 def _sample(shard: str, key: str, places: list[Place], part: _Part) -> TextSample:
-    texts, images = {}, {}
-    for extension, start, size in places:
-        if extension in TEXT_EXTENSIONS:
+    texts: dict[str, bytes] = {}
+    image: Place | None = None
+    for place in places:
+        extension, start, size = place
+        if extension in IMAGE_EXTENSIONS:
+            # The last of one extension counts, and of several the first in their order.
+            if image is None or IMAGE_EXTENSIONS.index(extension) <= IMAGE_EXTENSIONS.index(image[0]):
+                image = place
+        elif extension in TEXT_EXTENSIONS:
             # A byte more than is allowed is enough for the reader of captions to refuse the member.
-            texts[extension] = part.read(start, min(size, MOST_TEXT_BYTES + 1))
-        elif extension in IMAGE_EXTENSIONS:
-            images[extension] = (start, size)
-    image = next((e for e in IMAGE_EXTENSIONS if e in images), None)
+            texts[extension] = part.read(start, size if size <= MOST_TEXT_BYTES else MOST_TEXT_BYTES + 1)
     if image is None:
         raise BadSample("no image")
-    return TextSample(RawSample(shard, key, texts), image, *images[image])
+    return TextSample(RawSample(shard, key, texts), *image)
