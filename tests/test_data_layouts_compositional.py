@@ -71,6 +71,18 @@ def test_aro_shows_the_box_alone(tmp_path):
         opened(str(tmp_path))
 
 
+def test_orders_of_aro_are_a_caption_and_other_orders_of_its_words(tmp_path):
+    write_images(tmp_path / "images", ["1.jpg"])
+    options = ["a dog runs", "dog a runs", "runs a dog"]
+    file = tmp_path / "coco_order.json"
+    file.write_text(json.dumps([{"image": "1.jpg", "caption_options": options}]))
+    dataset = opened(str(file))
+    assert (dataset.captions, dataset.negatives, dataset.groups) == ([options[:1]], [options[1:]], ["coco_order"])
+    file.write_text(json.dumps([{"image": "1.jpg", "caption_options": options[:1]}]))
+    with pytest.raises(UserError, match="sample 0 is damaged .ValueError: no other order"):
+        opened(str(file))
+
+
 def test_attributes_with_fewer_than_25_samples_are_in_no_group(tmp_path):
     write_images(tmp_path / "images", ["1.jpg"])
     words = {"image_path": "1.jpg", "true_caption": "a", "false_caption": "b"}

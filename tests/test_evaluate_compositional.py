@@ -80,6 +80,9 @@ def hard_negatives_reference(data):
             for wrong in data.negatives[i]:
                 for name in ("accuracy", f"accuracy_{data.groups[i]}"):
                     won[name].append(data.near(i, own) > data.near(i, wrong))
+            if data.negatives[i] and any(len(negatives) > 1 for negatives in data.negatives):
+                first = all(data.near(i, own) > data.near(i, wrong) for wrong in data.negatives[i])
+                won.setdefault("precision@1", []).append(first)
     return {name: sum(v) / len(v) for name, v in won.items() if v}
 
 

@@ -35,7 +35,7 @@ class Evaluation:
     def __init__(self, recipe: Recipe, model: ClipConfig, tokenizer: Tokenizer):
         self._settings, self._data, self._model, self._tokenizer = recipe.eval, recipe.data, model, tokenizer
         self._storage = Storage(tuple(recipe.data.trusted_hosts), recipe.data.retries)
-        self._options = Options(recipe.eval.classnames, recipe.eval.templates)
+        self._options = Options(recipe.eval.classnames, recipe.eval.templates, brief=True)
         self.sets: dict[str, EvalDataset] = {}
         self.names: dict[str, str] = {}
         for task in IN_TRAINING:

@@ -50,7 +50,7 @@ class EvalDataset:
     """Samples by their number, see `EvalSample`.
 
     captions, negatives (lists of strings), labels (int or None), label_sets (several classes, or None) and groups (parts of the set, or None) are those of all samples, in
-    order. pairs: samples 2i and 2i + 1 are each other's hard negatives. broken: {index: reason} of samples whose image turned out
+    order. pairs: samples 2i and 2i + 1 are each other's hard negatives. cues: samples are candidates, see `FileLayout`. broken: {index: reason} of samples whose image turned out
     to be unusable. corruption: what its pictures went through, see `corrupted`.
     """
 
@@ -67,7 +67,7 @@ class EvalDataset:
         self.labels: list[int | None] = []
         self.groups: list[str | None] = []
         self.label_sets: list[tuple[int, ...] | None] = []
-        self.pairs = False
+        self.pairs = self.cues = False
         self.left_out: Counter[str] = Counter()  # when the shards were opened
         self.broken: dict[int, str] = {}
         self.classes: list[str] | None = None
@@ -174,7 +174,7 @@ class EvalDataset:
         files = layout.files
         self._files = files if isinstance(files, FileSet) else None
         self.left_out.update(layout.left_out)
-        self.pairs = layout.pairs
+        self.pairs, self.cues = layout.pairs, layout.cues
         for row in _chosen(layout, most):
             location = row.name if isinstance(files, FileSet) else str(files / row.name)
             self._append(
@@ -208,6 +208,8 @@ def _chosen(layout: FileLayout, most: int | None) -> list[Row]:
         return rows
     if layout.pairs:
         return rows[: most // 2 * 2]
+    if layout.cues:  # all candidates of a cue, or none
+        return rows[: max((i for i in range(1, most + 1) if rows[i].group != rows[i - 1].group), default=0)]
     if any(row.label is None for row in rows):
         return rows[:most]
     return [rows[i * n // most] for i in range(most)]

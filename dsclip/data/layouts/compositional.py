@@ -5,6 +5,8 @@ A folder of JSON files, or one of them. Each is a list (or, SugarCrepe's, an obj
     SugarCrepe    add_att.json, …: {"filename", "caption", "negative_caption"}; ++ has "caption2" too (Hsieh et al. 2023; Dumpala et al. 2024)
     ARO           visual_genome_relation.json, …: {"image_path", "true_caption", "false_caption", "bbox_x", "bbox_y", "bbox_w", "bbox_h",
                   "relation_name" or "attributes"} (Yuksekgonul et al. 2023)
+    ARO's orders  as its code makes them of COCO's or Flickr30k's captions: {"image", "caption_options"}, the caption and then its words in
+                  other orders
     Winoground    examples.jsonl: {"image_0", "image_1", "caption_0", "caption_1", "tag"}, a line a sample (Thrush et al. 2022)
 
 SugarCrepe's samples are grouped by file, ARO's by relation or pair of attributes, Winoground's by tag.
@@ -97,6 +99,13 @@ def _aro(file: Path, sample: Sample) -> list[Row]:
     return [Row(sample["image_path"], [sample["true_caption"]], None, (sample["false_caption"],), group, box)]
 
 
+def _order(file: Path, sample: Sample) -> list[Row]:
+    own, *others = sample["caption_options"]
+    if not others:
+        raise ValueError("no other order")
+    return [Row(sample["image"], [own], None, tuple(others), file.stem)]
+
+
 def _winoground(file: Path, sample: Sample) -> list[Row]:
     first, second = sample["caption_0"], sample["caption_1"]
     tag = sample.get("collapsed_tag", sample.get("tag", file.stem))
@@ -111,6 +120,7 @@ Kind = Callable[[Path, Sample], list[Row]]
 KINDS: tuple[tuple[frozenset[str], Kind], ...] = (
     (frozenset({"filename", "caption", "negative_caption"}), _sugarcrepe),
     (frozenset({"image_path", "true_caption", "false_caption"}), _aro),
+    (frozenset({"image", "caption_options"}), _order),
     (frozenset({"image_0", "image_1", "caption_0", "caption_1"}), _winoground),
 )
 

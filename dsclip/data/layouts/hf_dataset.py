@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dsclip.data.layouts.caption_table import CAPTION_COLUMNS
 from dsclip.data.layouts.files import FileSet
+from dsclip.data.layouts.hf_compositional import compositional_columns, compositional_layout
 from dsclip.data.layouts.rows import FileLayout, Row
 from dsclip.errors import NoSuchSplit, UserError
 
@@ -21,18 +23,29 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 Choose = Callable[[list[str], str | None, object], str]  # (splits, asked for, what of) to the split
 
 
-class DatasetImages(FileSet):
-    """The encoded images of a split; an image's name is its number, with an extension that its bytes needn't be of."""
+def holds_hf_dataset(folder: str) -> bool:
+    """Whether a folder is one that `save_to_disk` wrote, a set's repository of parquet files, or the library's own cache of a set (`OWNER___NAME`)."""
+    path = Path(folder)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return True
+    deep = ("*/*/*/*.arrow",) if "___" in path.name else ()  # of other folders, a look so deep would list all images
+    return any(next(path.glob(pattern), None) is not None for pattern in ("*.parquet", "data/*.parquet", *deep))
 
-    def __init__(self, spec: str, images: Any, column: str):
-        self.path, self._images, self._column = Path(spec), images, column
+
+class DatasetImages(FileSet):
+    """The encoded images of a split, in one or several columns, each of images or of lists of them; see `image_name`."""
+
+    def __init__(self, spec: str, images: Any, names: list[str]):
+        self.path, self._images, self.names = Path(spec), images, names
         self._lock = threading.Lock()  # its formatting of rows isn't said to be safe
-        self.names = [f"{i}.jpg" for i in range(len(images))]
 
     def read(self, name: str) -> bytes:
         """Raises OSError for an image that is a path to a file that isn't there, or is no image at all."""
+        row, column, item = (*map(int, name.removesuffix(".jpg").split("/")), 0, 0)[:3]
         with self._lock:
-            value = self._images[int(name.partition(".")[0])][self._column]
+            value = self._images[row][self._images.column_names[column]]
+        if isinstance(value, list):
+            value = value[item] if item < len(value) else None
         if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
             raise OSError(f"{self.path}: row {name} has no image")
         return value["bytes"] or Path(value["path"]).read_bytes()
@@ -53,6 +66,10 @@ def open_hf_dataset(spec: str, split: str | None, caption_column: str | None, ch
 
     images = next((name for name, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
     images = images or next((name for name in IMAGE_COLUMNS if name in table.features), None)
+    if found := compositional_columns(table.column_names, images):
+        layout = compositional_layout(table, image_name, spec)
+        names = list(dict.fromkeys(row.name for row in layout.rows))
+        return replace(layout, split=split, files=DatasetImages(spec, _encoded(table, found), names))
     if images is None:
         raise UserError(f"{spec} has no column of images; it has {', '.join(table.column_names)}")
     captions = [name for name in (caption_column, *CAPTION_COLUMNS, "sentences", "raw") if name in table.features]
@@ -64,14 +81,33 @@ def open_hf_dataset(spec: str, split: str | None, caption_column: str | None, ch
     of_caption = table[captions[0]] if captions else [[]] * len(table)
     of_label = table[labels] if labels else [None] * len(table)
     rows = [
-        Row(f"{i}.jpg", _texts(text), label)
+        Row(image_name(i), _texts(text), label)
         for i, (text, label) in enumerate(zip(of_caption, map(_label, of_label), strict=True))
     ]
     classes = (
         table.features[labels].names if labels and isinstance(table.features[labels], datasets.ClassLabel) else None
     )
-    encoded = table.select_columns([images]).cast_column(images, datasets.Image(decode=False))
-    return FileLayout(classes, None, split, DatasetImages(spec, encoded, images), rows)
+    files = DatasetImages(spec, _encoded(table, [images]), [row.name for row in rows])
+    return FileLayout(classes, None, split, files, rows)
+
+
+def image_name(row: int, column: int = 0, item: int = 0) -> str:
+    """What an image is called: its row, and if they aren't the first, which of the columns of images and which of the list in it.
+
+    With an extension that its bytes needn't be of.
+    """
+    return f"{row}/{column}/{item}.jpg" if item else f"{row}/{column}.jpg" if column else f"{row}.jpg"
+
+
+def _encoded(table: Any, columns: list[str]) -> Any:
+    """These columns alone, with images as bytes or paths."""
+    import datasets
+
+    encoded, undecoded = table.select_columns(columns), datasets.Image(decode=False)
+    for column in columns:
+        lists = not isinstance(table.features[column], datasets.Image)
+        encoded = encoded.cast_column(column, datasets.List(undecoded) if lists else undecoded)
+    return encoded
 
 
 def _opened(spec: str) -> Any:

@@ -14,7 +14,7 @@ from dsclip.data.layouts.caption_table import CAPTIONS, is_table, read_table
 from dsclip.data.layouts.class_folders import SPLITS, find_class_folders, is_image
 from dsclip.data.layouts.compositional import read_compositional
 from dsclip.data.layouts.files import FileSet
-from dsclip.data.layouts.hf_dataset import PREFIX, open_hf_dataset
+from dsclip.data.layouts.hf_dataset import PREFIX, holds_hf_dataset, open_hf_dataset
 from dsclip.data.layouts.rows import FileLayout, Row, Words
 from dsclip.data.layouts.words import CLASSNAMES, TEMPLATES, beside, folder_names, within
 from dsclip.data.shards.manifest import MANIFEST
@@ -61,6 +61,8 @@ def recognise(
     if os.path.isdir(path):
         if shards := _shards_in(path, split, storage):
             return shards
+        if holds_hf_dataset(path):
+            return open_hf_dataset(PREFIX + path, split, caption_column, _chosen)
         return _folder(path, split, caption_column)
     if is_table(path):
         _refuse_split(split, spec)

@@ -36,10 +36,12 @@ class Words:
 class FileLayout(Words):
     """Image files, which `files` reads. left_out: rows and files that can't be used, by reason.
 
-    pairs: rows 2i and 2i + 1 belong together, each the other's hard negative in image and caption.
+    pairs: rows 2i and 2i + 1 belong together, each the other's hard negative in image and caption. cues: a row is a candidate for its caption,
+    which all rows of its group have, and its label is 1 where it is one of the caption's associations, or else 0.
     """
 
     files: FileSet | Path = Path()
     rows: list[Row] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     pairs: bool = False
+    cues: bool = False

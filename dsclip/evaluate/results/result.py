@@ -12,7 +12,8 @@ from torch import Tensor
 # How values become a metric: their mean; the mean, or the smallest, of the means of groups; the sum over groups of how far
 # the values of each are off together, a share of all (of correct - confidence, grouped by confidence: calibration error).
 # mean_average_precision: values are relevances, 1 or 0, each group's in the order of its ranking.
-Reduction = Literal["mean", "mean_of_groups", "worst_group", "gap_of_groups", "mean_average_precision"]
+# macro_f1: values are 1 for a hit, 0 for a miss of the group, -1 for what was wrongly taken for it (see `macro_f1`).
+Reduction = Literal["mean", "mean_of_groups", "worst_group", "gap_of_groups", "mean_average_precision", "macro_f1"]
 
 MOST_GROUPS = 20  # that are reported one by one
 
@@ -44,6 +45,8 @@ class Outcomes:
             return (count * values).sum(dim=0) / count.sum(dim=0)
         if self.reduction == "mean_average_precision":
             return self._average_precision(weights, columns, self.groups)
+        if self.reduction == "macro_f1":
+            return self._macro_f1(count, self.groups)
         groups = int(self.groups.max()) + 1
         sums = weights.new_zeros(groups, weights.shape[1]).index_add_(0, self.groups, count * values)
         counts = weights.new_zeros(groups, weights.shape[1]).index_add_(0, self.groups, count)
@@ -63,6 +66,27 @@ class Outcomes:
             precision = relevant.cumsum(dim=0) / drawn.cumsum(dim=0).clamp(min=1)
             of_groups.append((relevant * precision).sum(dim=0) / relevant.sum(dim=0))
         return torch.stack(of_groups).nanmean(dim=0)
+
+    def _macro_f1(self, count: Tensor, groups: Tensor) -> Tensor:
+        """The mean of 2 hits / (2 hits + misses + wrongly taken) over the groups that have a hit or a miss, that is a sample of their own."""
+        zeros = count.new_zeros(int(groups.max()) + 1, count.shape[1])
+        hits, misses, taken = (
+            zeros.index_add(0, groups[self.values == kind], count[self.values == kind]) for kind in (1, 0, -1)
+        )
+        present = hits + misses > 0
+        f1 = torch.where(present, 2 * hits / (2 * hits + misses + taken), 0)
+        return f1.sum(dim=0) / present.sum(dim=0)
+
+
+def macro_f1(predicted: Tensor, labels: Tensor) -> Outcomes:
+    """The mean over classes of the harmonic mean of precision and recall: predicted, labels [n] int64.
+
+    Only classes that a sample is of count, whatever else is predicted, as in WILDS (Koh et al. 2021). Units are places in `labels`.
+    """
+    right, rows = predicted == labels, torch.arange(len(labels))
+    wrong = ~right
+    values = torch.cat([right.float(), -torch.ones(int(wrong.sum()))])
+    return Outcomes(values, torch.cat([rows, rows[wrong]]), "macro_f1", torch.cat([labels, predicted[wrong]]))
 
 
 @dataclass(frozen=True)

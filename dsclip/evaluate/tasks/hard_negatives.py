@@ -19,29 +19,38 @@ from dsclip.evaluate.tasks.task import Embedded, Options, TaskKind
 
 class HardNegatives:
     """`accuracy`: the share of pairs (own caption, hard negative of the same image) in which the own caption is the more
-    similar one; 0.5 by chance, and equal similarities lose. Images without hard negatives don't count. Of sets with parts
+    similar one; 0.5 by chance, and equal similarities lose. Images without hard negatives don't count. Where an image has several,
+    `precision@1` is the share of own captions that are more similar than all of them, as ARO's order sets ask. Of sets with parts
     (SugarCrepe's files, ARO's relations) also of each part, and the mean over parts."""
 
     def __init__(self, dataset: EvalDataset, options: Options):
         self._groups = dataset.groups
+        self._several = not options.brief and any(len(negatives) > 1 for negatives in dataset.negatives)
         self._captioned = Captioned(dataset, hard_negative_samples(dataset))
         self.images, self.texts = self._captioned.images, self._captioned.texts
         self.protocol = {"equal_similarities": "lose"}
 
     def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
-        """{"accuracy", of parts, "images", "pairs"}."""
+        """{"accuracy", "precision@1" where there are several hard negatives, both of parts, "images", "pairs"}."""
         similarity, whole = self._captioned.similarities(images, text)
-        wins, samples = [], []
+        wins, samples, first, of_first = [], [], [], []
         for place in whole:
             start, middle, stop = self._captioned.spans[place]
             won = similarity[start:middle, None] > similarity[None, middle:stop]
             wins.append(won.flatten())
             samples += [place] * won.numel()
-        units = torch.tensor([self._captioned.photos[place] for place in samples])
-        accuracy = Outcomes(torch.cat(wins).float(), units)
-        groups = [self._groups[self._captioned.samples[place]] for place in samples]
+            first.append(won.all(dim=1))
+            of_first += [place] * len(won)
         counts = {"images": len(images[0].indices), "pairs": len(samples)}
-        return Measured({"accuracy": accuracy, **by_group("accuracy", accuracy, groups)}, counts)
+        found = self._outcomes("accuracy", wins, samples)
+        return Measured(found | self._outcomes("precision@1", first, of_first) if self._several else found, counts)
+
+    def _outcomes(self, name: str, wins: list[Tensor], places: list[int]) -> dict[str, Outcomes]:
+        """A metric, and that of parts. places: in `samples` of each win."""
+        units = torch.tensor([self._captioned.photos[place] for place in places])
+        found = Outcomes(torch.cat(wins).float(), units)
+        groups = [self._groups[self._captioned.samples[place]] for place in places]
+        return {name: found, **by_group(name, found, groups)}
 
 
 HARD_NEGATIVES = TaskKind("hard_negatives", HardNegatives)

@@ -8,6 +8,7 @@ from dsclip.data import EvalDataset
 from dsclip.errors import UserError
 from dsclip.evaluate.features import Embedder
 from dsclip.evaluate.results.result import Measured
+from dsclip.evaluate.tasks.associations import ASSOCIATIONS
 from dsclip.evaluate.tasks.bags import BAG_RETRIEVAL
 from dsclip.evaluate.tasks.cache import TFUP, TIP_ADAPTER
 from dsclip.evaluate.tasks.corrupted import Corrupted
@@ -23,6 +24,7 @@ from dsclip.evaluate.tasks.zeroshot import ZEROSHOT
 
 KINDS = (
     ZEROSHOT, RETRIEVAL, HARD_NEGATIVES, HARD_POSITIVES, WINOGROUND, LINEAR_PROBE, KNN, MULTI_LABEL, TIP_ADAPTER, TFUP, BAG_RETRIEVAL,
+    ASSOCIATIONS,
 )  # fmt: skip
 TASKS = {kind.name: kind for kind in KINDS}
 IN_TRAINING = ("zeroshot", "retrieval", "hard_negatives")  # those with a key `eval.NAME_shards` in the recipe

@@ -21,6 +21,7 @@ class Options:
 
     train, validation: sets of probes. shots: training samples a class, () for all; seeds: how many draws of them. solver: a name in
     `logistic.FITS`. neighbours: of kNN. cache_weight, cache_sharpness: of a cache's votes, None: as the task's paper has them. logit_scale: the model's, as a factor, for its confidence; None: none is measured.
+    brief: only what curves of a training show.
     """
 
     classnames: Words = None
@@ -34,6 +35,7 @@ class Options:
     cache_weight: float | None = None
     cache_sharpness: float | None = None
     logit_scale: float | None = None
+    brief: bool = False
 
 
 DEFAULTS = Options()

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
 from dsclip.evaluate.features import check_finite
-from dsclip.evaluate.results.result import Measured, Outcomes, by_group
+from dsclip.evaluate.results.result import Measured, Outcomes, by_group, macro_f1
 from dsclip.evaluate.tasks.task import Embedded, Images, Options, TaskKind, Words, lines_sha256
 from dsclip.evaluate.tasks.templates import SIMPLE, load_classnames, load_templates
 
@@ -28,14 +28,15 @@ class Zeroshot:
 
     def __init__(self, dataset: EvalDataset, options: Options):
         self._names, self._templates = zeroshot_prompts(dataset, options.classnames, options.templates)
-        self._labels, self._groups, self._scale = dataset.labels, dataset.groups, options.logit_scale
+        self._labels, self._groups = dataset.labels, dataset.groups
+        self._scale, self._brief = options.logit_scale, options.brief
         self.images = (Images(dataset, zeroshot_samples(dataset, len(self._names))),)
         self.texts = prompts(self._names, self._templates)
         self.protocol = prompt_protocol(self._names, self._templates)
 
     def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
         """{"top1", "top5" (with five classes or more), "mean_per_class_recall", "samples", "classes"}; where there is a logit scale
-        "calibration_error"; where samples are of groups top1 and top5 of each, their mean and the worst."""
+        "calibration_error"; "macro_f1" unless `Options.brief`; where samples are of groups top1 and top5 of each, their mean and the worst."""
         image, decoded = images[0]
         labels = torch.tensor([self._labels[i] for i in decoded])
         logits = image @ classifier(text, len(self._names)).T
@@ -43,6 +44,8 @@ class Zeroshot:
         outcomes = dict(found.outcomes)
         if self._scale is not None:
             outcomes["calibration_error"] = calibration_error(logits * self._scale, labels)
+        if not self._brief:
+            outcomes["macro_f1"] = macro_f1(logits.argmax(dim=1), labels)
         groups = [self._groups[i] for i in decoded]
         for name in ("top1", "top5"):
             outcomes |= by_group(name, found.outcomes[name], groups, worst=True) if name in found.outcomes else {}
