@@ -83,6 +83,21 @@ def test_orders_of_aro_are_a_caption_and_other_orders_of_its_words(tmp_path):
         opened(str(file))
 
 
+def test_winogavil_is_a_row_a_candidate_and_whole_cues_alone(tmp_path):
+    write_images(tmp_path / "images", ["cat.jpg", "fox.jpg", "sea.jpg"])
+    cues = [("Orange", ["cat", "fox"], ["fox"]), ("wet", ["sea", "gone"], ["sea"]), ("blue", ["sea", "cat"], ["sea"])]
+    file = tmp_path / "winogavil.jsonl"
+    names = ("cue", "candidates", "associations")
+    file.write_text("\n".join(json.dumps(dict(zip(names, cue, strict=True))) for cue in cues))
+    dataset = opened(str(file))
+    assert dataset.cues and dataset.captions == [["Orange"]] * 2 + [["blue"]] * 2 and dataset.labels == [0, 1, 1, 0]
+    assert len(set(dataset.groups)) == 2 and dataset.same_images() == [0, 1, 2, 0]
+    assert dict(dataset.bad) == {"missing image": 2}
+    file.write_text(json.dumps(dict(zip(names, ("wet", ["sea"], ["gone"]), strict=True))))
+    with pytest.raises(UserError, match="sample 0 is damaged .ValueError: none of its associations is a candidate"):
+        opened(str(file))
+
+
 def test_attributes_with_fewer_than_25_samples_are_in_no_group(tmp_path):
     write_images(tmp_path / "images", ["1.jpg"])
     words = {"image_path": "1.jpg", "true_caption": "a", "false_caption": "b"}

@@ -46,6 +46,8 @@ def sets(tmp_path_factory):
         "caption_1": "a star above a ring",
     }
     (root / "examples.jsonl").write_text(json.dumps(pair))
+    cue = {"cue": "ring", "candidates": ["0", "1"], "associations": ["1"]}
+    (root / "winogavil.jsonl").write_text(json.dumps(cue))
     shards = {f"{i}": {"jpg": jpeg(i), "cls": str(i % 2).encode(), "json": json.dumps({"caption": "x", "region": "north" if i < 4 else "south"}).encode()} for i in range(8)}  # fmt: skip
     write_tar(root / "regions.tar", shards)
     write_tar(
@@ -70,6 +72,7 @@ def sets(tmp_path_factory):
         "hard_negatives": ["--data", str(root / "swap_obj.json"), "--images", str(root / "images")],
         "hard_positives": ["--data", str(root / "swap_obj.json")],
         "winoground": ["--data", str(root / "examples.jsonl")],
+        "associations": ["--data", str(root / "winogavil.jsonl")],
         "linear_probe": ["--data", str(root / "pictures"), "--shots", "1", "2", "--seeds", "2"],
         "knn": ["--data", str(root / "pictures"), "--neighbours", "3"],
         "tip_adapter": ["--data", str(root / "pictures"), "--templates", "simple", "--shots", "1", "2"],
@@ -78,13 +81,22 @@ def sets(tmp_path_factory):
 
 
 METRICS = {
-    "zeroshot": {"top1", "top1_worst_group", "top1_north", "top1_south", "calibration_error", "mean_per_class_recall"},
+    "zeroshot": {
+        "top1",
+        "top1_worst_group",
+        "top1_north",
+        "top1_south",
+        "calibration_error",
+        "mean_per_class_recall",
+        "macro_f1",
+    },
     "retrieval": {"image_to_text_recall@1", "text_to_image_recall@5"},
     "bag_retrieval": {"text_to_image_recall@1", "image_to_text_recall@1"},
     "multilabel": {"mean_average_precision"},
     "hard_negatives": {"accuracy"},
     "hard_positives": {"image_text", "text_only"},
     "winoground": {"text", "image", "group"},
+    "associations": {"jaccard", "jaccard_5-6"},
     "linear_probe": {"top1_1shot", "top1_2shot"},
     "knn": {"top1", "mean_per_class_recall"},
     "tip_adapter": {"top1_1shot", "mean_per_class_recall_2shot", "top1_zeroshot"},

@@ -17,6 +17,7 @@ from dsclip.evaluate.results.intervals import bootstrap, intervals
 from dsclip.evaluate.tasks.multilabel import measure_multilabel
 from dsclip.losses import SingleRank
 from tests.shard_files import jpeg, write_tar
+from tests.thread_ranks import ThreadRanks
 
 
 def reference(logits, targets, counts) -> float:
@@ -46,6 +47,38 @@ def test_mean_average_precision_equals_a_loop_with_ties_absent_classes_and_resam
     weights[0] += 1
     expected = [reference(logits, targets, column.tolist()) for column in weights.T]
     assert outcomes.statistic(weights, outcomes.units).tolist() == pytest.approx(expected)
+
+
+class SeveralClasses:
+    """Images and prompts are their own features: small integers, so that some are equal."""
+
+    classes, templates, groups = ["a", "b", "c"], ["{}"], [None] * 7
+    label_sets = [(0,), (1, 2), (), (0, 2), (1,), (2,), (0, 1)]
+    generator = torch.Generator().manual_seed(5)
+    pictures = torch.randint(-1, 2, (7, 3), generator=generator).float()
+
+    def __len__(self):
+        return 7
+
+    def image(self, index):
+        return self.pictures[index]
+
+
+def test_neither_ranks_nor_batches_change_it():
+    def run(group, batch_size):
+        embedder = Embedder(
+            lambda x: x,
+            lambda x: x,
+            lambda texts, _: torch.eye(3)[["abc".index(t) for t in texts]],
+            group,
+            1,
+            batch_size,
+        )
+        return run_task("multilabel", embedder, SeveralClasses()).metrics
+
+    whole = run(SingleRank(), 4)
+    assert 0 < whole["mean_average_precision"] < 1 and run(SingleRank(), 3) == whole
+    assert ThreadRanks(2).run(lambda group: run(group, 4)) == [whole, whole]
 
 
 def test_its_interval_is_that_of_resamples_drawn_one_at_a_time():

@@ -1,4 +1,4 @@
-"""Compositional sets in their own files: SugarCrepe, SugarCrepe++, ARO's Visual Genome sets, Winoground.
+"""Compositional sets in their own files: SugarCrepe, SugarCrepe++, ARO, Winoground, WinoGAViL.
 
 A folder of JSON files, or one of them. Each is a list (or, SugarCrepe's, an object) of samples:
 
@@ -8,8 +8,9 @@ A folder of JSON files, or one of them. Each is a list (or, SugarCrepe's, an obj
     ARO's orders  as its code makes them of COCO's or Flickr30k's captions: {"image", "caption_options"}, the caption and then its words in
                   other orders
     Winoground    examples.jsonl: {"image_0", "image_1", "caption_0", "caption_1", "tag"}, a line a sample (Thrush et al. 2022)
+    WinoGAViL     {"cue", "candidates", "associations"}: names of images, and those of them that belong to the cue (Bitton et al. 2022)
 
-SugarCrepe's samples are grouped by file, ARO's by relation or pair of attributes, Winoground's by tag.
+SugarCrepe's samples are grouped by file, ARO's by relation or pair of attributes, Winoground's by tag, WinoGAViL's by cue.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +54,15 @@ def read_compositional(path: Path, images: str | None) -> FileLayout | None:
         left_out["JSON file of another kind"] = others
     if kind is _aro:
         rows = _without_small_groups(rows)
-    if kind is _winoground:  # both images of a sample, or none
+    if kind in (_winoground, _winogavil):  # all images of a sample, or none
         rows = [_with_extension(row, present) for row in rows]
-        whole = [rows[i : i + 2] for i in range(0, len(rows), 2) if present(rows[i].name) and present(rows[i + 1].name)]
-        kept = [row for pair in whole for row in pair]
+        samples = (rows[i : i + 2] for i in range(0, len(rows), 2)) if kind is _winoground else _of_cues(rows)
+        kept = [row for sample in samples if all(present(row.name) for row in sample) for row in sample]
     else:
         kept = [row for row in rows if present(row.name)]
     if len(kept) < len(rows):
         left_out["missing image"] = len(rows) - len(kept)
-    return FileLayout(files=files, rows=kept, left_out=left_out, pairs=kind is _winoground)
+    return FileLayout(files=files, rows=kept, left_out=left_out, pairs=kind is _winoground, cues=kind is _winogavil)
 
 
 def _json_files(path: Path) -> list[Path]:
@@ -116,11 +118,23 @@ def _winoground(file: Path, sample: Sample) -> list[Row]:
     return rows
 
 
+def _winogavil(file: Path, sample: Sample) -> list[Row]:
+    associations = set(sample["associations"])
+    if not associations & set(sample["candidates"]):
+        raise ValueError("none of its associations is a candidate")
+    return [Row(name, [sample["cue"]], int(name in associations), group=file.stem) for name in sample["candidates"]]
+
+
+def _of_cues(rows: list[Row]) -> Iterator[list[Row]]:
+    return (list(of_cue) for _, of_cue in groupby(rows, key=lambda row: row.group))
+
+
 Kind = Callable[[Path, Sample], list[Row]]
 KINDS: tuple[tuple[frozenset[str], Kind], ...] = (
     (frozenset({"filename", "caption", "negative_caption"}), _sugarcrepe),
     (frozenset({"image_path", "true_caption", "false_caption"}), _aro),
     (frozenset({"image", "caption_options"}), _order),
+    (frozenset({"cue", "candidates", "associations"}), _winogavil),
     (frozenset({"image_0", "image_1", "caption_0", "caption_1"}), _winoground),
 )
 
@@ -140,6 +154,8 @@ def _rows(kind: Kind, file: Path, samples: list[Sample]) -> list[Row]:
             texts = (row.name, *row.captions, *row.negatives, row.group)
             if not all(isinstance(text, str) and text.strip() for text in texts) or ".." in row.name.split("/"):
                 raise UserError(f"{file}: sample {number} is damaged: its image and captions must be words")
+        if kind is _winogavil:
+            of_sample = [row._replace(group=f"{file.stem} {number}") for row in of_sample]
         rows += of_sample
     return rows
 
@@ -175,6 +191,6 @@ def _present(files: FileSet | Path) -> Callable[[str], bool]:
 
 
 def _with_extension(row: Row, present: Callable[[str], bool]) -> Row:
-    """Winoground names its images without extension, and its zip has them in a folder."""
+    """Winoground and WinoGAViL name their images without extension, and Winoground's zip has them in a folder."""
     names = [f"{folder}{row.name}{end}" for folder in ("", "images/") for end in ("", ".png", ".jpg")]
     return row._replace(name=next(filter(present, names), row.name))
