@@ -11,16 +11,18 @@ import pytest
 
 from dsclip.config.schema import DataSection
 from dsclip.data import build_eval_dataset, build_loader, merge_states
-from dsclip.data.reading import worker
+from dsclip.data.reading import slots
 from dsclip.errors import UserError
 from tests.shard_files import jpeg, sample, write_set, write_tar
 
 
-def loader(shards, tokenizer, *, batch=8, rank=0, world_size=1, state=None, seed=0, hard_negatives=False, **data):
+def loader(
+    shards, tokenizer, *, batch=8, rank=0, world_size=1, state=None, seed=0, hard_negatives=False, views=(), **data
+):
     section = DataSection(**{"train_shards": str(shards), "shuffle_window": 20, "workers": 0, **data})
     return build_loader(
         section, tokenizer=tokenizer, image_size=16, context_length=16, global_batch_size=batch * world_size, seed=seed,
-        rank=rank, world_size=world_size, hard_negatives=hard_negatives, state=state,
+        rank=rank, world_size=world_size, hard_negatives=hard_negatives, views=views, state=state,
     )  # fmt: skip
 
 
@@ -205,7 +207,7 @@ def test_pickles_in_a_shard_are_never_opened(tmp_path, tokenizer):
 
 def test_too_little_shared_memory_is_said_before_workers_crash(tmp_path, tokenizer, monkeypatch):
     """Containers have 64 MB of it unless told otherwise, and a worker that writes beyond dies of SIGBUS."""
-    monkeypatch.setattr(worker, "_shared_memory_bytes", lambda: 10_000)
+    monkeypatch.setattr(slots, "_shared_memory_bytes", lambda: 10_000)
     with pytest.raises(UserError, match="--shm-size"):
         take(loader(write_set(tmp_path, 2, 16), tokenizer, workers=2), 1)
 
@@ -282,3 +284,24 @@ def test_keys_are_equal_for_equal_captions_or_equal_groups(tmp_path, tokenizer):
     assert len(by_caption) == len({key for _, key in by_caption}) == 4
     (batch,) = take(loader(folder, tokenizer, batch=20, group_key="place"), 1)
     assert len(set(batch.keys.tolist())) == 4
+
+
+@pytest.mark.parametrize("decoder", ["fast", "exact"])
+def test_further_views_are_other_crops_and_captions_and_leave_the_first_as_it_was(tmp_path, tokenizer, decoder):
+    write_set(tmp_path, 1, 16, captions=3)
+    views = ("image_2", "text_2", "text_3")
+    options = dict(batch=8, crop_scale=[0.3, 0.6], flip=True, decoder=decoder)
+    plain = take(loader(tmp_path, tokenizer, **options), 4)
+    found = {w: take(loader(tmp_path, tokenizer, views=views, workers=w, **options), 4) for w in (0, 2)}
+    for one, other, same in zip(plain, found[0], found[2], strict=True):
+        assert fingerprint(one) == fingerprint(other) == fingerprint(same)
+        assert (one.augmentation == other.augmentation[:, :6]).all() and other.augmentation.shape == (8, 12)
+        assert list(other.views) == list(views)
+        assert all((other.views[name] == same.views[name]).all() for name in views), "whoever reads the sample"
+        assert not (other.views["image_2"] == other.images).flatten(1).all(1).any()
+        for row in zip(other.tokens.tolist(), *(other.views[v].tolist() for v in views[1:]), strict=True):
+            assert len(set(map(tuple, row))) == 3, "three captions, three views"
+    first, later = found[0][0], found[0][2]  # two epochs
+    order = [later.sample_ids.tolist().index(i) for i in first.sample_ids.tolist() if i in later.sample_ids.tolist()]
+    rows = [i for i, x in enumerate(first.sample_ids.tolist()) if x in later.sample_ids.tolist()]
+    assert rows and (first.views["image_2"][rows] != later.views["image_2"][order]).any()

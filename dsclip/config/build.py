@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from dsclip.config.describe import allowed
+from dsclip.config.describe import allowed, element_type
 from dsclip.config.schema import Recipe
 from dsclip.config.synonyms import suggestion
 from dsclip.errors import UserError, did_you_mean
@@ -44,13 +44,23 @@ def _build_section(cls: type[Section], name: str, keys: dict[str, Any], source: 
     try:
         return cls(**keys)
     except ValidationError as error:
-        raise UserError(f"{source}: {_sentence(error, name, hints, keys)}") from error
+        found = error.errors(include_url=False, include_input=False)
+        raise UserError(f"{source}: {_sentence(found, name, hints, keys)}") from error
 
 
-def _sentence(error: ValidationError, section: str, hints: dict[str, Any], keys: dict[str, Any]) -> str:
-    """What is wrong with the first key that is."""
-    found = error.errors(include_url=False, include_input=False)
-    key = str(found[0]["loc"][0])
+def _sentence(found: Sequence[Mapping[str, Any]], section: str, hints: dict[str, Any], keys: dict[str, Any]) -> str:
+    """What is wrong with the first key that is, of pydantic's list."""
+    path = found[0]["loc"]
+    key = str(path[0])
+    if path[2:] and isinstance(path[1], int) and isinstance(path[2], str):  # a key of an element that has keys
+        inner = [{**error, "loc": error["loc"][2:]} for error in found if error["loc"][:2] == path[:2]]
+        element = element_type(hints[key])
+        keys_of = typing.get_type_hints(element, include_extras=True)
+        return _sentence(inner, f"{section}.{key}[{path[1]}]", keys_of, keys[key][path[1]])
+    if found[0]["type"] == "unexpected_keyword_argument":
+        return f"unknown key `{section}.{key}`.{did_you_mean(key, list(hints))} Known: {', '.join(hints)}"
+    if found[0]["type"] == "missing":
+        return f"`{section}.{key}` is missing; it must be {allowed(hints[key]).type_words}"
     # Where a list is allowed and was given, the element that is wrong.
     elements = [loc[-1] for e in found if (loc := e["loc"])[0] == key and isinstance(loc[-1], int)]
     kind, name, value, what = found[0]["type"], f"{section}.{key}", keys[key], allowed(hints[key])
@@ -145,6 +155,9 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         f"`loss.matryoshka_weights` has {len(loss.matryoshka_weights or [])} numbers; give one for each of the "
         f"{len(loss.matryoshka_dims)} in `loss.matryoshka_dims`",
     )
+    titles = [term.title for term in recipe.objective.terms]
+    twice = next((title for title in titles if titles.count(title) > 1), None)
+    yield twice is None, f"`objective.terms` has {twice} twice; one with the sum of their weights does the same"
     whole = batch.global_batch_size
     micro_batch = batch.micro_batch_size or whole
     yield micro_batch <= whole, f"`batch.micro_batch_size` {micro_batch} exceeds `batch.global_batch_size` {whole}"

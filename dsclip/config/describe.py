@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from collections.abc import Iterator
@@ -47,6 +48,12 @@ def allowed(hint: Any) -> Allowed:
     return Allowed(tuple(names), choices, _bounds(limits), rule)
 
 
+def element_type(hint: Any) -> Any:
+    """The dataclass whose keys each element of a list has; None for anything but such a list."""
+    elements = typing.get_args(hint) if typing.get_origin(hint) is list else ()
+    return next((x for x in elements if dataclasses.is_dataclass(x)), None)
+
+
 def _options(hint: Any, metadata: tuple[Any, ...] = ()) -> Iterator[tuple[Any, list[Any]]]:
     """The members of a union, each with what its annotation says beside the type."""
     if typing.get_origin(hint) is Annotated:
@@ -65,6 +72,8 @@ def _name(option: Any) -> str:
         return "null"
     if typing.get_origin(option) is Literal:
         return "str"
+    if element := element_type(option):
+        return f"list[{{{', '.join(f.name for f in dataclasses.fields(element))}}}]"
     return option.__name__ if isinstance(option, type) and not typing.get_args(option) else str(option)
 
 

@@ -7,11 +7,12 @@ import dataclasses
 import json
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dsclip.command_line import parser, run_tool
-from dsclip.config.describe import Allowed, allowed
+from dsclip.config.describe import Allowed, allowed, element_type
 from dsclip.config.old_names import OLD_NAMES
 from dsclip.config.schema import Recipe
 
@@ -44,7 +45,7 @@ def reference() -> str:
     """The page."""
     parts = [HEAD]
     for name, section in _sections().items():
-        rows = "\n".join(_row(name, key, hint) for key, hint in _hints(section).items())
+        rows = "\n".join(_rows(name, section))
         doc = str(section.__doc__).strip()
         parts.append(
             f"## {name}\n\n{doc}\n\n| key | type | default | values | meaning |\n|---|---|---|---|---|\n{rows}\n"
@@ -62,12 +63,16 @@ def _hints(section: Any) -> dict[str, Any]:
     return typing.get_type_hints(section, include_extras=True)
 
 
-def _row(name: str, key: str, hint: Any) -> str:
-    what, section = allowed(hint), _sections()[name]
-    default = json.dumps(getattr(section(), key), ensure_ascii=False)
-    meaning = section.__pydantic_fields__[key].description
-    cells = (f"`{name}.{key}`", what.type_words, f"`{default}`", _values(what), meaning)
-    return f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in cells)} |"
+def _rows(name: str, section: Any) -> Iterator[str]:
+    """A section's keys, and after a list of elements that have keys of their own those."""
+    for key, hint in _hints(section).items():
+        what, described = allowed(hint), section.__pydantic_fields__[key]
+        value = described.get_default(call_default_factory=True)
+        default = "" if described.is_required() else f"`{json.dumps(value, ensure_ascii=False)}`"
+        cells = (f"`{name}.{key}`", what.type_words, default, _values(what), described.description)
+        yield f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in cells)} |"
+        if element := element_type(hint):
+            yield from _rows(f"{name}.{key}[]", element)
 
 
 def _values(what: Allowed) -> str:

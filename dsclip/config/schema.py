@@ -29,6 +29,7 @@ from dsclip.config.kinds import (
     ShareBelowOne,
     Weights,
 )
+from dsclip.config.objective_section import ObjectiveSection
 
 MAX_BATCH = 1 << 24  # a hundred times the largest published; beyond it even the features of a step fill machines
 MAX_LAYERS = 1000  # beyond it a typing error; building such towers, even without memory, takes minutes
@@ -315,6 +316,7 @@ class Recipe:
     data: DataSection = field(default_factory=DataSection)
     batch: BatchSection = field(default_factory=BatchSection)
     loss: LossSection = field(default_factory=LossSection)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
     eval: EvalSection = field(default_factory=EvalSection)

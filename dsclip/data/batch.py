@@ -67,7 +67,9 @@ class Batch:
     hard_owner: Tensor | None = None
     """int64 [m]: the row of the sample that each hard negative belongs to."""
     augmentation: Tensor | None = None
-    """float32 [n, 6]: flips and colours that are still to be applied to the images, see `decoding.augment`."""
+    """float32 [n, 6·v]: flips and colours still to be applied to the images and each further view, see `decoding.augment`."""
+    views: dict[str, Tensor] = field(default_factory=dict)
+    """Further views of the same samples by name: `image_2` as images, `text_2` as tokens, …; for terms of the objective."""
     state: State | None = None
     """The position in the data after this batch; None for batches that no loader made."""
     report: LoadReport = field(default_factory=LoadReport)
@@ -76,8 +78,8 @@ class Batch:
         return len(self.images)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that there are, by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        """Those that there are, by name, views among them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | self.views
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device) -> Batch:
@@ -86,16 +88,21 @@ class Batch:
         Tokens, ids and keys stay in host memory: the engine sorts and cuts captions by lengths that it can't read from a
         GPU without waiting for it.
         """
-        changed: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in self.pixels().items()}
-        return replace(self, **changed)
+        return self._with({name: x.to(device, non_blocking=True) for name, x in self.pixels().items()})
 
     def pixels(self) -> dict[str, Tensor]:
         """The tensors that `to` moves."""
-        return {name: x for name, x in self.tensors().items() if name in ("images", "augmentation")}
+        names = {"images", "augmentation", *(name for name in self.views if name.startswith("image"))}
+        return {name: x for name, x in self.tensors().items() if name in names}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        changed: dict[str, Any] = {name: change(x) for name, x in self.tensors().items()}
-        return replace(self, **changed)
+        return self._with({name: change(x) for name, x in self.tensors().items()})
+
+    def _with(self, changed: dict[str, Tensor]) -> Batch:
+        """The same batch with other tensors, named as by `tensors`."""
+        views = {name: changed.get(name, x) for name, x in self.views.items()}
+        others: dict[str, Any] = {name: x for name, x in changed.items() if name not in views}
+        return replace(self, **others, views=views)
 
     def rows(self, start: int, stop: int) -> Batch:
         """The samples from `start` to `stop` with their hard negatives, whose owners count from `start`."""

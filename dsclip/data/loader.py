@@ -26,8 +26,9 @@ from dsclip.data.order.shards import ShardOrder, check_readers
 from dsclip.data.reading.open_shards import check_copies_fit
 from dsclip.data.reading.part import Part
 from dsclip.data.reading.samples import SampleReader
+from dsclip.data.reading.slots import image_slots
 from dsclip.data.reading.stream import StreamWorker
-from dsclip.data.reading.worker import PREFETCH, Parts, Settings, Worker, image_slots
+from dsclip.data.reading.worker import PREFETCH, Parts, Settings, Worker
 from dsclip.data.shards import identity as same_shards
 from dsclip.data.shards.identity import check_sizes
 from dsclip.data.shards.shard_set import ShardSet, named_shards, open_shards, told_apart
@@ -48,12 +49,14 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     hard_negatives: bool = False,
+    views: tuple[str, ...] = (),
     state: State | None = None,
 ) -> Loader:
     """This rank's endless iterable over its n = N / world_size samples of every global batch.
 
     A `Batch` has images uint8 [n, 3, S, S], keys and a state; with hard_negatives also their tokens and owners, with flips
-    or colour jitter augmentation. That state, or those of all ranks of another run put together by `merge_states`,
+    or colour jitter augmentation. views: further ones of the same samples, other crops and colours (image_2) or another of a
+    sample's captions (text_2). That state, or those of all ranks of another run put together by `merge_states`,
     continues with exactly the next batch, on any number of ranks and workers. Raises UserError for shards that are missing
     or all unusable, and for a split that doesn't divide the streams. With `data.order: stream` the state says which shards
     are finished, and continues with the others on as many ranks and workers.
@@ -71,7 +74,7 @@ def build_loader(
     share = order.streams // world_size
     settings = Settings(
         data, order, [SampleReader(s, storage, data.max_sample_bytes) for s in sets], tokenizer, image_size, context_length,
-        global_batch_size, seed, rank, (rank * share, (rank + 1) * share), hard_negatives,
+        global_batch_size, seed, rank, (rank * share, (rank + 1) * share), hard_negatives, views,
     )  # fmt: skip
     problems: Counter[str] = Counter()
     journal: list[dict[str, str]] = []
@@ -203,14 +206,18 @@ class Loader:
             queue_depth=queue_depth, epoch=self._settings.order.epochs(number * self._settings.global_batch, drawn, first),
         )  # fmt: skip
         self._problems, self._journal = Counter(), []
+        pixels = [torch.as_tensor(p.images).split(len(p.sample_ids)) for p in parts]
+        images, *others = [_concatenate(list(view)) for view in zip(*pixels, strict=True)]
+        others += [_joined(list(view)) for view in zip(*(p.texts for p in parts), strict=True)]
         return Batch(
-            images=_concatenate([torch.as_tensor(p.images) for p in parts]),
+            images=images,
             tokens=_joined([p.tokens for p in parts]),
             sample_ids=_joined([p.sample_ids for p in parts]),
             keys=_joined([p.keys for p in parts]),
             hard_tokens=_joined_or_none([p.hard_tokens for p in parts]),
             hard_owner=_hard_owner(parts),
             augmentation=_joined_or_none([p.augmentation for p in parts]),
+            views=dict(zip(self._settings.views, others, strict=True)),  # in order: images before texts
             state={"batches": number, "first": first, "drawn": drawn, "order": self._identity},
             report=report,
         )

@@ -24,13 +24,14 @@ from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.finite import check_weights, finite_or, one_if_finite, skip_reason
 from dsclip.engine.gradient_sums import GradientSums
 from dsclip.engine.host_copy import HostCopy
+from dsclip.engine.loss_inputs import LossInputs
 from dsclip.engine.loss_scalars import LossScalars
-from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, needed, split_gradients
+from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
 from dsclip.engine.state import EngineState, saved_bytes
 from dsclip.engine.step_metrics import StepMetrics, step_numbers
 from dsclip.errors import UserError
-from dsclip.losses import LossGrads, Negatives, Pairs, check_options, checked, find_loss, with_prefixes
+from dsclip.losses import Pairs
 from dsclip.losses.feature_statistics import feature_statistics
 from dsclip.model import Clip, ClipConfig, Encoder
 from dsclip.model.attention import check_attention
@@ -38,6 +39,7 @@ from dsclip.model.captions import cut_captions
 from dsclip.model.compiled import compile_blocks
 from dsclip.model.fp8 import check_fp8
 from dsclip.model.trained import choose_trained
+from dsclip.objectives import ObjectiveGrads, build_objective
 from dsclip.optim.build import optimizer_report, weight_average
 from dsclip.optim.groups import group_settings, restore_settings, set_learning_rate
 from dsclip.optim.schedule import learning_rate
@@ -47,7 +49,7 @@ class ContrastiveEngine:
     """DeepSpeed's engine with the step that contrastive learning needs.
 
     `train_step(batch)` needs a `Batch` with images, tokens and sample ids; by the recipe's loss also with keys (duplicates),
-    and with hard tokens and their owners (hard negatives). Its gradient equals that of a single
+    with hard tokens and their owners (hard negatives), and by its objective with further views. Its gradient equals that of a single
     process with the N samples in one batch, for every number of ranks, ZeRO stage, micro-batch and chunk size.
     state_dict, init_scale, init_bias: weights, logit scale and a sigmoid loss's bias to start from; those of rank 0 count.
     Sizes that the batch section leaves open are plain: the local batch in one micro-batch, nothing computed again.
@@ -72,13 +74,9 @@ class ContrastiveEngine:
         self._measured: StepMetrics | None = None
         self._micro_batcher = MicroBatcher(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss
-        loss = find_loss(settings.name, settings.plugin)
-        check_options(loss, settings)
-        self._loss = with_prefixes(loss, settings, config.embed_dim)
-        self._negatives = Negatives(
-            settings.duplicates, "own" if settings.hard_negatives == "own" else "global", settings.filter_margin,
-            settings.beta, settings.label_smoothing, settings.debiased,
-        )  # fmt: skip
+        self.objective = build_objective(recipe, config.embed_dim)
+        token_wise = self.objective.loss.token_wise
+        self._loss_inputs = LossInputs(settings, self._micro_batcher, config.context_length, token_wise)
         check_attention(config, self.device, _dtype(ds_config))
         check_fp8(config, self.device, _dtype(ds_config))
         model = build_model(config, ds_config, recipe.train.seed, state_dict)
@@ -89,7 +87,7 @@ class ContrastiveEngine:
         self.deepspeed = initialize(model, ds_config, recipe.optim)
         self._group_settings = group_settings(self.deepspeed.optimizer)
         self.scalars = LossScalars(
-            settings, recipe.optim, recipe.train.steps, self.device, has_bias=self._loss.has_bias
+            settings, recipe.optim, recipe.train.steps, self.device, has_bias=self.objective.loss.has_bias
         )
         if (init_scale := self.group.broadcast_object(init_scale)) is not None:
             self.scalars.set_scale(init_scale)
@@ -105,7 +103,7 @@ class ContrastiveEngine:
 
     def _feature_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         config = self.config
-        if not self._loss.token_wise:
+        if not self.objective.loss.token_wise:
             return (config.embed_dim,), (config.embed_dim,)
         if config.patch_dropout:
             raise UserError("token-wise losses with a queue need model.patch_dropout 0: all images need equal tokens")
@@ -148,7 +146,7 @@ class ContrastiveEngine:
             return metrics
         return replace(self._measured, step=self.step, lr=lr)
 
-    def accumulate(self, batch: Batch) -> LossGrads:
+    def accumulate(self, batch: Batch) -> ObjectiveGrads:
         """Features, loss and backward of the towers; the gradients then wait in DeepSpeed for its step.
 
         The last micro-batch keeps its graph and goes backward first; the others ran without one and run again, but in a tower
@@ -157,14 +155,15 @@ class ContrastiveEngine:
         """
         return self._accumulate(batch)[0]
 
-    def _accumulate(self, batch: Batch) -> tuple[LossGrads, list[MicroBatch], Pairs]:
+    def _accumulate(self, batch: Batch) -> tuple[ObjectiveGrads, list[MicroBatch], Pairs]:
         micro_batches = self._micro_batcher.split(batch, self.step)
         with torch.no_grad():
             cached = [self._features(m) for m in micro_batches[:-1]]
         image, text = last = self._features(micro_batches[-1])
-        pairs = self._pairs(micro_batches, [*cached, (image.detach(), text.detach())], batch)
-        grads = checked(self._loss, pairs, negatives=self._negatives, group=self.group)
-        gradients = split_gradients(micro_batches, grads)
+        features = [*cached, (image.detach(), text.detach())]
+        pairs, further = self._loss_inputs(micro_batches, features, batch, self.scalars, self.queue, self.step)
+        grads = self.objective(pairs, further, group=self.group)
+        gradients = split_gradients(micro_batches, grads, grads.d_views)
         # ZeRO averages over ranks, and each rank holds the gradient of the global loss: hence the world size.
         factor = self.group.world_size * one_if_finite(grads)
         with self._reduction() as sums:
@@ -181,39 +180,16 @@ class ContrastiveEngine:
         return grads, micro_batches, pairs
 
     def _features(self, micro_batch: MicroBatch, encoder: Encoder | None = None) -> tuple[Tensor, Tensor]:
-        """Image features [b, D], and text features [b + m, D] of captions and hard negatives."""
+        """The features of a micro-batch's images and of its captions, in their order."""
         _, _, checkpointing = self.recipe.batch.sizes(self.group.world_size)
         encode: Encoder = encoder or self.deepspeed
         m = micro_batch
         image, text = encode(
             m.images if m.image_features is None else None, m.captions if m.text_features is None else None,
             chunk_size=self.recipe.batch.chunk_size, checkpointing=checkpointing, visible_patches=m.visible_patches,
-            token_wise=self._loss.token_wise,
+            token_wise=self.objective.loss.token_wise,
         )  # fmt: skip
         return m.completed(image, text)
-
-    def _pairs(self, micro_batches: list[MicroBatch], features: list[tuple[Tensor, Tensor]], batch: Batch) -> Pairs:
-        """What the loss sees: the features of all micro-batches, hard negatives and queue."""
-        image = torch.cat([i for i, _ in features])
-        text = torch.cat([t[: len(i)] for i, t in features])
-        extra: dict[str, Tensor] = {}
-        if self._negatives.duplicates != "negative":
-            extra["keys"] = self._micro_batcher.to_device(needed(batch.keys, "keys", self.step))
-        if self._loss.token_wise:
-            valid = [m.captions.valid(self.config.context_length) for m in micro_batches]
-            extra["text_valid"] = torch.cat([v[: len(m.images)] for v, m in zip(valid, micro_batches, strict=True)])
-        if self.recipe.loss.hard_negatives != "none":
-            extra["hard_text"] = torch.cat([t[len(i) :] for i, t in features])
-            extra["hard_owner"] = torch.cat([m.hard_owner for m in micro_batches])
-            if self._loss.token_wise:
-                extra["hard_valid"] = torch.cat([v[len(m.images) :] for v, m in zip(valid, micro_batches, strict=True)])
-        if self.queue is not None:
-            extra |= self.queue.negatives(self.step)
-        if self.recipe.loss.wire_dtype == "bf16":
-            image, text = image.bfloat16(), text.bfloat16()
-            if "hard_text" in extra:
-                extra["hard_text"] = extra["hard_text"].bfloat16()
-        return Pairs(image, text, self.scalars.log_scale.detach(), _detached(self.scalars.bias), **extra)
 
     @contextmanager
     def _reduction(self) -> Iterator[GradientSums | None]:
@@ -234,18 +210,18 @@ class ContrastiveEngine:
     def _fill_queue(self, queue: FeatureQueue, micro_batches: list[MicroBatch], pairs: Pairs) -> None:
         image, text = pairs.image, pairs.text
         if self._momentum is not None:
-            features = [self._features(m, self._momentum) for m in micro_batches]
+            features = [m.split(self._features(m, self._momentum)) for m in micro_batches]
             # The average may overflow in bf16 where the weights did not; no later step would be finite with that queued.
-            image = finite_or(torch.cat([i for i, _ in features]), pairs.image)
-            text = finite_or(torch.cat([t[: len(i)] for i, t in features]), pairs.text)
+            image = finite_or(torch.cat([f["image"] for f in features]), pairs.image)
+            text = finite_or(torch.cat([f["text"] for f in features]), pairs.text)
         queue.push(image, text, pairs.keys, self.group, pairs.text_valid)
 
-    def _metrics(self, grads: LossGrads, lr: float, reason: str | None, batch: Batch, pairs: Pairs) -> StepMetrics:
+    def _metrics(self, grads: ObjectiveGrads, lr: float, reason: str | None, batch: Batch, pairs: Pairs) -> StepMetrics:
         hard = 0 if batch.hard_owner is None else len(batch.hard_owner)
         norm = self.deepspeed.get_global_grad_norm()  # ZeRO-1 and 2 have read it, ZeRO-3 has copied it to the host
         total = self.recipe.batch.global_batch_size
         numbers = step_numbers(grads, self.scalars, hard, norm, total, self.group) | optimizer_report(self.deepspeed)
-        if not self._loss.token_wise:
+        if not self.objective.loss.token_wise:
             numbers |= vars(feature_statistics(pairs.image, pairs.text))
         queued = 0 if self.queue is None else self.queue.filled
         return StepMetrics(self.step, lr, reason is not None, reason, queued, HostCopy(numbers))
@@ -316,7 +292,3 @@ class ContrastiveEngine:
 def _dtype(ds_config: dict[str, Any]) -> torch.dtype:
     """Of the towers."""
     return torch.bfloat16 if (ds_config.get("bf16") or {}).get("enabled") else torch.float32
-
-
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class HostCopy:
             self._arrived.record(torch.cuda.current_stream(packed.device))
         else:
             self._host = packed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,24 +14,42 @@ from dsclip.errors import UserError
 from dsclip.losses import LossGrads
 from dsclip.model import Captions, Clip, ClipConfig
 from dsclip.model.captions import cut_captions
-from dsclip.model.patch_dropout import visible_patches
+from dsclip.model.patch_dropout import view_ids, visible_patches
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward needs. The same object goes through the towers twice, with the same visible patches.
+    """What one forward needs of b samples. The same object goes through the towers twice, with the same visible patches.
 
-    images [b, 3, S, S]; captions [b + m]: those of the images, then their hard negatives; hard_owner [m]: the row of
-    the local batch that each hard negative belongs to; visible_patches: of each image, None without patch dropout.
-    image_features [b, D], text_features [b + m, D]: where they are known already, and that tower has nothing to do.
+    images [v·b, 3, S, S]: those of the samples, then of each further view; captions [b + m + w·b]: those of the samples,
+    their hard negatives, then those of each further view; hard_owner [m]: the row of the local batch that each hard
+    negative belongs to; visible_patches: of each image, None without patch dropout; views: the further ones, in order.
+    image_features [v·b, D], text_features [b + m + w·b, D]: where they are known already, and that tower has nothing to do.
     """
 
     images: Tensor
     captions: Captions
     hard_owner: Tensor
     visible_patches: Tensor | None
+    samples: int
+    views: tuple[str, ...] = ()
     image_features: Tensor | None = None
     text_features: Tensor | None = None
+
+    def split_images(self, rows: Tensor) -> dict[str, Tensor]:
+        """What the image tower made of `images`, by view, [b, ...] each."""
+        names = ("image", *(v for v in self.views if v.startswith("image")))
+        return dict(zip(names, rows.split(self.samples), strict=True))
+
+    def split_texts(self, rows: Tensor) -> dict[str, Tensor]:
+        """The same of `captions`; hard negatives [m, ...] are `hard_text`."""
+        views = [v for v in self.views if v.startswith("text")]
+        sizes = [self.samples, len(self.hard_owner), *[self.samples] * len(views)]
+        return dict(zip(("text", "hard_text", *views), rows.split(sizes), strict=True))
+
+    def split(self, features: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """The features of both towers by name."""
+        return self.split_images(features[0]) | self.split_texts(features[1])
 
     def knowing(self, features: tuple[Tensor, Tensor], model: Clip) -> MicroBatch:
         """The same with those of a locked tower, as they were computed: without a graph they are needed once."""
@@ -69,18 +88,39 @@ class MicroBatcher:
                 f"step {step}: rank {self.rank} was given {n} images and {len(batch.tokens)} captions; "
                 f"batch.global_batch_size over {self.world_size} ranks is {expected} pairs a rank"
             )
+        for view in self.recipe.objective.further_views:
+            self._check_view(view, batch, step)
         size = self.recipe.batch.micro_batch_size or n
         return [self._micro_batch(batch.rows(start, min(n, start + size)), step, start) for start in range(0, n, size)]
 
+    def _check_view(self, name: str, batch: Batch, step: int) -> None:
+        """A view must look like what it is another view of."""
+        first = batch.images if name.startswith("image") else batch.tokens
+        view = batch.views.get(name)
+        if view is None:
+            raise UserError(f"step {step}: a term of the objective needs batch.views[{name!r}], which is missing")
+        if view.dtype != first.dtype or view.shape != first.shape:
+            raise UserError(
+                f"step {step}: the view {name} is {view.dtype} {tuple(view.shape)}; it must be {first.dtype} "
+                f"{tuple(first.shape)}, as the batch's own"
+            )
+
     def _micro_batch(self, rows: Batch, step: int, start: int) -> MicroBatch:
-        tokens, hard_owner = rows.tokens, torch.zeros(0, dtype=torch.int64)
+        views, hard_owner = self.recipe.objective.further_views, torch.zeros(0, dtype=torch.int64)
+        image_views, text_views = ([v for v in views if v.startswith(kind)] for kind in ("image", "text"))
+        tokens = [rows.tokens]
         if self.recipe.loss.hard_negatives != "none":
             hard_owner = needed(rows.hard_owner, "hard_owner", step) + start
-            tokens = torch.cat([tokens, needed(rows.hard_tokens, "hard_tokens", step)])
-        chunk_size, samples = self.recipe.batch.chunk_size, len(rows.images)
-        captions = cut_captions(tokens, self.config, chunk_size, self.device, samples=samples)
-        images, hard_owner = self.to_device(rows.images), self.to_device(hard_owner)
-        return MicroBatch(images, captions, hard_owner, self._visible_patches(rows.sample_ids, step))
+            tokens.append(needed(rows.hard_tokens, "hard_tokens", step))
+        tokens += [rows.views[view] for view in text_views]
+        captions = cut_captions(
+            joined(tokens), self.config, self.recipe.batch.chunk_size, self.device,
+            samples=len(rows) * (1 + len(text_views)),
+        )  # fmt: skip
+        images = joined([self.to_device(x) for x in (rows.images, *(rows.views[view] for view in image_views))])
+        ids = joined([rows.sample_ids, *(view_ids(rows.sample_ids, int(view[-1])) for view in image_views)])
+        visible = self._visible_patches(ids, step)
+        return MicroBatch(images, captions, self.to_device(hard_owner), visible, len(rows), views)
 
     def to_device(self, x: Tensor) -> Tensor:
         """x on the device, without waiting for the copy."""
@@ -102,11 +142,20 @@ def needed(value: Tensor | None, name: str, step: int) -> Tensor:
     return value
 
 
-def split_gradients(micro_batches: list[MicroBatch], grads: LossGrads) -> list[tuple[Tensor, Tensor]]:
-    """The gradients of each micro-batch's features, in the order of its tokens."""
-    sizes = [len(m.images) for m in micro_batches]
-    texts = grads.d_text.split(sizes)
+def joined(parts: list[Tensor]) -> Tensor:
+    """Rows one after the other, without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def split_gradients(
+    micro_batches: list[MicroBatch], grads: LossGrads, further: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """The gradients of each micro-batch's features, in the order of its images and tokens. further: of further views."""
+    sizes = [m.samples for m in micro_batches]
+    images, texts = [grads.d_image.split(sizes)], [grads.d_text.split(sizes)]
     if grads.d_hard_text is not None:
-        hard = grads.d_hard_text.split([len(m.hard_owner) for m in micro_batches])
-        texts = [torch.cat(parts) for parts in zip(texts, hard, strict=True)]
-    return list(zip(grads.d_image.split(sizes), texts, strict=True))
+        texts.append(grads.d_hard_text.split([len(m.hard_owner) for m in micro_batches]))
+    for view in micro_batches[0].views:
+        (images if view.startswith("image") else texts).append(further[view].split(sizes))
+    image_parts, text_parts = ([joined(list(parts)) for parts in zip(*x, strict=True)] for x in (images, texts))
+    return list(zip(image_parts, text_parts, strict=True))

@@ -11,8 +11,10 @@ from torch import Tensor
 from dsclip.distributed import Collectives
 from dsclip.engine.host_copy import HostCopy
 from dsclip.engine.loss_scalars import LossScalars
-from dsclip.losses import LossGrads
 from dsclip.losses.feature_statistics import FeatureStatistics
+from dsclip.objectives import ObjectiveGrads
+
+TERM = "term_"  # before the names of the objective's values among the numbers
 
 OF_THE_OPTIMIZER = ("update_rms", "clipped_tensors")
 
@@ -85,15 +87,17 @@ class StepMetrics:
         n = self.numbers
         return FeatureStatistics(n["alignment"], n["uniformity"], n["positive"], n["negative"])
 
+    @property
+    def terms(self) -> dict[str, float]:
+        """What the objective sums, each by its title and without its weight; `pair` is the loss section's. Empty: that alone."""
+        names = [name for name in self.numbers if name.startswith(TERM)]
+        return {name.removeprefix(TERM): self.numbers[name].item() for name in names}
+
 
 def step_numbers(
-    grads: LossGrads,
-    scalars: LossScalars,
-    hard_negatives: int,
-    norm: float | Tensor | None,
-    total: int,
+    grads: ObjectiveGrads, scalars: LossScalars, hard_negatives: int, norm: float | Tensor | None, total: int,
     group: Collectives,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """The numbers of a step, on the device. Collective. hard_negatives: this rank's; total: pairs of the global batch."""
     device = scalars.log_scale.device
     # Filled on the device: for a copy of a number the host would wait.
@@ -113,4 +117,4 @@ def step_numbers(
     }
     if scalars.bias is not None:
         numbers["bias"] = scalars.bias
-    return numbers
+    return numbers | {TERM + name: value for name, value in grads.values.items()}

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from dsclip.errors import UserError, did_you_mean
@@ -15,6 +11,7 @@ from dsclip.losses.group import ALONE, Group
 from dsclip.losses.info_nce import softmax
 from dsclip.losses.late_interaction import filip
 from dsclip.losses.pairs import PLAIN, Loss, LossGrads, Negatives, Pairs
+from dsclip.losses.plugin import import_plugin
 from dsclip.losses.siglip import sigmoid
 
 L = TypeVar("L", bound=Loss)
@@ -83,7 +80,7 @@ def register(
 def find_loss(name: str, plugin: str | None = None) -> RegisteredLoss:
     """The loss of that name, after importing `plugin` (a Python file or module that registers its own)."""
     if plugin is not None:
-        _import(plugin)
+        import_plugin(plugin, "loss.plugin")
     if name not in _LOSSES:
         known = ", ".join(sorted(_LOSSES))
         raise UserError(
@@ -91,32 +88,6 @@ def find_loss(name: str, plugin: str | None = None) -> RegisteredLoss:
             "Your own: register it with dsclip.losses.register and name its file in loss.plugin"
         )
     return _LOSSES[name]
-
-
-def _import(plugin: str) -> None:
-    if not plugin.endswith(".py"):
-        try:
-            importlib.import_module(plugin)
-        except ModuleNotFoundError as error:
-            raise UserError(f"loss.plugin: there is no module `{plugin}` ({error})") from error
-        return
-    path = Path(plugin)
-    if not path.is_file():
-        raise UserError(f"loss.plugin: there is no file {path}")
-    name = f"dsclip_plugin_{path.resolve()}"
-    if name in sys.modules:  # its losses are registered
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"loss.plugin: Python can't import {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"loss.plugin {path} could not be imported: {type(error).__name__}: {error}") from error
 
 
 def checked(loss: Loss, pairs: Pairs, **options: Any) -> LossGrads:

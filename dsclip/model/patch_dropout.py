@@ -32,6 +32,11 @@ def splitmix64(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def view_ids(sample_ids: Tensor, number: int) -> Tensor:
+    """Ids [n] for view `number` of each sample, whose masks are then its own; those of the samples for the first."""
+    return sample_ids if number == 1 else splitmix64(splitmix64(sample_ids) + number)
+
+
 def visible_patches(sample_ids: Tensor, patches: int, share: float, *, seed: int, step: int) -> Tensor:
     """Indices of the patches that each sample shows to the tower, ascending.
 

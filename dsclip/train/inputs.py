@@ -19,11 +19,12 @@ from dsclip.data.sources.storage import Storage
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import UserError
 from dsclip.evaluate import IN_TRAINING
-from dsclip.losses import check_options, find_loss, with_prefixes
+from dsclip.losses import check_options, find_loss
 from dsclip.model import ClipConfig
 from dsclip.model.config import OF_THE_RUN
 from dsclip.model.fp8 import check_fp8_shapes
 from dsclip.model.presets import AUTO
+from dsclip.objectives import build_objective
 from dsclip.optim.groups import check_rules
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.resume import check_length
@@ -50,8 +51,7 @@ class RunInputs:
 def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     """Raises UserError, on every rank alike, for what can't work."""
     recipe = load_recipe(arguments.config, arguments.overrides)
-    loss = find_loss(recipe.loss.name, recipe.loss.plugin)
-    check_options(loss, recipe.loss)
+    check_options(find_loss(recipe.loss.name, recipe.loss.plugin), recipe.loss)
     world_size = launched_ranks()[1]
     ds_config = load_ds_config(arguments.ds_config, recipe, world_size)
     storage = Storage(tuple(recipe.data.trusted_hosts), recipe.data.retries)
@@ -82,7 +82,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     )
     if recipe.model.init and recipe.model.preset == AUTO:  # written down: a model of that name may be another one later
         recipe = replace(recipe, model=replace(recipe.model, **_of_the_weights(model, recipe)))
-    with_prefixes(loss, recipe.loss, model.embed_dim)
+    build_objective(recipe, model.embed_dim)
     check_fp8_shapes(model)
     check_rules(model, recipe.model, recipe.optim)
     if resume:
@@ -112,6 +112,7 @@ def make_loader(inputs: RunInputs, group: Collectives, state: dict[str, Any] | N
         rank=group.rank,
         world_size=group.world_size,
         hard_negatives=recipe.loss.hard_negatives != "none",
+        views=recipe.objective.further_views,
         state=state,
     )
 

@@ -139,4 +139,8 @@ def _drain(queue: Queue[tuple[list[T], BaseException | None]]) -> None:
 def _augmented(batch: Batch) -> Batch:
     if batch.augmentation is None:
         return batch
-    return replace(batch, images=augment(batch.images, batch.augmentation), augmentation=None)
+    names = [name for name in batch.views if name.startswith("image")]
+    images = [batch.images, *(batch.views[name] for name in names)]
+    numbers = batch.augmentation.chunk(len(images), dim=1)
+    first, *others = (augment(x, n) for x, n in zip(images, numbers, strict=True))
+    return replace(batch, images=first, views=batch.views | dict(zip(names, others, strict=True)), augmentation=None)

@@ -269,6 +269,7 @@ def loss_scalars(metrics: StepMetrics) -> dict[str, float]:
         shown |= {"alignment": metrics.features.alignment.item(), "uniformity": metrics.features.uniformity.item()}
     counts = ("masked_negatives", "hard_negatives", "queue_length")
     shown |= {name: getattr(metrics, name) for name in counts if getattr(metrics, name)}
+    shown |= {f"terms/{name}": value for name, value in metrics.terms.items()}
     return {name: value for name, value in shown.items() if value is not None}
 
 

@@ -20,6 +20,7 @@ class Part:
     """
 
     images: Tensor | int
+    """[v·p, 3, S, S]: those of the samples, then those of each further view."""
     tokens: NDArray[np.int64]
     sample_ids: NDArray[np.int64]
     keys: NDArray[np.int64]
@@ -27,6 +28,8 @@ class Part:
     hard_owner: NDArray[np.int64] | None
     """The rows of the part, from 0."""
     augmentation: NDArray[np.float32] | None
+    texts: list[NDArray[np.int64]]
+    """The tokens of each further view of the captions."""
     drawn: list[list[int]]
     """What each of the worker's streams has drawn of each data set."""
     report: LoadReport

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dsclip.config.data_section import DataSection
 from dsclip.data.batch import LoadReport
-from dsclip.data.decoding.prepare import Preparer, TrainSample
+from dsclip.data.decoding.prepare import Preparer, TrainSample, numbers_of
 from dsclip.data.decoding.sample import BadSample, RawSample
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.order.exact import Draw, Order
@@ -54,6 +52,12 @@ class Settings:
     rank: int
     streams: tuple[int, int]
     hard_negatives: bool = False
+    views: tuple[str, ...] = ()
+    """The further ones of each sample, such as image_2 and text_2."""
+
+    @property
+    def images_per_sample(self) -> int:
+        return 1 + len(numbers_of("image", self.views))
 
     @property
     def workers(self) -> int:
@@ -63,35 +67,6 @@ class Settings:
     def quota(self) -> int:
         """Samples that a stream gives to each global batch."""
         return self.global_batch // self.order.streams
-
-
-def image_slots(settings: Settings) -> torch.Tensor | None:
-    """Shared memory [workers, SLOTS, n, 3, S, S] for images on their way to the training process; None without workers.
-
-    Used again and again: fresh shared memory would cost two page faults, one on either side, for every 4 KB.
-    """
-    if not settings.data.workers:
-        return None
-    first, stop = settings.streams
-    share, size = settings.quota * (stop - first) // settings.workers, settings.image_size
-    shape = (settings.workers, SLOTS, share, 3, size, size)
-    free = _shared_memory_bytes()
-    if free is not None and math.prod(shape) > free:
-        raise UserError(
-            f"rank {settings.rank}: the loader's workers need {math.prod(shape) / 1e9:.1f} GB of shared memory for images, and "
-            f"/dev/shm has {free / 1e9:.1f} GB free. Start the container with a larger --shm-size, or set data.workers=0."
-        )
-    # Shared from the beginning: `share_memory_` would copy what nobody has written, page by page.
-    shared: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
-
-
-def _shared_memory_bytes() -> int | None:
-    try:
-        status = os.statvfs("/dev/shm")
-    except OSError:  # no such folder on this system
-        return None
-    return status.f_bavail * status.f_frsize
 
 
 class Parts(IterableDataset[Part | UserError]):
@@ -116,7 +91,7 @@ class Parts(IterableDataset[Part | UserError]):
 
 
 class Worker:
-    """Draws, decodes, counts. drawn: {stream: samples drawn of each data set}. slots: see `image_slots`."""
+    """Draws, decodes, counts. drawn: {stream: samples drawn of each data set}. slots: see `slots`."""
 
     def __init__(self, settings: Settings, drawn: dict[int, list[int]], slots: torch.Tensor | None = None):
         self._settings, self._drawn, self._slots = settings, drawn, slots
@@ -126,7 +101,9 @@ class Worker:
         self._journaled: set[tuple[str, str]] = set()
         self._journal: list[dict[str, str]] = []
         self._read = self._negatives = self._bad_in_a_row = 0
-        self._prepare = Preparer(settings.data, settings.image_size, settings.seed, settings.hard_negatives)
+        self._prepare = Preparer(
+            settings.data, settings.image_size, settings.seed, settings.hard_negatives, settings.views
+        )
         self._total = sum(settings.order.set_samples)
 
     def parts(self) -> Iterator[Part]:
@@ -162,13 +139,14 @@ class Worker:
             skipped: Counter[str] = Counter()
             read = self._read
             size, slot = self._settings.image_size, number % SLOTS
+            count, each = len(self._drawn) * self._settings.quota, self._settings.images_per_sample
             if self._slots is None:
-                images = torch.empty(len(self._drawn) * self._settings.quota, 3, size, size, dtype=torch.uint8)
+                images = torch.empty(each * count, 3, size, size, dtype=torch.uint8)
             else:
                 images = self._slots[slot]
             for stream in self._drawn:
                 for _ in range(self._settings.quota):
-                    samples.append(self._next_good(stream, images[len(samples)], skipped))
+                    samples.append(self._next_good(stream, list(images[len(samples) :: count]), skipped))
             report = LoadReport(
                 captions=[sample.caption for sample in samples], read=self._read - read, bad=dict(skipped), journal=self._journal,
                 seconds=time.monotonic() - started, waited=self._waited - waited,
@@ -192,13 +170,13 @@ class Worker:
         """Seconds in which this worker waited for bytes of remote shards."""
         return sum(ahead.waited_s for ahead in self._ahead.values())
 
-    def _next_good(self, stream: int, image: torch.Tensor, skipped: Counter[str]) -> TrainSample:
-        """The stream's next usable sample, its picture written to `image`; the others are counted."""
+    def _next_good(self, stream: int, images: list[torch.Tensor], skipped: Counter[str]) -> TrainSample:
+        """The stream's next usable sample, its picture written to `images`, a view each; the others are counted."""
         while True:
             shard, round_, fetch = self._next_raw(stream)
             self._read += 1
             try:
-                sample = self._prepare(fetch(), round_, image)
+                sample = self._prepare(fetch(), round_, *images)
             except BadSample as reason:
                 skipped[str(reason)] += 1
                 self._bad_by_shard[shard] += 1
@@ -262,6 +240,7 @@ class Worker:
             hard_tokens=hard_tokens,
             hard_owner=hard_owner,
             augmentation=augmentation,
+            texts=[tokenizer(list(view), length).numpy() for view in zip(*(s.texts for s in samples), strict=True)],
             drawn=[list(drawn) for drawn in self._drawn.values()],
             report=report,
         )

@@ -1,0 +1,57 @@
+"""From the features of all micro-batches to what the objective sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsclip.config.schema import LossSection
+from dsclip.data.batch import Batch
+from dsclip.engine.feature_queue import FeatureQueue
+from dsclip.engine.loss_scalars import LossScalars
+from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, needed
+from dsclip.losses import Pairs
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Joins features, hard negatives and queue. context: tokens of a caption, for token-wise features."""
+
+    settings: LossSection
+    micro_batcher: MicroBatcher
+    context: int
+    token_wise: bool
+
+    def __call__(
+        self,
+        micro_batches: list[MicroBatch],
+        features: list[tuple[Tensor, Tensor]],
+        batch: Batch,
+        scalars: LossScalars,
+        queue: FeatureQueue | None,
+        step: int,
+    ) -> tuple[Pairs, dict[str, Tensor]]:
+        """(the pairs of this rank, further views by name). features: of each micro-batch, detached."""
+        parts = [m.split(each) for m, each in zip(micro_batches, features, strict=True)]
+        names = [name for name in parts[0] if name != "hard_text" or self.settings.hard_negatives != "none"]
+        found = {name: torch.cat([part[name] for part in parts]) for name in names}
+        extra: dict[str, Tensor] = {}
+        if self.settings.duplicates != "negative":
+            extra["keys"] = self.micro_batcher.to_device(needed(batch.keys, "keys", step))
+        if "hard_text" in found:
+            extra["hard_owner"] = torch.cat([m.hard_owner for m in micro_batches])
+        if self.token_wise:
+            valid = [m.split_texts(m.captions.valid(self.context)) for m in micro_batches]
+            extra["text_valid"] = torch.cat([v["text"] for v in valid])
+            if "hard_text" in found:
+                extra["hard_valid"] = torch.cat([v["hard_text"] for v in valid])
+        if queue is not None:
+            extra |= queue.negatives(step)
+        if self.settings.wire_dtype == "bf16":
+            found = {name: x.bfloat16() for name, x in found.items()}
+        if "hard_text" in found:
+            extra["hard_text"] = found.pop("hard_text")
+        bias = None if scalars.bias is None else scalars.bias.detach()
+        return Pairs(found.pop("image"), found.pop("text"), scalars.log_scale.detach(), bias, **extra), found

@@ -1,0 +1,36 @@
+"""Terms by name: the built-in ones, and those that users register."""
+
+from __future__ import annotations
+
+from dsclip.config.objective_section import TermSection
+from dsclip.errors import UserError, did_you_mean
+from dsclip.losses import Negatives
+from dsclip.losses.plugin import import_plugin
+from dsclip.objectives.contrast import contrast
+from dsclip.objectives.term import Term, TermFactory
+
+_TERMS: dict[str, TermFactory] = {"contrast": contrast}
+
+
+def register_term(name: str, factory: TermFactory) -> TermFactory:
+    """Makes a term known under `name`, for `name` in an element of `objective.terms`; gives the factory back.
+
+    factory(settings, negatives) -> term; term(features, *, group) -> TermGrads. Raises UserError for a name that is taken.
+    """
+    if name in _TERMS and _TERMS[name] is not factory:
+        raise UserError(f"a term named `{name}` is registered already; choose another name")
+    _TERMS[name] = factory
+    return factory
+
+
+def make_term(settings: TermSection, negatives: Negatives, plugin: str | None = None) -> Term:
+    """The term of an element of `objective.terms`, after importing `plugin`, which registers its own."""
+    if plugin is not None:
+        import_plugin(plugin, "objective.plugin")
+    if settings.name not in _TERMS:
+        raise UserError(
+            f"objective.terms: `{settings.name}` is not registered.{did_you_mean(settings.name, list(_TERMS))} "
+            f"Known: {', '.join(sorted(_TERMS))}. Your own: register it with dsclip.objectives.register_term and name its "
+            "file in objective.plugin"
+        )
+    return _TERMS[settings.name](settings, negatives)

@@ -1,0 +1,183 @@
+"""The objective against dense float64 autograd, on one rank and on several; own terms; what is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsclip import objectives
+from dsclip.config.build import build_recipe
+from dsclip.config.objective_section import ObjectiveSection, TermSection
+from dsclip.config.schema import LossSection, Recipe
+from dsclip.errors import UserError
+from dsclip.losses import LossGrads, Pairs
+from dsclip.objectives import TermGrads, build_objective
+from tests import objective_reference as reference
+from tests.test_losses import CLOSE, unit
+from tests.thread_ranks import ThreadRanks
+
+VIEWS = ("image", "text", "image_2", "text_2", "image_3")
+WIDTH = 6
+
+
+def run(recipe, views, log_scale, *, ranks=1, keys=None, in_ring=False):
+    objective, n = build_objective(recipe, WIDTH), len(views["image"]) // ranks
+
+    def one_rank(group):
+        mine = {name: x[group.rank * n : (group.rank + 1) * n] for name, x in views.items()}
+        local_keys = None if keys is None else keys[group.rank * n : (group.rank + 1) * n]
+        pairs = Pairs(mine.pop("image"), mine.pop("text"), log_scale, keys=local_keys)
+        return objective(pairs, mine, group=group)
+
+    return ThreadRanks(ranks, in_ring).run(one_rank)
+
+
+def features(n, names=VIEWS, seed=0):
+    return {name: unit(n, WIDTH, seed=seed + i) for i, name in enumerate(names)}
+
+
+def gradient(results, name):
+    joined = lambda part: torch.cat([part(r) for r in results])  # noqa: E731
+    return joined((lambda r: getattr(r, f"d_{name}")) if name in ("image", "text") else (lambda r: r.d_views[name]))
+
+
+TERMS = st.lists(
+    st.builds(
+        TermSection, st.just("contrast"), st.permutations(VIEWS).map(lambda x: list(x[:2])), st.floats(0.1, 3),
+        st.none() | st.floats(0.05, 1),
+    ),
+    min_size=1, max_size=4, unique_by=lambda t: t.title,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(TERMS, st.floats(0, 2), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.integers(0, 99))
+def test_any_sum_of_contrasts_equals_float64_autograd(terms, pair_weight, ranks, local, in_ring, seed):
+    views, log_scale = features(ranks * local, seed=seed), torch.tensor(1.7, dtype=torch.float64)
+    recipe = Recipe(
+        objective=ObjectiveSection(pair_weight, terms), loss=LossSection(gather="ring" if in_ring else "all")
+    )
+    used = {name: x for name, x in views.items() if name in ("image", "text", *recipe.objective.further_views)}
+    results = run(recipe, used, log_scale, ranks=ranks, in_ring=in_ring)
+    leaves = {name: x.clone().requires_grad_() for name, x in used.items()}
+    scale = log_scale.clone().requires_grad_()
+    value = reference.objective(leaves, scale, pair_weight, terms)
+    value.backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(gradient(results, name), leaf.grad, **CLOSE)
+    for result in results:
+        torch.testing.assert_close(result.loss, value.detach(), **CLOSE)
+        torch.testing.assert_close(result.d_log_scale, scale.grad, **CLOSE)
+        assert list(result.values) == ["pair", *(t.title for t in terms)]
+
+
+def test_without_terms_the_objective_is_the_loss_bit_for_bit():
+    recipe, views, log_scale = Recipe(), features(5, ("image", "text")), torch.tensor(2.0)
+    (found,) = run(recipe, views, log_scale)
+    objective = build_objective(recipe, WIDTH)
+    plain = objective.loss(Pairs(views["image"], views["text"], log_scale))
+    for name in LossGrads.__dataclass_fields__:
+        one, other = getattr(found, name), getattr(plain, name)
+        assert (one is None) is (other is None) and (one is None or torch.equal(one, other)), name
+    assert found.values == found.d_views == {}
+
+
+def test_samples_with_equal_keys_are_left_out_of_a_contrast_as_of_the_loss():
+    views, log_scale, keys = (
+        features(4, ("image", "text", "text_2")),
+        torch.tensor(1.0).double(),
+        torch.tensor([7, 8, 7, 9]),
+    )
+    term = TermSection("contrast", ["text", "text_2"], temperature=0.5)
+    recipe = Recipe(objective=ObjectiveSection(terms=[term]), loss=LossSection(duplicates="mask"))
+    (found,) = run(recipe, views, log_scale, keys=keys)
+    logits = 2 * views["text"] @ views["text_2"].T
+    logits[[0, 2], [2, 0]] = -torch.inf
+    expected = -(logits.log_softmax(0).diagonal() + logits.log_softmax(1).diagonal()).mean() / 2
+    torch.testing.assert_close(found.values["contrast_text_text_2"], expected, **CLOSE)
+
+
+PLUGIN = """
+import torch
+from dsclip.objectives import TermGrads, register_term
+
+class Apart:
+    def __init__(self, settings, negatives):
+        self.names = settings.between
+
+    def __call__(self, features, *, group):
+        one, other = (features[name] for name in self.names)
+        total = group.world_size * len(one)
+        value = group.all_reduce_sum((one - other).square().sum()) / total
+        return TermGrads(value, {self.names[0]: 2 * (one - other) / total, self.names[1]: 2 * (other - one) / total})
+
+register_term("apart", Apart)
+"""
+
+
+def with_term(**keys):
+    return Recipe(objective=ObjectiveSection(terms=[TermSection(**keys)]))
+
+
+def test_a_term_of_a_plugin_file_joins_the_sum(tmp_path):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    term = TermSection("apart", ["image", "image_2"], 0.5)
+    recipe = Recipe(objective=ObjectiveSection(0.0, [term], str(tmp_path / "mine.py")))
+    views = features(4, ("image", "text", "image_2"))
+    leaves = {name: x.clone().requires_grad_() for name, x in views.items()}
+    (0.5 * (leaves["image"] - leaves["image_2"]).square().sum(1).mean()).backward()
+    for ranks in (1, 2):
+        results = run(recipe, views, torch.tensor(1.0).double(), ranks=ranks)
+        for name in ("image", "image_2"):
+            torch.testing.assert_close(gradient(results, name), leaves[name].grad, **CLOSE)
+        assert not gradient(results, "text").any()
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (1.0, "returned float; it must return dsclip.objectives.TermGrads"),
+        (TermGrads(torch.zeros(()), {"text": torch.zeros(3, WIDTH)}), "gradient for text; name that feature"),
+        (TermGrads(torch.zeros(()), {"image": torch.zeros(3)}), "image of shape"),
+        (TermGrads(torch.zeros(1), {}), "value of shape"),
+        (TermGrads(torch.zeros(()), {}, torch.zeros(2)), "d_log_scale of shape"),
+    ],
+)
+def test_what_can_not_be_a_terms_gradients_is_refused(monkeypatch, returned, message):
+    monkeypatch.setitem(objectives.registry._TERMS, "broken", lambda settings, negatives: lambda f, *, group: returned)
+    with pytest.raises(UserError, match=message):
+        run(with_term(name="broken", between=["image"]), features(3, ("image", "text")), torch.tensor(1.0))
+
+
+def test_settings_that_no_term_can_obey_are_refused():
+    with pytest.raises(UserError, match="`contrst` is not registered. Did you mean `contrast`"):
+        build_objective(with_term(name="contrst", between=["image", "text"]), WIDTH)
+    with pytest.raises(UserError, match="give two features"):
+        build_objective(with_term(name="contrast", between=["image", "text", "text_2"]), WIDTH)
+    with pytest.raises(UserError, match="registered already"):
+        objectives.register_term("contrast", lambda settings, negatives: None)
+    term = TermSection("contrast", ["image", "image_2"])
+    with pytest.raises(UserError, match="leave them out"):
+        build_objective(Recipe(objective=ObjectiveSection(terms=[term]), loss=LossSection(name="filip")), WIDTH)
+
+
+GOOD = {"name": "contrast", "between": ["image", "image_2"]}
+
+
+@pytest.mark.parametrize(
+    "terms, message",
+    [
+        ([3], r"`objective.terms\[0\]` is 3; it must be \{name, between, weight, temperature\}"),
+        ([{"name": "contrast"}], r"`objective.terms\[0\].between` is missing; it must be list\[str\]"),
+        ([GOOD, GOOD | {"between": ["image", "img"]}], r"`objective.terms\[1\].between` is .*; give different ones of image"),
+        ([GOOD | {"between": ["image", "image"]}], "give different ones"),
+        ([GOOD | {"weight": "1"}], r"`objective.terms\[0\].weight` is '1'; it must be float"),
+        ([GOOD | {"weight": 0}], r"`objective.terms\[0\].weight` is 0; it must be greater than 0"),
+        ([GOOD | {"temperature": -0.1}], r"`objective.terms\[0\].temperature` is -0.1; it must be greater than 0"),
+        ([GOOD | {"wieght": 1}], r"unknown key `objective.terms\[0\].wieght`. Did you mean `weight`\?"),
+        ([GOOD, GOOD], "has contrast_image_image_2 twice"),
+    ],
+)  # fmt: skip
+def test_a_wrong_term_is_said_at_its_field(terms, message):
+    with pytest.raises(UserError, match=message):
+        build_recipe({"objective": {"terms": terms}}, "mine.yaml")
