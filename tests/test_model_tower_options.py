@@ -12,7 +12,7 @@ from dsclip.errors import UserError
 from dsclip.model import Clip, resolve_preset
 from dsclip.model.flops import forward_flops
 from dsclip.optim.groups import parameter_groups
-from dsclip.plan.memory import HEAP, activation_bytes, towers
+from dsclip.plan.memory import HEAP, Encoded, activation_bytes, towers
 from tests.test_model_clip import SMALL, gradients, pairs
 
 EACH = {
@@ -153,7 +153,9 @@ def test_what_they_keep_for_backward_is_in_the_plan(option, checkpointing):
     names.pop("layer_norm_eps", None)
     plain, other = (resolve_preset("demo", vision_layers=2, **o) for o in ({}, names))
     more = saved_bytes(other, checkpointing) - saved_bytes(plain, checkpointing)
-    counts = [activation_bytes(c, 8, 4, checkpointing, "cpu", 24, 1)[0] / HEAP[checkpointing] for c in (other, plain)]
+    counts = [
+        activation_bytes(c, 8, 4, checkpointing, "cpu", 24, Encoded())[0] / HEAP[checkpointing] for c in (other, plain)
+    ]
     # float32 here, bf16 in the plan.
     assert more == pytest.approx(2 * (counts[0] - counts[1]), rel=0.05)
 

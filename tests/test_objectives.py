@@ -175,9 +175,18 @@ GOOD = {"name": "contrast", "between": ["image", "image_2"]}
         ([GOOD | {"weight": 0}], r"`objective.terms\[0\].weight` is 0; it must be greater than 0"),
         ([GOOD | {"temperature": -0.1}], r"`objective.terms\[0\].temperature` is -0.1; it must be greater than 0"),
         ([GOOD | {"wieght": 1}], r"unknown key `objective.terms\[0\].wieght`. Did you mean `weight`\?"),
-        ([GOOD, GOOD], "has contrast_image_image_2 twice"),
+        ([GOOD, GOOD | {"weight": 0.5}], "has contrast_image_image_2 twice"),
     ],
 )  # fmt: skip
 def test_a_wrong_term_is_said_at_its_field(terms, message):
     with pytest.raises(UserError, match=message):
         build_recipe({"objective": {"terms": terms}}, "mine.yaml")
+
+
+def test_the_same_features_at_two_temperatures_are_two_terms():
+    terms = [GOOD | {"temperature": 0.1}, GOOD | {"temperature": 0.5}, GOOD]
+    recipe = build_recipe({"objective": {"terms": terms}}, "mine.yaml")
+    (found,) = run(recipe, features(4, ("image", "text", "image_2")), torch.tensor(1.0).double())
+    title = "contrast_image_image_2"
+    assert list(found.values) == ["pair", title, f"{title}.2", f"{title}.3"]
+    assert len({value.item() for value in found.values.values()}) == 4

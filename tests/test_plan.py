@@ -51,6 +51,20 @@ def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(preset, batch, c
     assert found["planned_peak_mb"] == pytest.approx(found["peak_mb"], rel=0.1)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_further_views_take_what_as_many_more_samples_take(checkpointing):
+    sizes = dict(checkpointing=checkpointing, accumulation="manual")
+    both = plan("ViT-B-32", BatchSection(64, **sizes), further_views=("image_2", "text_2"))[1]
+    more = plan("ViT-B-32", BatchSection(128, **sizes))[1]
+    plain = plan("ViT-B-32", BatchSection(64, **sizes))[1]
+    for part in ("activations", "working_set", "images"):
+        assert both.parts[part] == pytest.approx(more.parts[part]) and both.parts[part] > plain.parts[part], part
+    assert both.gflops_per_sample == pytest.approx(2 * plain.gflops_per_sample)
+    images = plan("ViT-B-32", BatchSection(64, **sizes), further_views=("image_2",))[1]
+    assert plain.parts["activations"] < images.parts["activations"] < both.parts["activations"]
+    assert images.parts["features"] == pytest.approx(1.5 * plain.parts["features"])
+
+
 def test_where_everything_fits_nothing_is_cut_or_computed_again():
     batch, found = plan("ViT-B-32", BatchSection(256))
     assert (batch.micro_batch_size, batch.chunk_size, batch.checkpointing) == (None, None, "none")

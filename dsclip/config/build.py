@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -155,8 +156,8 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         f"`loss.matryoshka_weights` has {len(loss.matryoshka_weights or [])} numbers; give one for each of the "
         f"{len(loss.matryoshka_dims)} in `loss.matryoshka_dims`",
     )
-    titles = [term.title for term in recipe.objective.terms]
-    twice = next((title for title in titles if titles.count(title) > 1), None)
+    terms = [replace(term, weight=1.0) for term in recipe.objective.terms]
+    twice = next((term.title for term in terms if terms.count(term) > 1), None)
     yield twice is None, f"`objective.terms` has {twice} twice; one with the sum of their weights does the same"
     whole = batch.global_batch_size
     micro_batch = batch.micro_batch_size or whole

@@ -59,6 +59,13 @@ class ObjectiveSection:
     """Python file or module that registers your own terms."""
 
     @property
+    def titles(self) -> list[str]:
+        """Of each term; of those that compare the same features, the second has `.2` behind it, and so on."""
+        plain = [term.title for term in self.terms]
+        numbers = [plain[: i + 1].count(title) for i, title in enumerate(plain)]
+        return [title if number == 1 else f"{title}.{number}" for title, number in zip(plain, numbers, strict=True)]
+
+    @property
     def further_views(self) -> tuple[str, ...]:
         """The views beyond image and text that the terms compare, in order."""
         return tuple(sorted({name for term in self.terms for name in term.between} - {"image", "text"}))

@@ -125,7 +125,7 @@ class ContrastiveEngine:
         A step with a number that isn't finite, on whichever rank, is skipped on all: see `engine/finite.py`.
         """
         self.scalars.before_step(self.step)
-        grads, micro_batches, pairs = self._accumulate(batch)
+        grads, pairs, further = self._accumulate(batch)
         lr = learning_rate(self.step, self.recipe.train.steps, self.recipe.optim)
         set_learning_rate(self.deepspeed.optimizer, lr)
         self.deepspeed.step()
@@ -133,12 +133,12 @@ class ContrastiveEngine:
         if applied:
             self.scalars.step(grads, lr)
             if self.queue is not None:
-                self._fill_queue(self.queue, micro_batches, pairs)
+                self._fill_queue(self.queue, batch, pairs)
             for average in (self._momentum, self._average):
                 if average is not None:
                     average.update()
         self.step += 1
-        reason = None if applied else skip_reason(pairs, grads, self.group)
+        reason = None if applied else skip_reason((pairs.image, pairs.text, *further.values()), grads, self.group)
         if measure or not applied or self._measured is None:
             metrics = self._metrics(grads, lr, reason, batch, pairs)
             if applied:  # the numbers of a skipped step are no step's but its own
@@ -155,7 +155,7 @@ class ContrastiveEngine:
         """
         return self._accumulate(batch)[0]
 
-    def _accumulate(self, batch: Batch) -> tuple[ObjectiveGrads, list[MicroBatch], Pairs]:
+    def _accumulate(self, batch: Batch) -> tuple[ObjectiveGrads, Pairs, dict[str, Tensor]]:
         micro_batches = self._micro_batcher.split(batch, self.step)
         with torch.no_grad():
             cached = [self._features(m) for m in micro_batches[:-1]]
@@ -177,7 +177,7 @@ class ContrastiveEngine:
             if sums is not None:
                 sums.give()
         self.deepspeed.set_gradient_accumulation_boundary(True)
-        return grads, micro_batches, pairs
+        return grads, pairs, further
 
     def _features(self, micro_batch: MicroBatch, encoder: Encoder | None = None) -> tuple[Tensor, Tensor]:
         """The features of a micro-batch's images and of its captions, in their order."""
@@ -207,13 +207,14 @@ class ContrastiveEngine:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(surrogate, scale_wrt_gas=False)
 
-    def _fill_queue(self, queue: FeatureQueue, micro_batches: list[MicroBatch], pairs: Pairs) -> None:
+    def _fill_queue(self, queue: FeatureQueue, batch: Batch, pairs: Pairs) -> None:
         image, text = pairs.image, pairs.text
         if self._momentum is not None:
-            features = [m.split(self._features(m, self._momentum)) for m in micro_batches]
+            micro_batches = self._micro_batcher.of_pairs_alone().split(batch, self.step)
+            features = [self._features(m, self._momentum) for m in micro_batches]
             # The average may overflow in bf16 where the weights did not; no later step would be finite with that queued.
-            image = finite_or(torch.cat([f["image"] for f in features]), pairs.image)
-            text = finite_or(torch.cat([f["text"] for f in features]), pairs.text)
+            image = finite_or(torch.cat([i for i, _ in features]), pairs.image)
+            text = finite_or(torch.cat([t for _, t in features]), pairs.text)
         queue.push(image, text, pairs.keys, self.group, pairs.text_valid)
 
     def _metrics(self, grads: ObjectiveGrads, lr: float, reason: str | None, batch: Batch, pairs: Pairs) -> StepMetrics:

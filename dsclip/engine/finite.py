@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
-from dsclip.losses import LossGrads, Pairs
+from dsclip.losses import LossGrads
 
 
 def one_if_finite(grads: LossGrads) -> Tensor:
@@ -23,9 +23,12 @@ def one_if_finite(grads: LossGrads) -> Tensor:
     return usable.new_full((), torch.nan, dtype=torch.float32).masked_fill(usable.all(), 1.0)
 
 
-def skip_reason(pairs: Pairs, grads: LossGrads, group: Collectives) -> str:
-    """What was not finite in a step that was skipped: the first cause in the order of computation. Collective."""
-    seen = torch.stack([_finite(pairs.image) & _finite(pairs.text), *_usable(grads)])
+def skip_reason(features: Iterable[Tensor], grads: LossGrads, group: Collectives) -> str:
+    """What was not finite in a step that was skipped: the first cause in the order of computation. Collective.
+
+    features: of images, captions and further views.
+    """
+    seen = torch.stack([torch.stack([_finite(x) for x in features]).all(), *_usable(grads)])
     ranks = group.all_reduce_sum((~seen).int()).tolist()
     for name, count in zip(("features", "loss", "d_log_scale", "d_bias"), ranks, strict=False):
         if count:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dsclip.config.objective_section import ObjectiveSection
 from dsclip.config.schema import Recipe
 from dsclip.data.batch import Batch
 from dsclip.errors import UserError
@@ -92,6 +93,11 @@ class MicroBatcher:
             self._check_view(view, batch, step)
         size = self.recipe.batch.micro_batch_size or n
         return [self._micro_batch(batch.rows(start, min(n, start + size)), step, start) for start in range(0, n, size)]
+
+    def of_pairs_alone(self) -> MicroBatcher:
+        """The same without hard negatives and further views, which no queue holds."""
+        loss = replace(self.recipe.loss, hard_negatives="none")
+        return replace(self, recipe=replace(self.recipe, loss=loss, objective=ObjectiveSection()))
 
     def _check_view(self, name: str, batch: Batch, step: int) -> None:
         """A view must look like what it is another view of."""

@@ -97,8 +97,8 @@ def build_objective(recipe: Recipe, width: int) -> Objective:
             "or take another loss"
         )
     terms = tuple(
-        WeightedTerm(t.title, tuple(t.between), t.weight, make_term(t, negatives, recipe.objective.plugin))
-        for t in recipe.objective.terms
+        WeightedTerm(title, tuple(t.between), t.weight, make_term(t, negatives, recipe.objective.plugin))
+        for title, t in zip(recipe.objective.titles, recipe.objective.terms, strict=True)
     )
     loss = with_prefixes(loss, settings, width)
     return Objective(loss, negatives, recipe.objective.pair_weight, terms)

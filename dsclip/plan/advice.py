@@ -19,8 +19,8 @@ from dsclip.plan.machine import Machine
 
 def advice(
     config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, optim: OptimSection | None = None, text_tokens: int | None = None,
-    trained: TrainedPart | None = None,
+    loss: LossSection | None = None, further_views: tuple[str, ...] = (), optim: OptimSection | None = None,
+    text_tokens: int | None = None, trained: TrainedPart | None = None,
 ) -> list[str]:  # fmt: skip
     """Changes after which the batch fits, with the peak each leads to; the least first. Empty if none is known."""
 
@@ -34,6 +34,7 @@ def advice(
             ranks,
             machine,
             loss=new_loss,
+            further_views=further_views,
             optim=optim,
             text_tokens=text_tokens,
             trained=trained,

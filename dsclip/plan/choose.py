@@ -21,7 +21,6 @@ def plan_recipe(recipe: Recipe, ds_config: DsConfig, config: ClipConfig, group: 
     """The recipe with its batch section planned for the machine of rank 0, and what a step will take. Collective."""
     # Memory differs a little between ranks, and a plan must not.
     machine = group.broadcast_object(this_machine())
-    trained = trained_part(config, recipe.model)
     batch, found = plan_batch(
         config,
         recipe.batch,
@@ -29,16 +28,17 @@ def plan_recipe(recipe: Recipe, ds_config: DsConfig, config: ClipConfig, group: 
         group.world_size,
         machine,
         loss=recipe.loss,
+        further_views=recipe.objective.further_views,
         optim=recipe.optim,
-        trained=trained,
+        trained=trained_part(config, recipe.model),
     )
     return replace(recipe, batch=batch), found
 
 
 def plan_batch(
     config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, optim: OptimSection | None = None, text_tokens: int | None = None,
-    trained: TrainedPart | None = None,
+    loss: LossSection | None = None, further_views: tuple[str, ...] = (), optim: OptimSection | None = None,
+    text_tokens: int | None = None, trained: TrainedPart | None = None,
 ) -> tuple[BatchSection, Estimate]:  # fmt: skip
     """The batch section with micro_batch_size, chunk_size, checkpointing and coalesce_reduction filled in, and its estimate.
 
@@ -57,6 +57,7 @@ def plan_batch(
             world_size,
             machine,
             loss=loss,
+            further_views=further_views,
             optim=optim,
             text_tokens=text_tokens,
             trained=trained,

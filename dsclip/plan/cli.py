@@ -100,31 +100,15 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     config = resolve_preset(recipe.model.preset, **own, **({} if a.config is None else _vocabulary(recipe)))
     machine, source = _machine(a, recipe.model.name)
     trained = trained_part(config, recipe.model)
-    batch, found = plan_batch(
-        config,
-        recipe.batch,
-        ds_config,
-        a.gpus,
-        machine,
-        loss=recipe.loss,
-        optim=recipe.optim,
-        text_tokens=a.text_tokens,
-        trained=trained,
-    )
+    options: dict[str, Any] = {
+        "loss": recipe.loss, "further_views": recipe.objective.further_views, "optim": recipe.optim,
+        "text_tokens": a.text_tokens, "trained": trained,
+    }  # fmt: skip
+    batch, found = plan_batch(config, recipe.batch, ds_config, a.gpus, machine, **options)
     changes = []
     if not found.fits:
         machine = machine if batch.memory_gb is None else replace(machine, memory_gb=batch.memory_gb)
-        changes = advice(
-            config,
-            batch,
-            ds_config,
-            a.gpus,
-            machine,
-            loss=recipe.loss,
-            optim=recipe.optim,
-            text_tokens=a.text_tokens,
-            trained=trained,
-        )
+        changes = advice(config, batch, ds_config, a.gpus, machine, **options)
     result = {
         "model": recipe.model.name, "global_batch_size": batch.global_batch_size,
         "fits": found.fits, "peak_mb": found.peak_mb, "parts": found.parts, "device": machine.device,

@@ -13,7 +13,7 @@ from dsclip.model import Clip, ClipConfig
 from dsclip.model.flops import forward_flops
 from dsclip.model.trained import TrainedPart
 from dsclip.plan.machine import USABLE, Machine
-from dsclip.plan.memory import BF16, FP32, activation_bytes, image_bytes, loss_bytes, state_bytes
+from dsclip.plan.memory import BF16, FP32, Encoded, activation_bytes, image_bytes, loss_bytes, state_bytes
 from dsclip.plan.optimizer_state import block_matrices, kept_bytes, step_bytes
 
 HOST_BYTES_PER_SECOND = 25e9  # between GPU and pinned memory over PCIe 4, to and fro at a time
@@ -52,10 +52,11 @@ class Estimate:
 
 def estimate(
     config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, optim: OptimSection | None = None, text_tokens: int | None = None,
-    trained: TrainedPart | None = None,
+    loss: LossSection | None = None, further_views: tuple[str, ...] = (), optim: OptimSection | None = None,
+    text_tokens: int | None = None, trained: TrainedPart | None = None,
 ) -> Estimate:  # fmt: skip
-    """The estimate for one rank. text_tokens: of a chunk's longest caption; None: the context length. trained: what is trained; None: all."""
+    """The estimate for one rank. text_tokens: of a chunk's longest caption; None: the context length. further_views: those
+    that the objective compares beside image and text. trained: what is trained; None: all."""
     loss, optim = loss or LossSection(), optim or OptimSection()
     parameters, block = parameter_counts(config)
     part = trained or TrainedPart(parameters, parameters, 0, (0, 0), (1.0, 1.0), block_matrices(config))
@@ -63,9 +64,9 @@ def estimate(
     micro_batch, chunk, checkpointing = batch.sizes(world_size)
     local = batch.global_batch_size // world_size
     micro_batches = -(-local // micro_batch)
-    texts = 1 if loss.hard_negatives == "none" else 2
+    encoded = Encoded.of(loss, further_views)
     saved, working = activation_bytes(
-        config, micro_batch, chunk, checkpointing, machine.device, text_tokens, texts, part.locked
+        config, micro_batch, chunk, checkpointing, machine.device, text_tokens, encoded, part.locked
     )
     ds_config = resolve_persistence(ds_config, batch)
     kept, average = kept_bytes(part.parameters, part.matrices, optim)
@@ -74,7 +75,7 @@ def estimate(
         state["weight_average"] = average / world_size if state["optimizer"] else 0
     if batch.coalesce_reduction:
         state["gradients"] += (BF16 + FP32) * part.parameters  # of a micro-batch, and their sum
-    losses = loss_bytes(config, batch.global_batch_size, world_size, loss, machine.device)
+    losses = loss_bytes(config, batch.global_batch_size, world_size, loss, machine.device, encoded)
     if loss.queue_momentum is not None:
         sharded = ds_config["zero_optimization"]["stage"] == 3
         state["momentum_encoder"] = parameters * (FP32 + BF16) / (world_size if sharded else 1)
@@ -82,18 +83,24 @@ def estimate(
     reduction = max(state.pop("reduction"), step_bytes(part.parameters / world_size, optim))
     at_work = max(working, losses.pop("loss_tiles"))
     activations = {"activations": saved, "working_set": at_work, "reduction": max(0, reduction - saved - at_work)}
-    sizes = {"process": machine.base_gb * 1e9, **state, "images": image_bytes(config, local), **losses, **activations}
+    sizes = {
+        "process": machine.base_gb * 1e9,
+        **state,
+        "images": image_bytes(config, local * encoded.images),
+        **losses,
+        **activations,
+    }
     parts = {name: size / 1e6 for name, size in sizes.items()}
 
     gathers, reductions = passes(parameters, batch, ds_config, world_size, micro_batches)
     wire = FP32 if ds_config.get("communication_data_type", "fp32") == "fp32" else BF16
     gathered, reduced = gathers * BF16 * parameters, reductions * wire * part.parameters
-    forward, towers, layers, backward = operations(config, text_tokens, part)
+    forward, towers, layers, backward = operations(config, text_tokens, part, encoded)
     again = layers * recomputed(checkpointing, machine.device) + towers * (micro_batches - 1) / micro_batches
     seconds = local * (forward + backward + again) / (machine.tflops * 1e12 * machine.efficiency)
     seconds += (gathered + reduced) / (machine.gigabytes_per_second * 1e9) if world_size > 1 else 0
     if checkpointing == "offload" and machine.device == "cuda":
-        inputs, _ = activation_bytes(config, local, chunk, "full", "cuda", text_tokens, texts, part.locked)
+        inputs, _ = activation_bytes(config, local, chunk, "full", "cuda", text_tokens, encoded, part.locked)
         seconds += 2 * inputs / HOST_BYTES_PER_SECOND
     return Estimate(
         parts, sum(parts.values()) <= USABLE * machine.memory_gb * 1e3, micro_batch, chunk, checkpointing, micro_batches, gathers,
@@ -121,13 +128,16 @@ def passes(
     return (micro_batches if keeps else 3 * micro_batches - 1), reductions
 
 
-def operations(config: ClipConfig, text_tokens: int | None, part: TrainedPart) -> tuple[float, float, float, float]:
+def operations(
+    config: ClipConfig, text_tokens: int | None, part: TrainedPart, encoded: Encoded
+) -> tuple[float, float, float, float]:
     """FLOPs of a sample: (forward, of these towers that have a graph, layers that have one, backward).
 
     Backward of a layer is a forward for its input's gradient, and one for its weights' as far as they are trained; a locked layer
     has none. Layers count alike.
     """
-    forwards = forward_flops(config, text_tokens)
+    of_image, of_text = forward_flops(config, text_tokens)
+    forwards = (encoded.images * of_image, encoded.texts * of_text)
     layers = (config.vision_layers + 2, config.text_layers + 2)
     with_graph = [f * (1 - locked / n) for f, n, locked in zip(forwards, layers, part.locked, strict=True)]
     backward = sum(f * (1 + share) for f, share in zip(with_graph, part.shares, strict=True))

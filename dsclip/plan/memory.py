@@ -98,23 +98,48 @@ def _above(tower: Tower, locked: int) -> Tower:
     return replace(tower, layers=max(0, tower.layers + 1 - locked), first=0)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What goes through the towers for each sample: images and texts, views among them, and hard negatives."""
+
+    images: int = 1
+    texts: int = 1
+    hard: int = 0
+
+    @classmethod
+    def of(cls, loss: LossSection, further_views: tuple[str, ...]) -> Encoded:
+        """further_views: by name, such as image_2."""
+        images = sum(view.startswith("image") for view in further_views)
+        return cls(1 + images, 1 + len(further_views) - images, 0 if loss.hard_negatives == "none" else 1)
+
+
 def activation_bytes(
     config: ClipConfig, micro_batch: int, chunk: int, checkpointing: str, device: str, text_tokens: int | None,
-    texts: float, locked: tuple[int, int] = (0, 0),
+    encoded: Encoded, locked: tuple[int, int] = (0, 0),
 ) -> tuple[float, float]:  # fmt: skip
-    """(saved for backward, working set of one block). texts: captions a sample, hard negatives included; locked: see `towers`."""
+    """(saved for backward, working set of one block). locked: see `towers`."""
     image, text = towers(config, text_tokens, locked)
-    saved = micro_batch * BF16 * (image.saved(checkpointing, device) + texts * text.saved(checkpointing, device))
+    images, texts = encoded.images, encoded.texts + encoded.hard
+    saved = images * image.saved(checkpointing, device) + texts * text.saved(checkpointing, device)
+    saved *= micro_batch * BF16
     # Graphs that exist at a time; each holds scaled weights of its own.
-    graphs = math.ceil(micro_batch / chunk) if checkpointing == "none" else 0
+    chunked = chunk < micro_batch  # into so many images, of any view, and their share of captions
+    graphs = 0 if checkpointing != "none" else math.ceil(micro_batch * images / chunk) if chunked else 1
     saved += graphs * BF16 * sum(tower.layers * tower.scaled_weights() for tower in (image, text))
     # Chunks that wait while one is at work: the layer's inputs and outputs, or the gradients of both.
-    waiting = 2 * (micro_batch - chunk) * BF16 * max(image.tokens * image.width, texts * text.tokens * text.width)
+    rows, captions = (chunk, chunk * texts / encoded.texts) if chunked else (chunk * images, chunk * texts)
+    waiting = 2 * BF16 * max(
+        (micro_batch * images - rows) * image.tokens * image.width,
+        (micro_batch * texts - captions) * text.tokens * text.width,
+    )  # fmt: skip
     normalised = 3 * config.image_size**2 * (2 * FP32 + BF16)
-    blocks = BF16 * max(image.working(checkpointing, device), texts * text.working(checkpointing, device))
+    blocks = max(
+        rows * max(BF16 * image.working(checkpointing, device), normalised),
+        captions * BF16 * text.working(checkpointing, device),
+    )  # fmt: skip
     heap = HEAP[checkpointing] if device == "cpu" else 1
     scaled = 2 * BF16 * max(image.scaled_weights(), text.scaled_weights())  # with their gradients
-    return saved * heap, waiting + (chunk * max(blocks, normalised) + scaled) * heap
+    return saved * heap, waiting + (blocks + scaled) * heap
 
 
 def state_bytes(
@@ -175,14 +200,16 @@ def state_bytes(
     }
 
 
-def loss_bytes(config: ClipConfig, batch: int, world_size: int, loss: LossSection, device: str) -> dict[str, float]:
+def loss_bytes(
+    config: ClipConfig, batch: int, world_size: int, loss: LossSection, device: str, encoded: Encoded
+) -> dict[str, float]:
     """Features of the global batch, or in a ring of the two ranks that are on their way, with this rank's gradients; the
     queue, and the loss's tiles."""
     numbers = config.embed_dim * (config.context_length if loss.name == "filip" else 1)
-    local, hard = batch // world_size, 0 if loss.hard_negatives == "none" else 1
+    local, features_a_sample = batch // world_size, encoded.images + encoded.texts + encoded.hard
     in_ring = loss.gather == "ring" and world_size > 1
     others = min(2, world_size - 1) * local if in_ring else batch if world_size > 1 else 0
-    features = FP32 * numbers * (2 + hard) * (others + 3 * local)
+    features = FP32 * numbers * features_a_sample * (others + 3 * local)
     tile = min(CUDA_ENTRIES if device == "cuda" else CPU_ENTRIES, local * (local if in_ring else batch))
     return {"features": features, "queue": 2 * FP32 * numbers * loss.queue_size, "loss_tiles": 4 * FP32 * tile}
 

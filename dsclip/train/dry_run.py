@@ -36,6 +36,7 @@ def describe_run(inputs: RunInputs) -> str:
         world_size,
         this_machine(),
         loss=recipe.loss,
+        further_views=recipe.objective.further_views,
         optim=recipe.optim,
         trained=trained,
     )
