@@ -4,7 +4,7 @@ On one machine:   deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16
 On a CPU:         deepspeed --num_gpus 2 launchers/train.py --ds_config ds_configs/zero3_bf16.json
 On a cluster:     deepspeed --hostfile hosts launchers/train.py --ds_config ds_configs/zero3_bf16.json --config my.yaml
 With torchrun:    torchrun --nproc_per_node 8 launchers/train.py --ds_config ds_configs/zero3_bf16.json
-With SLURM:       sbatch launchers/slurm.sbatch --config my.yaml
+With SLURM:       python launchers/submit.py --nodes 4 --config my.yaml
 With accelerate:  accelerate launch --multi_gpu --num_processes 8 launchers/train.py --ds_config ds_configs/zero3_bf16.json
 """
 
