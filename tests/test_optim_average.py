@@ -6,22 +6,29 @@ import pytest
 import torch
 
 from dsclip.checkpoint import CheckpointStore, load_checkpoint, read_checkpoint
-from dsclip.config.schema import BatchSection, OptimSection, Recipe, TrainSection
+from dsclip.config.schema import BatchSection, ModelSection, OptimSection, Recipe, TrainSection
 from dsclip.convert import cli
 from dsclip.convert.source import open_source
 from dsclip.distributed import Collectives
 from dsclip.engine.contrastive import ContrastiveEngine
+from dsclip.engine.whole_tensors import whole_weights
 from dsclip.errors import UserError
 from dsclip.evaluate.cli import _parser, evaluate
 from dsclip.optim.average import PATTERN, WeightAverage
 from dsclip.optim.flat import FlatVector, Piece
+from tests.distributed.checkpoint_worker import NoTokenizer
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, global_batch
 from tests.distributed.launch import alone
 
 
-def build(ema, config=CONFIG):
+def build(ema, config=CONFIG, **model):
     optim = OptimSection(lr=1e-2, warmup_steps=0, ema=ema)
-    recipe = Recipe(batch=BatchSection(GLOBAL_BATCH), optim=optim, train=TrainSection(steps=10, compile="off"))
+    recipe = Recipe(
+        model=ModelSection(**model),
+        batch=BatchSection(GLOBAL_BATCH),
+        optim=optim,
+        train=TrainSection(steps=10, compile="off"),
+    )
     return ContrastiveEngine(recipe, ds_config(3, True, 1), config)
 
 
@@ -78,6 +85,22 @@ def test_a_run_that_had_none_begins_its_average_with_its_weights(checkpoint, tok
         weights = read_checkpoint(checkpoint[1]).state_dict
         assert all(torch.equal(x, weights[n].flatten()) for n, x in engine._average.pieces().items())
         engine.close()
+
+
+def test_adapters_are_averaged_and_then_merged(tmp_path):
+    with alone():
+        engine = build(0.9, lora_rank=2)
+        for step in range(2):
+            engine.train_step(global_batch(step))
+        path = CheckpointStore(tmp_path, keep=1, tokenizer=NoTokenizer()).save(engine, {}, asdict(engine.recipe))
+        averages, name = engine._average.pieces(), "visual.blocks.0.attn.qkv"
+        down, up = averages[f"{name}.lora.down"].view(2, -1), averages[f"{name}.lora.up"].view(-1, 2)
+        start = whole_weights(engine)[f"{name}.weight"]
+        scale = engine.recipe.model.lora_scale
+        engine.close()
+    read = read_checkpoint(path, average=True).state_dict
+    assert torch.equal(read[f"{name}.weight"], start + scale * (up @ down)) and up.abs().max() > 0
+    assert not torch.equal(read[f"{name}.weight"], read_checkpoint(path).state_dict[f"{name}.weight"])
 
 
 def cut(ranks: int, sharded: bool) -> list[FlatVector]:

@@ -52,10 +52,9 @@ class FlatVector:
         """Sums of squares over each whole tensor: float64 [tensors] for each of the vectors `values`. One all-reduce."""
         sums = torch.zeros(len(values), len(self.names), dtype=torch.float64, device=self.numbers.device)
         if self.own:
-            held = torch.tensor([p.tensor for p in self.own], device=sums.device)
             for row, value in zip(sums, values, strict=True):
                 norms = torch._foreach_norm([value.narrow(0, p.offset, p.numel) for p in self.own])
-                row[held] = torch.stack(norms).double().square()
+                row[self._held] = torch.stack(norms).double().square()
         return list(self.group.all_reduce_sum(sums))
 
     def spread(self, factors: Tensor) -> Tensor:
@@ -68,6 +67,11 @@ class FlatVector:
     def sizes(self) -> Tensor:
         """Numbers of each whole tensor, float64 [tensors]."""
         return torch.tensor([s.numel() for s in self.shapes], dtype=torch.float64, device=self.numbers.device)
+
+    @cached_property
+    def _held(self) -> Tensor:
+        """The tensors of this rank's pieces. Kept, since a copy to the device would wait for it in every step."""
+        return torch.tensor([p.tensor for p in self.own], device=self.numbers.device)
 
     @cached_property
     def _segments(self) -> tuple[Tensor, Tensor]:

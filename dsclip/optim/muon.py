@@ -25,9 +25,10 @@ class Muon(FlatOptimizer):
     def __init__(self, groups: list[Group], optim: OptimSection):
         super().__init__(groups, optim)
         self._momentum = optim.muon_momentum
+        self._exchanges: dict[int, Exchange] = {}
 
     def update(self, vector: FlatVector, grad: Tensor, state: State, group: Group) -> None:
-        """Collective for matrices: two all-to-alls, as each is put together on one rank alone."""
+        """Collective for matrices, each of which is put together on one rank alone."""
         numbers, lr = vector.numbers, group["lr"]
         if not group["orthogonal"]:
             first, second = adam_moments(numbers, grad, state, group)
@@ -36,42 +37,51 @@ class Muon(FlatOptimizer):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(numbers)
             state["momentum"].lerp_(grad, 1 - self._momentum)
-            step = _directions(vector, grad.lerp(state["momentum"], self._momentum))
+            if id(numbers) not in self._exchanges:
+                self._exchanges[id(numbers)] = Exchange(vector)
+            step = self._exchanges[id(numbers)].directions(grad.lerp(state["momentum"], self._momentum))
         numbers.mul_(1 - lr * group["weight_decay"]).sub_(step, alpha=lr)
 
 
-def _directions(vector: FlatVector, momentum: Tensor) -> Tensor:
-    """Each matrix of the vector orthogonalised and scaled; 0 in the padding. Collective."""
-    ranks, here = range(vector.group.world_size), vector.group.rank
-    owners = _owners(vector.shapes, len(ranks))
+class Exchange:
+    """How the matrices of a vector come together, each on one rank, and go back; the same plan in every step."""
 
-    def travelling(source: int, owner: int) -> list[Piece]:
-        """What a rank holds of another's matrices, in the order of the tensors."""
-        return sorted(p for p in vector.pieces[source] if owners[p.tensor] == owner)
+    def __init__(self, vector: FlatVector):
+        ranks, here = range(vector.group.world_size), vector.group.rank
+        owners = _owners(vector.shapes, len(ranks))
 
-    sent = [travelling(here, owner) for owner in ranks]
-    received = [travelling(source, here) for source in ranks]
-    sizes = [[sum(p.numel for p in pieces) for pieces in side] for side in (sent, received)]
-    leaving = [momentum.narrow(0, p.offset, p.numel) for pieces in sent for p in pieces]
-    arrived = vector.group.exchange(_joined(leaving, momentum), sizes[0], sizes[1])
-    parts = [p for pieces in received for p in pieces]
-    cut = dict(zip(parts, arrived.split([p.numel for p in parts]), strict=True))
-    for tensor in sorted({p.tensor for p in parts}):
-        of_tensor = sorted((p for p in parts if p.tensor == tensor), key=lambda p: p.start)
-        whole = torch.cat([cut[p] for p in of_tensor]).view(vector.shapes[tensor])
-        direction = _direction(whole, vector.names[tensor]).flatten()
-        for p in of_tensor:
-            cut[p].copy_(direction.narrow(0, p.start, p.numel))
-    back = vector.group.exchange(arrived, sizes[1], sizes[0])
-    directions = torch.zeros_like(momentum)
-    mine = [p for pieces in sent for p in pieces]
-    for p, values in zip(mine, back.split([p.numel for p in mine]), strict=True):
-        directions.narrow(0, p.offset, p.numel).copy_(values)
-    return directions
+        def travelling(source: int, owner: int) -> list[Piece]:
+            """What a rank holds of another's matrices, in the order of the tensors."""
+            return sorted(p for p in vector.pieces[source] if owners[p.tensor] == owner)
 
+        sent = [travelling(here, owner) for owner in ranks]
+        received = [travelling(source, here) for source in ranks]
+        self._vector = vector
+        self._leaving = [p for pieces in sent for p in pieces]
+        self._sizes = [[sum(p.numel for p in pieces) for pieces in side] for side in (sent, received)]
+        self._lengths = [p.numel for pieces in received for p in pieces]
+        parts = [(p.tensor, p.start, place) for place, p in enumerate(p for pieces in received for p in pieces)]
+        # {matrix: its parts that arrive, in their order within the matrix}
+        self._matrices = {
+            t: [place for of, _, place in sorted(parts) if of == t] for t in sorted({t for t, *_ in parts})
+        }
 
-def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(parts) if parts else like.new_empty(0)
+    def directions(self, momentum: Tensor) -> Tensor:
+        """Each matrix of the vector orthogonalised and scaled; 0 in the padding. Collective: two all-to-alls."""
+        group, (sent, received) = self._vector.group, self._sizes
+        leaving = [momentum.narrow(0, p.offset, p.numel) for p in self._leaving]
+        arrived = group.exchange(torch.cat(leaving) if leaving else momentum[:0], sent, received)
+        parts = arrived.split(self._lengths)
+        for tensor, places in self._matrices.items():
+            whole = torch.cat([parts[place] for place in places]).view(self._vector.shapes[tensor])
+            direction = _direction(whole, self._vector.names[tensor]).flatten()
+            for place, part in zip(places, direction.split([self._lengths[p] for p in places]), strict=True):
+                parts[place].copy_(part)
+        back = group.exchange(arrived, received, sent)
+        directions = torch.zeros_like(momentum)
+        for p, values in zip(self._leaving, back.split([p.numel for p in self._leaving]), strict=True):
+            directions.narrow(0, p.offset, p.numel).copy_(values)
+        return directions
 
 
 def _owners(shapes: list[torch.Size], ranks: int) -> list[int]:
