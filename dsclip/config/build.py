@@ -53,6 +53,9 @@ def _sentence(found: Sequence[Mapping[str, Any]], section: str, hints: dict[str,
     """What is wrong with the first key that is, of pydantic's list."""
     path = found[0]["loc"]
     key = str(path[0])
+    nested = allowed(hints[key]) if key in hints else None
+    if nested and any(word.startswith("list[dict") for word in nested.types):  # Python's word for that helps nobody
+        return f"`{section}.{key}` is {keys[key]!r}; give {nested.rule}"
     if path[2:] and isinstance(path[1], int) and isinstance(path[2], str):  # a key of an element that has keys
         inner = [{**error, "loc": error["loc"][2:]} for error in found if error["loc"][:2] == path[:2]]
         element = element_type(hints[key])
@@ -65,8 +68,7 @@ def _sentence(found: Sequence[Mapping[str, Any]], section: str, hints: dict[str,
     # Where a list is allowed and was given, the element that is wrong.
     elements = [loc[-1] for e in found if (loc := e["loc"])[0] == key and isinstance(loc[-1], int)]
     kind, name, value, what = found[0]["type"], f"{section}.{key}", keys[key], allowed(hints[key])
-    nested = any(t.startswith("list[dict") for t in what.types)  # Python's word for such a type helps nobody
-    if kind == "value_error" or nested:
+    if kind == "value_error":
         return f"`{name}` is {value!r}; give {what.rule}"
     if elements:
         listed = next(t for t in what.types if t.startswith("list["))
