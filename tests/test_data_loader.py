@@ -8,9 +8,12 @@ import pickle
 from collections import Counter
 
 import pytest
+import torch
 
+from dsclip.config.objective_section import ViewSection
 from dsclip.config.schema import DataSection
 from dsclip.data import build_eval_dataset, build_loader, merge_states
+from dsclip.data.decoding.augment import IDENTITY
 from dsclip.data.reading import slots
 from dsclip.errors import UserError
 from tests.shard_files import jpeg, sample, write_set, write_tar
@@ -22,7 +25,8 @@ def loader(
     section = DataSection(**{"train_shards": str(shards), "shuffle_window": 20, "workers": 0, **data})
     return build_loader(
         section, tokenizer=tokenizer, image_size=16, context_length=16, global_batch_size=batch * world_size, seed=seed,
-        rank=rank, world_size=world_size, hard_negatives=hard_negatives, views=views, state=state,
+        rank=rank, world_size=world_size, hard_negatives=hard_negatives, state=state,
+        views=tuple(ViewSection(v) if isinstance(v, str) else v for v in views),
     )  # fmt: skip
 
 
@@ -305,3 +309,22 @@ def test_further_views_are_other_crops_and_captions_and_leave_the_first_as_it_wa
     order = [later.sample_ids.tolist().index(i) for i in first.sample_ids.tolist() if i in later.sample_ids.tolist()]
     rows = [i for i, x in enumerate(first.sample_ids.tolist()) if x in later.sample_ids.tolist()]
     assert rows and (first.views["image_2"][rows] != later.views["image_2"][order]).any()
+
+
+@pytest.mark.parametrize("decoder", ["fast", "exact"])
+def test_a_view_has_settings_of_its_own_and_the_others_stay_as_they_were(tmp_path, tokenizer, decoder):
+    write_set(tmp_path, 1, 16, captions=3)
+    strong = ViewSection("image_2", [0.1, 0.2], color_jitter=[0.8, 0.8, 0.8, 0.2], grayscale=0.5)
+    same, doubled = ViewSection("text_2", caption="same"), ViewSection("text_3", caption="same", word_repetition=1.0)
+    options = dict(batch=16, crop_scale=[1.0, 1.0], decoder=decoder)
+    (plain,) = take(loader(tmp_path, tokenizer, **options), 1)
+    (found,) = take(loader(tmp_path, tokenizer, views=(strong, "image_3", same, doubled), **options), 1)
+    assert (found.images == plain.images).all() and (found.tokens == plain.tokens).all()
+    assert (found.augmentation[:, :6] == torch.tensor(IDENTITY)).all(), "the first is not augmented, nor is the third"
+    assert (found.augmentation[:, 12:] == torch.tensor(IDENTITY)).all()
+    assert found.augmentation[:, 11].unique().tolist() == [0, 1] and (found.augmentation[:, 7:11] != 0).any()
+    whole = (found.views["image_3"] == found.images).flatten(1).float().mean(1)
+    assert (whole > (found.views["image_2"] == found.images).flatten(1).float().mean(1)).all()
+    assert (found.views["text_2"] == found.tokens).all()
+    ends = [(x == tokenizer.eot_token_id).int().argmax(1) for x in (found.tokens, found.views["text_3"])]
+    assert (ends[1] >= ends[0]).all() and (ends[1] > ends[0]).sum() > 8, "most of 16 captions have a word twice"

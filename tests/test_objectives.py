@@ -44,7 +44,7 @@ def gradient(results, name):
 TERMS = st.lists(
     st.builds(
         TermSection, st.just("contrast"), st.permutations(VIEWS).map(lambda x: list(x[:2])), st.floats(0.1, 3),
-        st.none() | st.floats(0.05, 1),
+        st.none() | st.floats(0.05, 1), st.sampled_from([None, "negative", "positive", "mask"]),
     ),
     min_size=1, max_size=4, unique_by=lambda t: t.title,
 )  # fmt: skip
@@ -58,10 +58,11 @@ def test_any_sum_of_contrasts_equals_float64_autograd(terms, pair_weight, ranks,
         objective=ObjectiveSection(pair_weight, terms), loss=LossSection(gather="ring" if in_ring else "all")
     )
     used = {name: x for name, x in views.items() if name in ("image", "text", *recipe.objective.further_views)}
-    results = run(recipe, used, log_scale, ranks=ranks, in_ring=in_ring)
+    keys = torch.randint(0, 3, (ranks * local,), generator=torch.Generator().manual_seed(seed))
+    results = run(recipe, used, log_scale, ranks=ranks, in_ring=in_ring, keys=keys)
     leaves = {name: x.clone().requires_grad_() for name, x in used.items()}
     scale = log_scale.clone().requires_grad_()
-    value = reference.objective(leaves, scale, pair_weight, terms)
+    value = reference.objective(leaves, scale, pair_weight, terms, keys)
     value.backward()
     for name, leaf in leaves.items():
         torch.testing.assert_close(gradient(results, name), leaf.grad, **CLOSE)
@@ -167,7 +168,7 @@ GOOD = {"name": "contrast", "between": ["image", "image_2"]}
 @pytest.mark.parametrize(
     "terms, message",
     [
-        ([3], r"`objective.terms\[0\]` is 3; it must be \{name, between, weight, temperature\}"),
+        ([3], r"`objective.terms\[0\]` is 3; it must be \{name, between, weight, temperature, duplicates\}"),
         ([{"name": "contrast"}], r"`objective.terms\[0\].between` is missing; it must be list\[str\]"),
         ([GOOD, GOOD | {"between": ["image", "img"]}], r"`objective.terms\[1\].between` is .*; give different ones of image"),
         ([GOOD | {"between": ["image", "image"]}], "give different ones"),
@@ -181,6 +182,21 @@ GOOD = {"name": "contrast", "between": ["image", "image_2"]}
 def test_a_wrong_term_is_said_at_its_field(terms, message):
     with pytest.raises(UserError, match=message):
         build_recipe({"objective": {"terms": terms}}, "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "views, message",
+    [
+        ([{"name": "image"}], "image_2, text_2"),
+        ([{"name": "image_3"}], "image_3, which no term compares"),
+        ([{"name": "image_2"}, {"name": "image_2", "flip": True}], "one view twice"),
+        ([{"name": "image_2", "word_repetition": 0.3}], "gives image_2 `word_repetition`; images have crop_scale"),
+        ([{"name": "image_2", "crop_scale": [0.5, 0.1]}], r"`objective.views\[0\].crop_scale` is \[0.5, 0.1\]"),
+    ],
+)  # fmt: skip
+def test_a_wrong_view_is_said_at_its_field(views, message):
+    with pytest.raises(UserError, match=message):
+        build_recipe({"objective": {"terms": [GOOD], "views": views}}, "mine.yaml")
 
 
 def test_the_same_features_at_two_temperatures_are_two_terms():

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dsclip.config.data_section import DataSection
+from dsclip.config.objective_section import ViewSection
 from dsclip.data.batch import Batch, State, summed
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.order.exact import Order, SetOrder, check_split, default_streams
@@ -49,7 +50,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     hard_negatives: bool = False,
-    views: tuple[str, ...] = (),
+    views: tuple[ViewSection, ...] = (),
     state: State | None = None,
 ) -> Loader:
     """This rank's endless iterable over its n = N / world_size samples of every global batch.
@@ -217,7 +218,9 @@ class Loader:
             hard_tokens=_joined_or_none([p.hard_tokens for p in parts]),
             hard_owner=_hard_owner(parts),
             augmentation=_joined_or_none([p.augmentation for p in parts]),
-            views=dict(zip(self._settings.views, others, strict=True)),  # in order: images before texts
+            views=dict(
+                zip((v.name for v in self._settings.views), others, strict=True)
+            ),  # in order: images before texts
             state={"batches": number, "first": first, "drawn": drawn, "order": self._identity},
             report=report,
         )

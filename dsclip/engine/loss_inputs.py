@@ -38,7 +38,7 @@ class LossInputs:
         names = [name for name in parts[0] if name != "hard_text" or self.settings.hard_negatives != "none"]
         found = {name: torch.cat([part[name] for part in parts]) for name in names}
         extra: dict[str, Tensor] = {}
-        if self.settings.duplicates != "negative":
+        if self.settings.duplicates != "negative" or self.micro_batcher.recipe.objective.needs_keys:
             extra["keys"] = self.micro_batcher.to_device(needed(batch.keys, "keys", step))
         if "hard_text" in found:
             extra["hard_owner"] = torch.cat([m.hard_owner for m in micro_batches])

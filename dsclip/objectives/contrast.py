@@ -21,7 +21,9 @@ from dsclip.objectives.term import Features, TermGrads
 class Contrast:
     """−½·mean(log p_ii) − ½·mean(log q_ii) of softmax(s·A·Bᵀ) over its rows and columns, by the tiled loss of the pairs.
 
-    Samples with equal keys are to each other what they are in the loss of the pairs; of its other options none applies.
+    duplicates: what samples with equal keys are to each other. positive: they share a row's target, which with classes for
+    keys is L_out of Khosla et al. 2020, "Supervised Contrastive Learning", eq. 2, between two views. No other option of
+    the loss of the pairs applies.
     """
 
     one: str
@@ -46,4 +48,4 @@ def contrast(settings: TermSection, negatives: Negatives) -> Contrast:
             f"objective.terms: `contrast` is between {', '.join(settings.between)}; give two features, such as [image, image_2]"
         )
     one, other = settings.between
-    return Contrast(one, other, settings.temperature, negatives.duplicates)
+    return Contrast(one, other, settings.temperature, settings.duplicates or negatives.duplicates)

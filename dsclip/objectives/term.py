@@ -17,7 +17,8 @@ class Features:
     """This rank's features by name, row i of each of sample i.
 
     views: `image`, `text`, `image_2`, …, each [n, D], unit rows; float32, or bfloat16 with `loss.wire_dtype: bf16`.
-    log_scale []: the shared temperature. keys [n] int64: equal keys mark duplicates; None unless the loss section asks.
+    log_scale []: the shared temperature. keys [n] int64: equal keys mark duplicates; None unless the loss section or a
+    term asks.
     """
 
     views: Mapping[str, Tensor]

@@ -112,7 +112,7 @@ def make_loader(inputs: RunInputs, group: Collectives, state: dict[str, Any] | N
         rank=group.rank,
         world_size=group.world_size,
         hard_negatives=recipe.loss.hard_negatives != "none",
-        views=recipe.objective.further_views,
+        views=recipe.objective.view_settings,
         state=state,
     )
 

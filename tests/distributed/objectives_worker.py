@@ -21,7 +21,7 @@ from tests.distributed.exactness_worker import GLOBAL_BATCH, OPTIM, SEED, ds_con
 from tests.distributed.launch import write_cases
 from tests.distributed.negatives_worker import SHALLOW, captions, whole_batch
 
-IMAGES = TermSection("contrast", ["image", "image_2"], 0.7, 0.1)
+IMAGES = TermSection("contrast", ["image", "image_2"], 0.7, 0.1, "positive")
 TEXTS = TermSection("contrast", ["text", "text_2"])
 CROSSED = TermSection("contrast", ["text_2", "image"], 1.5)
 # name: (terms, weight of the pairs, options of the loss section, share of patches left out)
@@ -57,7 +57,7 @@ def reference(weights: dict, batch: Batch, name: str) -> dict:
         "softmax", views["image"], views["text"], log_scale, None, Negatives(hard=hard or "global"), loss_reference.cosine,
         None, text(batch.hard_tokens) if hard else None, batch.hard_owner if hard else None,
     )  # fmt: skip
-    loss = pair_weight * pair + objective_reference.objective(views, log_scale, 0.0, terms)
+    loss = pair_weight * pair + objective_reference.objective(views, log_scale, 0.0, terms, batch.keys)
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
     return {"loss": loss.item(), "pair": pair.item(), "log_scale": log_scale.grad.item(), "grads": grads}

@@ -18,7 +18,7 @@ IDENTITY = (0.0, 1.0, 1.0, 1.0, 0.0, 0.0)
 
 def draw_augmentation(data: DataSection, rng: np.random.Generator) -> tuple[float, ...] | None:
     """(flip, brightness, contrast, saturation, hue, grey) of one sample; None when the recipe augments nothing."""
-    if not (data.flip or data.color_jitter or data.grayscale):
+    if not augments(data):
         return None
     flip = float(data.flip and rng.random() < 0.5)
     jitter: tuple[float, ...] = IDENTITY[1:5]
@@ -26,6 +26,11 @@ def draw_augmentation(data: DataSection, rng: np.random.Generator) -> tuple[floa
         *spread, hue = data.color_jitter
         jitter = (*(float(rng.uniform(max(0.0, 1 - s), 1 + s)) for s in spread), float(rng.uniform(-hue, hue)))
     return flip, *jitter, float(rng.random() < data.grayscale)
+
+
+def augments(data: DataSection) -> bool:
+    """Whether any image may be changed."""
+    return bool(data.flip or data.color_jitter or data.grayscale)
 
 
 def augment(images: Tensor, numbers: Tensor) -> Tensor:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from dsclip.config.data_section import DataSection
-from dsclip.data.decoding.augment import draw_augmentation
+from dsclip.config.objective_section import VIEW_KEYS, ViewSection
+from dsclip.data.decoding.augment import IDENTITY, augments, draw_augmentation
+from dsclip.data.decoding.repeat_words import repeat_words
 from dsclip.data.decoding.sample import RawSample, decode_image, read_captions, read_group, read_negatives
 from dsclip.data.decoding.transforms import train_image
+
+if TYPE_CHECKING:  # it loads a decoder that a recipe may do without
+    from dsclip.data.decoding.fast_image import FastImages
 
 
 class TrainSample(NamedTuple):
@@ -31,20 +37,22 @@ class Preparer:
     """Makes samples as a recipe's `data` section says. slow_decoded: JPEGs that Pillow read since the fast decoder refused them."""
 
     def __init__(
-        self, data: DataSection, image_size: int, seed: int, hard_negatives: bool, views: tuple[str, ...] = ()
+        self, data: DataSection, image_size: int, seed: int, hard_negatives: bool, views: tuple[ViewSection, ...] = ()
     ):
         """views: the further ones that a batch has, such as image_2 and text_2."""
         self._data, self._image_size, self._seed, self._hard_negatives = data, image_size, seed, hard_negatives
-        self._image_views, self._text_views = numbers_of("image", views), numbers_of("text", views)
-        self._fast = None
+        self._image_views, self._text_views = of_kind("image", views), of_kind("text", views)
+        self._images = [data, *(_image_settings(data, view) for view in self._image_views)]
+        self._augments = any(map(augments, self._images))
+        self._fast: list[FastImages] = []
         if data.decoder == "fast":
             from dsclip.data.decoding.fast_image import FastImages
 
-            self._fast = FastImages(image_size, data.crop_scale, data.max_image_pixels)
+            self._fast = [FastImages(image_size, of.crop_scale, of.max_image_pixels) for of in self._images]
 
     @property
     def slow_decoded(self) -> int:
-        return 0 if self._fast is None else self._fast.slow_decoded
+        return sum(fast.slow_decoded for fast in self._fast)
 
     def __call__(self, raw: RawSample, round_: int, *images: torch.Tensor) -> TrainSample:
         """The sample; its crops go to images uint8 [3, S, S], one for it and one for each further view. Raises BadSample.
@@ -59,34 +67,44 @@ class Preparer:
         caption = captions[chosen]
         negatives = read_negatives(raw, data.negative_key, data.max_negatives) if self._hard_negatives else []
         group = read_group(raw, data.group_key, caption)
-        generators = [rng, *(_generator(key, "image", number) for number in self._image_views)]
+        generators = [rng, *(_generator(key, view) for view in self._image_views)]
         drawn: list[float] = []
-        for generator, image in zip(generators, images, strict=True):
-            self._crop(raw, generator, image)
-            drawn += draw_augmentation(data, generator) or ()
-        texts = self._other_captions(captions, chosen, key)
+        for index, (generator, image) in enumerate(zip(generators, images, strict=True)):
+            self._crop(raw, index, generator, image)
+            if self._augments:
+                drawn += draw_augmentation(self._images[index], generator) or IDENTITY
+        texts = self._texts(captions, chosen, key)
         return TrainSample(caption, raw.sample_id, group, negatives, tuple(drawn) or None, texts)
 
-    def _crop(self, raw: RawSample, rng: np.random.Generator, image: torch.Tensor) -> None:
-        if self._fast is not None:
-            self._fast(raw, rng, image)
+    def _crop(self, raw: RawSample, index: int, rng: np.random.Generator, image: torch.Tensor) -> None:
+        if self._fast:
+            self._fast[index](raw, rng, image)
         else:
             picture = decode_image(raw, self._data.max_image_pixels)
-            image.copy_(train_image(picture, self._image_size, self._data.crop_scale, rng))
+            image.copy_(train_image(picture, self._image_size, self._images[index].crop_scale, rng))
 
-    def _other_captions(self, captions: list[str], chosen: int, key: list[int]) -> tuple[str, ...]:
-        """Captions of the further views: others than those of the views before, as long as the sample has any."""
+    def _texts(self, captions: list[str], chosen: int, key: list[int]) -> tuple[str, ...]:
+        """Of the further views: others than those of the views before, as long as the sample has any, or the same one."""
         left, texts = captions[:chosen] + captions[chosen + 1 :], []
-        for number in self._text_views:
-            left = left or list(captions)
-            texts.append(left.pop(int(_generator(key, "text", number).integers(len(left)))))
+        for view in self._text_views:
+            rng, text = _generator(key, view), captions[chosen]
+            if view.caption != "same":
+                left = left or list(captions)
+                text = left.pop(int(rng.integers(len(left))))
+            texts.append(text if view.word_repetition is None else repeat_words(text, view.word_repetition, rng))
         return tuple(texts)
 
 
-def numbers_of(kind: str, views: tuple[str, ...]) -> list[int]:
-    """The numbers of those views that are images, or texts: 2 for image_2."""
-    return [int(view.removeprefix(f"{kind}_")) for view in views if view.startswith(f"{kind}_")]
+def of_kind(kind: str, views: tuple[ViewSection, ...]) -> list[ViewSection]:
+    """Those that are images, or texts."""
+    return [view for view in views if view.name.startswith(kind)]
 
 
-def _generator(key: list[int], kind: str, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([*key, number, int(kind == "text")]))
+def _image_settings(data: DataSection, view: ViewSection) -> DataSection:
+    """The data section as it is for a further view of the image."""
+    own = {key: getattr(view, key) for key in VIEW_KEYS["image"]}
+    return replace(data, **{key: value for key, value in own.items() if value is not None})
+
+
+def _generator(key: list[int], view: ViewSection) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([*key, int(view.name[-1]), int(view.name.startswith("text"))]))

@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dsclip.config.data_section import DataSection
+from dsclip.config.objective_section import ViewSection
 from dsclip.data.batch import LoadReport
-from dsclip.data.decoding.prepare import Preparer, TrainSample, numbers_of
+from dsclip.data.decoding.prepare import Preparer, TrainSample, of_kind
 from dsclip.data.decoding.sample import BadSample, RawSample
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.order.exact import Draw, Order
@@ -52,12 +53,12 @@ class Settings:
     rank: int
     streams: tuple[int, int]
     hard_negatives: bool = False
-    views: tuple[str, ...] = ()
+    views: tuple[ViewSection, ...] = ()
     """The further ones of each sample, such as image_2 and text_2."""
 
     @property
     def images_per_sample(self) -> int:
-        return 1 + len(numbers_of("image", self.views))
+        return 1 + len(of_kind("image", self.views))
 
     @property
     def workers(self) -> int:
