@@ -21,8 +21,8 @@ from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, 
 from tests.distributed.launch import alone
 
 
-def build(ema, config=CONFIG, **model):
-    optim = OptimSection(lr=1e-2, warmup_steps=0, ema=ema)
+def build(ema, config=CONFIG, optimizer="adamw", **model):
+    optim = OptimSection(name=optimizer, lr=1e-2, warmup_steps=0, ema=ema)
     recipe = Recipe(
         model=ModelSection(**model),
         batch=BatchSection(GLOBAL_BATCH),
@@ -85,6 +85,18 @@ def test_a_run_that_had_none_begins_its_average_with_its_weights(checkpoint, tok
         weights = read_checkpoint(checkpoint[1]).state_dict
         assert all(torch.equal(x, weights[n].flatten()) for n, x in engine._average.pieces().items())
         engine.close()
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_room_is_asked_for_the_state_that_is_written(name, tmp_path):
+    with alone():
+        engine = build(0.9, optimizer=name)
+        engine.train_step(global_batch(0))
+        path = CheckpointStore(tmp_path, keep=1, tokenizer=NoTokenizer()).save(engine, {}, asdict(engine.recipe))
+        asked = engine.bytes_to_save()
+        engine.close()
+    written = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    assert 0.8 < asked / written <= 1.25, (asked, written)
 
 
 def test_adapters_are_averaged_and_then_merged(tmp_path):

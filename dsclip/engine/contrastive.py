@@ -43,6 +43,7 @@ from dsclip.objectives import ObjectiveGrads, build_objective
 from dsclip.optim.build import optimizer_report, weight_average
 from dsclip.optim.groups import group_settings, restore_settings, set_learning_rate
 from dsclip.optim.schedule import learning_rate
+from dsclip.plan.optimizer_state import STATE
 
 
 class ContrastiveEngine:
@@ -246,7 +247,7 @@ class ContrastiveEngine:
             extra += self._momentum.bytes * self.group.world_size
         if self._average is not None:
             extra += self._average.bytes * self.group.world_size
-        return saved_bytes(self.module.parameters()) + extra
+        return saved_bytes(self.module.parameters(), STATE[self.recipe.optim.name]) + extra
 
     def save(self, folder: Path) -> EngineState:
         """Writes the sharded weights and optimizer below `folder`; returns the rest of the state, ready for JSON.

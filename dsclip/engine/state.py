@@ -29,13 +29,14 @@ class EngineState(TypedDict):
     average: NotRequired[AverageState | None]
 
 
-def saved_bytes(weights: Iterable[nn.Parameter]) -> int:
-    """About what all ranks together write of these weights: themselves, their float32 copies, and AdamW's two moments.
+def saved_bytes(weights: Iterable[nn.Parameter], moments: int = 8) -> int:
+    """About what all ranks together write of these weights: themselves, their float32 copies, and the optimizer's state.
 
-    Of frozen ones twice themselves: DeepSpeed's ZeRO-2 writes them once more than others.
+    moments: bytes of that state for each number, AdamW's by default. Of frozen ones twice themselves: DeepSpeed's ZeRO-2 writes
+    them once more than others.
     """
 
     def of_each(w: nn.Parameter) -> int:
-        return w.element_size() + 3 * 4 if w.requires_grad else 2 * w.element_size()
+        return w.element_size() + 4 + moments if w.requires_grad else 2 * w.element_size()
 
     return sum(getattr(w, "ds_numel", w.numel()) * of_each(w) for w in weights)

@@ -35,7 +35,10 @@ def build(group: Collectives, name: str, stage: int, bf16: bool, lock: str, **ch
         model=ModelSection(lock=lock, unlocked_layers=1 if lock != "none" else 0), batch=BatchSection(GLOBAL_BATCH),
         optim=replace(OPTIM, name=name, **changes), train=TrainSection(seed=SEED, steps=STEPS, compile="off"),
     )  # fmt: skip
-    return ContrastiveEngine(recipe, ds_config(stage, bf16, group.world_size), SMALL)
+    settings = ds_config(stage, bf16, group.world_size)
+    if stage == 3:  # several vectors a group
+        settings["zero_optimization"]["sub_group_size"] = 500
+    return ContrastiveEngine(recipe, settings, SMALL)
 
 
 def run(engine: ContrastiveEngine, group: Collectives, steps: int) -> list[dict]:
