@@ -1,5 +1,6 @@
 """Converted models: what transformers computes equals what dsclip computes, and wrong conversions would be noticed."""
 
+import io
 import json
 import math
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from dsclip.data import load_tokenizer
 from dsclip.data.decoding.transforms import eval_image
 from dsclip.errors import UserError
 from dsclip.model import Clip, resolve_preset
+from tests.test_data_decoding_images import photograph
 
 SCALE = math.exp(4.0)
 CASES = {
@@ -131,6 +133,26 @@ def test_processor_and_pipeline_work_offline_and_agree(demo, tmp_path):
         features, text = model(ours[None], tokenizer([f"a {x}" for x in labels], 32))
     for label, probability in zip(labels, (SCALE * features @ text.T).softmax(dim=1)[0], strict=True):
         assert answers[label] == pytest.approx(probability.item(), abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"activation": "quick_gelu", "image_size": 96}])
+def test_files_and_captions_of_any_length_have_the_same_features_from_the_first_byte(options, demo, tmp_path):
+    """Each side with its own decoding, preprocessing and tokenizer: pictures with the spectrum of photographs, captions padded and cut."""
+    model = perturbed(small("demo", **options))
+    export_hf(checkpoint_of(model, demo), tmp_path / "hf")
+    theirs, processor = (
+        CLIPModel.from_pretrained(tmp_path / "hf").eval(),
+        CLIPProcessor.from_pretrained(tmp_path / "hf"),
+    )
+    captions = ["a red ring", "two blue stars above a green square", "a small yellow cross left of " * 9]
+    pictures = [Image.open(io.BytesIO(photograph(*size, 1))) for size in ((211, 140), (97, 180), (64, 64))]
+    batch = processor(text=captions, images=pictures, return_tensors="pt", padding=True, truncation=True)
+    output = theirs(**batch)
+    tokens = load_tokenizer(str(tmp_path / "hf"))(captions, model.config.context_length)
+    assert tokens[2, -1] == model.config.eot_token_id, "it was cut"
+    image, text = model(torch.stack([eval_image(p.convert("RGB"), model.config.image_size) for p in pictures]), tokens)
+    assert (image - output.image_embeds).abs().max() <= 1e-5 and (text - output.text_embeds).abs().max() <= 1e-5
 
 
 def test_the_bias_of_a_sigmoid_loss_is_not_dropped_without_a_word(demo, tmp_path):

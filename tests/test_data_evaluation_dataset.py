@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from dsclip.bench import evaluation_peer
+from dsclip.bench import evaluation_clip_benchmark, evaluation_peer
 from dsclip.bench.evaluation import measure, write_small_images
 from dsclip.data import ShardWriter, build_eval_dataset
 from dsclip.data.decoding.sample import IMAGE_EXTENSIONS
@@ -172,10 +172,15 @@ def test_a_copy_of_a_remote_shard_that_gave_way_is_fetched_again(tmp_path, monke
         assert dataset.image(0).shape == (3, 16, 16) and len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
 
 
-def test_both_sides_of_the_bench_beside_transformers_run(demo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("peer", ["transformers", "clip_benchmark"])
+def test_both_sides_of_the_bench_beside_a_peer_run(peer, demo, tmp_path, monkeypatch):
+    for name in evaluation_peer.NEEDED[peer]:
+        pytest.importorskip(name, exc_type=(ImportError, RuntimeError))
     monkeypatch.setattr(evaluation_peer, "PRESET", "demo")
     monkeypatch.setattr(evaluation_peer, "IMAGE_SIZE", 64)
-    evaluation_peer.write_photographs(tmp_path / "set", 6)
+    evaluation_peer.write_photographs(tmp_path / "set", 12)
     evaluation_peer.write_model(tmp_path / "model")
-    ours, theirs = (evaluation_peer.measure(who, str(tmp_path)) for who in ("dsclip", "transformers"))
+    if peer == "clip_benchmark":
+        evaluation_clip_benchmark.write_model(tmp_path)
+    ours, theirs = (evaluation_peer.measure(who, str(tmp_path)) for who in ("dsclip", peer))
     assert ours["second_task_share"] == 0 < theirs["second_task_share"] and ours["cpu_s"] > 0

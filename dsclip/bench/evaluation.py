@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import sys
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dsclip.bench.evaluation_peer import compare
+from dsclip.bench.evaluation_peer import NEEDED, PEERS, compare
 from dsclip.bench.measure import environment, in_process
 from dsclip.command_line import parser, run_tool, say
 from dsclip.data import ShardWriter, build_eval_dataset
@@ -36,12 +37,16 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--image-size", type=int, default=64)
     p.add_argument("--decode", type=int, default=2000, help="images that are decoded (default: 2000)")
     p.add_argument("--repeats", type=int, default=3, help="the best counts (default: 3)")
-    p.add_argument(
-        "--beside-transformers",
-        type=int,
-        metavar="IMAGES",
-        help="instead: zero-shot and retrieval on so many images with ViT-B/32, and the same in a loop with transformers",
-    )
+    for peer, what in (
+        ("transformers", "in a loop with transformers"),
+        ("clip-benchmark", "in CLIP_benchmark with OpenCLIP's model"),
+    ):
+        p.add_argument(
+            f"--beside-{peer}",
+            type=int,
+            metavar="IMAGES",
+            help=f"instead: zero-shot and retrieval on so many images with ViT-B/32, and the same {what}",
+        )
     sys.exit(run_tool(bench, p.parse_args(argv)))
 
 
@@ -53,8 +58,9 @@ def bench(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """
     if min(a.samples, a.image_size, a.decode, a.repeats) < 1:
         raise UserError("--samples, --image-size, --decode and --repeats must be at least 1")
-    if a.beside_transformers is not None:
-        return _beside_transformers(a.beside_transformers, a.repeats)
+    for peer in PEERS:
+        if (images := getattr(a, f"beside_{peer}")) is not None:
+            return _beside(peer, images, a.repeats)
     if a.shards is None:
         with tempfile.TemporaryDirectory() as folder:
             say(f"writing {a.samples} images")
@@ -73,18 +79,24 @@ def bench(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, text
 
 
-def _beside_transformers(images: int, repeats: int) -> tuple[dict[str, Any], str]:
+def _beside(peer: str, images: int, repeats: int) -> tuple[dict[str, Any], str]:
     if images < 1:
-        raise UserError("--beside-transformers must be at least 1")
-    found = compare(images, repeats)
-    ours, theirs = found["dsclip"], found["transformers"]
+        raise UserError(f"--beside-{peer.replace('_', '-')} must be at least 1")
+    if missing := [
+        name for name in (n.partition(".")[0] for n in NEEDED[peer]) if importlib.util.find_spec(name) is None
+    ]:
+        raise UserError(f"{' and '.join(missing)} can't be imported here; install what is to be measured beside dsclip")
+    found = compare(images, repeats, peer)
+    ours, theirs = found["dsclip"], found[peer]
     text = (
-        f"zero-shot and retrieval on {images:,} images: {found['times_as_fast']:.2f} times as fast as a loop with transformers "
+        f"zero-shot and retrieval on {images:,} images: {found['times_as_fast']:.2f} times as fast as {NAMES[peer]} "
         f"({ours['cpu_s']:.1f} s of a core instead of {theirs['cpu_s']:.1f}) in {found['memory']:.2f} of its memory "
         f"({ours['peak_mb']:.0f} MB); the images of a second task cost {ours['second_task_share']:.1%} of the first's"
     )
     return found | {"images": images, "environment": environment()}, text
 
+
+NAMES = {"transformers": "a loop with transformers", "clip_benchmark": "CLIP_benchmark"}
 
 PICK = {"open_s": min, "open_cpu_s": min, "first_image_s": min, "images_per_second": max}
 

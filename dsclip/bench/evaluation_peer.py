@@ -1,4 +1,4 @@
-"""An evaluation beside a loop with transformers' own model and processor: seconds of a core, and memory, each in a process of its own.
+"""An evaluation beside a peer, a loop with transformers' own model and processor or CLIP_benchmark: seconds of a core, and memory, each in a process of its own.
 
 The loop is what one writes from transformers' documentation and what CLIP_benchmark does: images embedded for each task, captions padded to
 the context. Both read the same shards and the same HuggingFace folder.
@@ -6,6 +6,7 @@ the context. Both read the same shards and the same HuggingFace folder.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dsclip.bench import evaluation_clip_benchmark
 from dsclip.bench.measure import in_process, peak_mb
 from dsclip.command_line import say
 from dsclip.data import EvalDataset, ShardWriter, build_eval_dataset, load_tokenizer
@@ -39,8 +42,8 @@ WORDS = (
 ).split()
 
 
-def compare(images: int, rounds: int) -> dict[str, Any]:
-    """{"dsclip", "transformers": {"cpu_s", "wall_s", "peak_mb", "second_task_share"}, "times_as_fast", "memory"}: the best of several rounds each.
+def compare(images: int, rounds: int, peer: str) -> dict[str, Any]:
+    """{"dsclip", peer: {"cpu_s", "wall_s", "peak_mb", "second_task_share"}, "times_as_fast", "memory"}: the best of several rounds each.
 
     cpu_s: of zero-shot and retrieval together, from the model's file to metrics, of all cores; second_task_share: what the second task costs of the
     first in images.
@@ -49,13 +52,15 @@ def compare(images: int, rounds: int) -> dict[str, Any]:
         folder = Path(temporary)
         write_photographs(folder / "set", images)
         write_model(folder / "model")
-        found: dict[str, list[dict[str, Any]]] = {"dsclip": [], "transformers": []}
+        if peer == "clip_benchmark":
+            evaluation_clip_benchmark.write_model(folder)
+        found: dict[str, list[dict[str, Any]]] = {"dsclip": [], peer: []}
         for _ in range(rounds):  # by turns: what else runs on the machine meets both
             for who, runs in found.items():
                 runs.append(in_process(__spec__.name, dict(who=who, folder=temporary)))
                 say(f"{who}: {runs[-1]}")
     best = {who: min(runs, key=lambda run: float(run["cpu_s"])) for who, runs in found.items()}
-    ours, theirs = best["dsclip"], best["transformers"]
+    ours, theirs = best["dsclip"], best[peer]
     return best | {"times_as_fast": theirs["cpu_s"] / ours["cpu_s"], "memory": ours["peak_mb"] / theirs["peak_mb"]}
 
 
@@ -91,8 +96,10 @@ def write_model(folder: Path) -> None:
 
 
 def measure(who: str, folder: str) -> dict[str, float]:
-    """One evaluation in this process."""
-    run: Callable[[Path], list[float]] = {"dsclip": _dsclip, "transformers": _transformers}[who]
+    """One evaluation in this process; what is imported for it doesn't count."""
+    for name in NEEDED.get(who, ()):
+        importlib.import_module(name)
+    run: Callable[[Path], list[float]] = PEERS.get(who, _dsclip)
     before, started = sum(os.times()[:4]), time.perf_counter()
     first, second = run(Path(folder))
     return {
@@ -146,6 +153,16 @@ def _transformers(folder: Path) -> list[float]:
                 rows.append(model.get_text_features(input_ids=tokens).pooler_output)
             torch.cat(rows)
     return seconds
+
+
+NEEDED = {
+    "transformers": ("transformers.models.clip.modeling_clip",),
+    "clip_benchmark": ("open_clip", "clip_benchmark.metrics.zeroshot_classification"),
+}
+PEERS: dict[str, Callable[[Path], list[float]]] = {
+    "transformers": _transformers,
+    "clip_benchmark": partial(evaluation_clip_benchmark.run, batch_size=BATCH),
+}
 
 
 def _image_rows(model: Any, processor: Any, dataset: EvalDataset, start: int) -> torch.Tensor:
