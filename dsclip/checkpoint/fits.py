@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from dsclip.checkpoint.manifest import Manifest
 from dsclip.checkpoint.weights_alone import check_continuable
 from dsclip.config.schema import OF_WHAT_IS_TRAINED, ModelSection, Recipe
+from dsclip.engine.state import LAYOUTS, Sharding
 from dsclip.errors import UserError
 from dsclip.losses import find_loss
 from dsclip.model.config import OF_THE_RUN, ClipConfig
@@ -25,19 +27,21 @@ def check_fits(
     config: ClipConfig,
     world_size: int,
 ) -> None:
-    """Raises UserError that names what is another one in the checkpoint and must not be: ranks, ZeRO stage, model, what is trained,
-    optimizer, groups, loss."""
+    """Raises UserError that names what is another one in the checkpoint and must not be: model, what is trained, optimizer, groups,
+    loss; ranks and ZeRO stage where the checkpoint or the order of the data can't follow."""
     check_continuable(manifest, path)
     afresh = f"or start a new run from its weights with model.init={path}."
-    if manifest["world_size"] != world_size:
+    was = Sharding(manifest["world_size"], manifest["zero_stage"])
+    now = Sharding(world_size, ds_config["zero_optimization"]["stage"])
+    if was != now and not any(fnmatch(name, LAYOUTS) for name in manifest["files"]):
         raise UserError(
-            f"{path} was written by {manifest['world_size']} ranks and this run has {world_size}. Use as many ranks again, {afresh}"
+            f"{path} was written by {was} and this run has {now}: its version of dsclip didn't write where the optimizer's numbers lie. "
+            f"Use the same again, {afresh}"
         )
-    stage = ds_config["zero_optimization"]["stage"]
-    if manifest["zero_stage"] != stage:
+    if was.ranks != now.ranks and recipe.data.order != "exact":
         raise UserError(
-            f"{path} was written with ZeRO stage {manifest['zero_stage']} and the DeepSpeed configuration says {stage}. "
-            f"Use the same stage, {afresh}"
+            f"{path} was written by {was} and this run has {now}: with data.order={recipe.data.order} a position in the data belongs to a "
+            f"number of ranks. Use as many again, {afresh}"
         )
     ours = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
     # An earlier version wrote fewer fields.

@@ -12,6 +12,7 @@ from dsclip.checkpoint.fits import check_fits
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint, step_of
 from dsclip.checkpoint.manifest import MANIFEST, LaterRunState, Manifest, read_manifest, verify, write_manifest
 from dsclip.distributed import Collectives
+from dsclip.engine.state import Sharding
 from dsclip.errors import RunFailed, UserError
 from dsclip.files import on_disk
 
@@ -178,8 +179,8 @@ def find_checkpoint(path: Path) -> Path:
 def load_checkpoint(engine: ContrastiveEngine, path: Path, *, world_size: int) -> Manifest:
     """Verifies a checkpoint and loads it into the engine. Collective; returns its manifest.
 
-    Rank 0 verifies, and every rank fails or none. Raises UserError when it is damaged, of another kind of run, or from
-    another world size.
+    Rank 0 verifies, and every rank fails or none. Raises UserError when it is damaged, or of another kind of
+    run. Other numbers of ranks and ZeRO stages than the engine's are placed anew.
     """
     problem: str | None = None
     manifest: Manifest | None = None
@@ -200,4 +201,4 @@ def load_verified(engine: ContrastiveEngine, path: Path, manifest: Manifest, *, 
     check_fits(
         manifest, path, recipe=engine.recipe, ds_config=engine.ds_config, config=engine.config, world_size=world_size
     )
-    engine.load(path, manifest["engine"])
+    engine.load(path, manifest["engine"], Sharding(manifest["world_size"], manifest["zero_stage"]))

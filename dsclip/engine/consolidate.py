@@ -43,7 +43,7 @@ def full_precision_weights(folder: Path) -> ShardedWeights:
     files = folder / DEEPSPEED_TAG
     # ZeRO-1 with float32 accumulation runs DeepSpeed's BF16_Optimizer, whose files zero_to_fp32 doesn't know.
     if bf16_shards := list(files.glob("bf16_zero_*optim_states.pt")):
-        if "zero_stage" not in _load(bf16_shards[0])["optimizer_state_dict"]:
+        if "zero_stage" not in load_mapped(bf16_shards[0])["optimizer_state_dict"]:
             return _from_bf16_optimizer(files, bf16_shards)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -53,7 +53,7 @@ def full_precision_weights(folder: Path) -> ShardedWeights:
     # Of ZeRO-3, what is found are descriptions of where a tensor's parts lie; a copy holds no file open.
     found = {name: partial(_copied, w) for name, w in weights.items()}
     path = files / MODEL_STATES  # of ZeRO-3 no file holds the module, and zero_to_fp32 has found its frozen weights
-    return ShardedWeights(found | (_frozen(_load(path), found) if path.is_file() else {}))
+    return ShardedWeights(found | (_frozen(load_mapped(path), found) if path.is_file() else {}))
 
 
 def _copied(weight: Any) -> Tensor:
@@ -65,8 +65,8 @@ def _copied(weight: Any) -> Tensor:
 def _from_bf16_optimizer(files: Path, shards: list[Path]) -> ShardedWeights:
     """Each parameter group is one flat vector, cut into equal parts over the ranks, in the order of `param_shapes`."""
     shards.sort(key=lambda path: int(path.name.partition("pp_rank_")[2].partition("_")[0]))
-    states = [_load(path)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for path in shards]
-    model_states = _load(files / MODEL_STATES)
+    states = [load_mapped(path)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for path in shards]
+    model_states = load_mapped(files / MODEL_STATES)
     pieces: dict[str, Callable[[], Tensor]] = {}
     for index, shapes in enumerate(model_states["param_shapes"]):
         parts, start = [state[index] for state in states], 0
@@ -91,7 +91,8 @@ def _cut(parts: list[Tensor], start: int, shape: torch.Size) -> Tensor:
     return torch.cat(found).view(shape)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_mapped(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint that was verified, its tensors mapped into memory."""
     # The checkpoint was verified: every class it refers to is on the allow-list.
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     return content

@@ -28,7 +28,8 @@ from dsclip.engine.loss_inputs import LossInputs
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
-from dsclip.engine.state import EngineState, saved_bytes
+from dsclip.engine.reshard import load_resharded, save_layout
+from dsclip.engine.state import EngineState, Sharding, saved_bytes
 from dsclip.engine.step_metrics import StepMetrics, step_numbers
 from dsclip.errors import UserError
 from dsclip.losses import Pairs
@@ -41,6 +42,7 @@ from dsclip.model.fp8 import check_fp8
 from dsclip.model.trained import choose_trained
 from dsclip.objectives import ObjectiveGrads, build_objective
 from dsclip.optim.build import optimizer_report, weight_average
+from dsclip.optim.flat import flat_vectors
 from dsclip.optim.groups import group_settings, restore_settings, set_learning_rate
 from dsclip.optim.schedule import learning_rate
 from dsclip.plan.optimizer_state import STATE
@@ -100,6 +102,7 @@ class ContrastiveEngine:
             self.queue = FeatureQueue(settings, *self._feature_shapes(), self.device)
         if settings.queue_momentum is not None:
             self._momentum = MomentumEncoder(model, config, ds_config, settings.queue_momentum, self.device)
+        self._vectors = flat_vectors(self.deepspeed.optimizer, model, recipe.optim)
         self._average = weight_average(self.deepspeed.optimizer, model, recipe.optim, self.scalars.named())
 
     def _feature_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -258,6 +261,7 @@ class ContrastiveEngine:
         scalars = [x for x in (self.scalars.log_scale, self.scalars.bias) if x is not None]
         check_weights([*self.module.parameters(), *scalars], self.group, self.device, self.step)
         self.deepspeed.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+        save_layout(folder, self._vectors, self.group.rank)
         if self.group.rank == 0:
             # A script that DeepSpeed drops for users to run; `tools/convert_hf.py` does its work after verification.
             for script in folder.glob("zero_to_*.py"):
@@ -270,18 +274,27 @@ class ContrastiveEngine:
         average = None if self._average is None else self._average.save(folder, self.group.rank)
         return {"step": self.step, "scalars": self.scalars.state(), "queue": queue, "average": average}
 
-    def load(self, folder: Path, state: EngineState) -> None:
-        """Restores what `save` wrote with the same number of ranks. Collective; `folder` must have been verified."""
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
-        if path is None:
-            raise UserError(f"DeepSpeed found no checkpoint in {folder}")
-        restore_settings(self.deepspeed.optimizer, self._group_settings)
+    @property
+    def sharding(self) -> Sharding:
+        """How the state is divided."""
+        return Sharding(self.group.world_size, self.ds_config["zero_optimization"]["stage"])
+
+    def load(self, folder: Path, state: EngineState, written_by: Sharding) -> None:
+        """Restores what `save` wrote, bit for bit where the sharding is the same. Collective; `folder` must have been verified."""
+        same = written_by == self.sharding
+        if same:
+            path, _ = self.deepspeed.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
+            if path is None:
+                raise UserError(f"DeepSpeed found no checkpoint in {folder}")
+            restore_settings(self.deepspeed.optimizer, self._group_settings)
+        else:
+            load_resharded(self.deepspeed.optimizer, self.module, self._vectors, folder)
         self.step = state["step"]
         self.scalars.load_state(state["scalars"])
         if self.queue is not None:
             self.queue.load(folder, state["queue"])
         if self._momentum is not None:
-            self._momentum.load(folder, self.group.rank)
+            self._momentum.load(folder, self.group.rank, None if same else written_by)
         if self._average is not None:
             self._average.resume(folder, state.get("average"))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsclip.engine.build import build_model
 from dsclip.engine.quiet_deepspeed import deepspeed
+from dsclip.engine.state import Sharding
 from dsclip.files import permit_as_new
 from dsclip.model import Clip, ClipConfig, Layer
 
@@ -57,6 +60,17 @@ class MomentumEncoder:
         for parameter, average in zip(self._parameters, self._average, strict=True):
             _shard(parameter).copy_(average)
 
+    def _load_resharded(self, folder: Path, rank: int, shards: int) -> None:
+        """shards: files that hold a tensor together. One tensor at a time is whole in memory."""
+        with ExitStack() as opened:
+            files = [opened.enter_context(safe_open(str(folder / _file(r)), "pt")) for r in range(shards)]
+            for index, (average, weight) in enumerate(zip(self._average, self._weights, strict=True)):
+                numel = getattr(weight, "ds_numel", weight.numel())
+                whole = torch.cat([file.get_tensor(str(index)).flatten() for file in files])[:numel]
+                start = rank * average.numel() if hasattr(weight, "ds_tensor") else 0
+                mine = whole[start : start + average.numel()]
+                average.zero_().view(-1)[: len(mine)].copy_(mine)  # what is left of a last shard is padding
+
     @property
     def bytes(self) -> int:
         """Of this rank's shards of the average, as `save` writes them."""
@@ -68,10 +82,15 @@ class MomentumEncoder:
         save_file({str(i): x for i, x in enumerate(self._average)}, str(path))
         permit_as_new(path)
 
-    def load(self, folder: Path, rank: int) -> None:
-        """Restores what `save` wrote on the same rank. A run that had no momentum encoder starts from its weights."""
-        path = folder / _file(rank)
-        if path.is_file():
+    def load(self, folder: Path, rank: int, written_by: Sharding | None = None) -> None:
+        """Restores what `save` wrote on the same rank. A run that had no momentum encoder starts from its weights.
+
+        written_by: where the ranks or the ZeRO stage were other ones.
+        """
+        path = folder / _file(rank if written_by is None else 0)
+        if path.is_file() and written_by is not None:
+            self._load_resharded(folder, rank, written_by.ranks if written_by.stage == 3 else 1)
+        elif path.is_file():
             stored = load_file(str(path))
             for index, average in enumerate(self._average):
                 average.copy_(stored[str(index)])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 from torch import nn
 
 from dsclip.optim.average import AverageState
+
+LAYOUTS = "layout_rank_*.json"  # of `engine.reshard`
 
 
 class QueueState(TypedDict):
@@ -15,6 +17,16 @@ class QueueState(TypedDict):
 
     filled: int
     next: int
+
+
+class Sharding(NamedTuple):
+    """How an engine's state is divided: over how many ranks, in which ZeRO stage."""
+
+    ranks: int
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.ranks} rank{'s' * (self.ranks != 1)} with ZeRO-{self.stage}"
 
 
 class EngineState(TypedDict):

@@ -11,6 +11,7 @@ from dsclip.config import Recipe
 from dsclip.config.old_names import with_new_names
 from dsclip.config.schema import BatchSection, OptimSection
 from dsclip.data import merge_states
+from dsclip.engine.state import Sharding
 from dsclip.errors import UserError
 from dsclip.optim.schedule import learning_rate
 from dsclip.train.records import Resume
@@ -35,9 +36,13 @@ class Resumed:
         """The position in the data of all ranks together. Raises UserError for one of an earlier version."""
         return merge_states(self.manifest["data"]) if self.manifest else None
 
-    def data_state_of(self, rank: int) -> dict[str, Any] | None:
-        """The position of one rank, as it was saved."""
-        return self.manifest["data"][rank] if self.manifest else None
+    def data_state_of(self, rank: int, world_size: int) -> dict[str, Any] | None:
+        """The position of one rank of so many, as it was saved by as many, or its share of the streams of all."""
+        if self.manifest is None or len(self.manifest["data"]) == world_size:
+            return self.manifest["data"][rank] if self.manifest else None
+        whole = merge_states(self.manifest["data"])
+        share = len(whole["drawn"]) // world_size
+        return whole | {"first": rank * share, "drawn": whole["drawn"][rank * share : (rank + 1) * share]}
 
     @property
     def counters(self) -> dict[str, Any] | None:
@@ -49,12 +54,14 @@ class Resumed:
         """For the summary."""
         return {"step": self.manifest["step"], "changes": self.changes} if self.manifest else None
 
-    def describe(self, path: Path | None) -> list[str]:
+    def describe(self, path: Path | None, now: Sharding) -> list[str]:
         """Lines for the log."""
         if self.manifest is None:
             return []
         step = self.manifest["step"]
-        return [f"continued from {path}", *describe_changes(self.manifest["recipe"], self._recipe, step)]
+        was = Sharding(self.manifest["world_size"], self.manifest["zero_stage"])
+        resharded = f", written by {was}, on {now}" if was != now else ""
+        return [f"continued from {path}{resharded}", *describe_changes(self.manifest["recipe"], self._recipe, step)]
 
 
 def check_length(resume: Path, steps: int) -> None:

@@ -55,7 +55,9 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
     """The run itself, in a folder that it holds. Collective."""
     recipe = inputs.recipe
     manifest = folder.manifest
-    if manifest:
+    if (
+        manifest and manifest["world_size"] == launched_ranks()[1]
+    ):  # more ranks have other parts of the batch, and memory
         was = manifest["recipe"].get("batch", {})
         recipe = replace(recipe, batch=keep_planned_sizes(recipe.batch, was, launched_ranks()[1]))
     recipe, estimate = plan_recipe(recipe, inputs.ds_config, inputs.model, Collectives.current())
@@ -76,10 +78,16 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
     warnings = data_warnings(recipe, loader.set_samples, loader.damaged)
     trained = trained_part(inputs.model, recipe.model)
     frozen = [str(trained)] if trained.parameters < trained.of else []
-    for line in (*folder.messages, *frozen, *resumed.describe(inputs.resume), describe_estimate(estimate), *warnings):
+    for line in (
+        *folder.messages,
+        *frozen,
+        *resumed.describe(inputs.resume, engine.sharding),
+        describe_estimate(estimate),
+        *warnings,
+    ):
         watch.message(line)
 
-    data_state = resumed.data_state_of(engine.group.rank)
+    data_state = resumed.data_state_of(engine.group.rank, engine.group.world_size)
     try:
         outcome = train(recipe, engine, loader, inputs.evaluation, store, watch, data_state)
     except RunStopped:
