@@ -78,18 +78,11 @@ def test_a_step_that_is_saved_again_replaces_its_checkpoint(saved, group):
     assert read_manifest(find_checkpoint(run))["data"] == [{"position": "again"}]
 
 
-@pytest.mark.parametrize(
-    ("stage", "loss", "world_size", "message"),
-    [
-        (1, "softmax", 2, "was written by 1 ranks and this run has 2"),
-        (2, "softmax", 1, "was written with ZeRO stage 1 and the DeepSpeed configuration says 2"),
-        (1, "sigmoid", 1, "which learns a temperature, and loss.name sigmoid learns a temperature and a bias"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_what_to_do(stage, loss, world_size, message, saved, group):
-    engine = build(stage, **OPTIONS, group=group, loss=LossSection(name=loss))
+def test_another_loss_is_refused_with_what_to_do(saved, group):
+    engine = build(1, **OPTIONS, group=group, loss=LossSection(name="sigmoid"))
+    message = "which learns a temperature, and loss.name sigmoid learns a temperature and a bias"
     with pytest.raises(UserError, match=message):
-        load_checkpoint(engine, find_checkpoint(saved[0]), world_size=world_size)
+        load_checkpoint(engine, find_checkpoint(saved[0]), world_size=1)
     assert engine.step == 0
     engine.close()
 

@@ -103,7 +103,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "graph_harvesting": f"{_GONE}; `train.compile` compiles the blocks",
         "compile": "`train.compile` in the recipe compiles the blocks; DeepCompile is not used",
         "progressive_layer_drop": f"{_GONE}; use `model.patch_dropout` to train faster",
-        "elasticity": f"{_GONE}; another number of ranks is a new run with `model.init=CHECKPOINT`",
+        "elasticity": f"{_GONE}; a run continues with any number of ranks (`--resume`)",
         "nebula": f"{_GONE}; {_CHECKPOINTS}",
         "checkpoint": _CHECKPOINTS,
         "datastates_ckpt": _CHECKPOINTS,
@@ -127,7 +127,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "zero_optimization": {
         "compute_grad_norm": "every step's metrics have the norm",
         "load_from_fp32_weights": "a run resumes from its fp32 weights, bit for bit",
-        "elastic_checkpoint": f"{_GONE}; another number of ranks is a new run with `model.init=CHECKPOINT`",
+        "elastic_checkpoint": f"{_GONE}; a run continues with any number of ranks (`--resume`)",
         "legacy_stage1": "the old code of stage 1 has not been tried with dsclip",
         "zenflow": "it delays a part of the updates, and dsclip's step is exact",
         "cpu_offload": 'this is the old name of `offload_optimizer`; write {"device": "cpu"} there',
