@@ -128,6 +128,10 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         loss.queue_momentum is None or loss.queue_size > 0,
         f"`loss.queue_momentum` is {loss.queue_momentum}; it needs `loss.queue_size` and must be in [0, 1)",
     )
+    yield (
+        recipe.data.classnames is None or recipe.data.templates is not None,
+        "`data.classnames` are put into sentences; set `data.templates` too",
+    )
     model = recipe.model
     yield (
         model.lock == "none" or loss.queue_momentum is None,

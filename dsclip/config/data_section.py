@@ -46,12 +46,16 @@ class DataSection:
     """Share of the images that lose their colour."""
     caption_key: str = "caption"
     """Key of the caption (string or list of strings) in `.json` members."""
+    templates: str | list[str] | None = None
+    """Captions are sentences with the name of a sample's class, one drawn for each: `openai`, `cifar`, a file, or sentences with {}, see [fine-tuning](finetuning.md#on-classes); null: the samples' own captions."""
+    classnames: str | list[str] | None = None
+    """Of the sentences: names, or a file, one name a line; null: those of the shards' manifest."""
     negative_key: str = "negatives"
     """Key of hard-negative captions in `.json`; or a `.neg.txt` member, one a line."""
     max_negatives: Positive = 4
     """Hard-negative captions used of one sample."""
     group_key: str | None = None
-    """Key in `.json` whose equal values mark duplicates; null: equal captions do."""
+    """Key in `.json` whose equal values mark duplicates; null: equal captions do, and equal classes with `templates`."""
     max_bad_fraction: Share = 0.1
     """The run stops when more of the samples read can't be used."""
     max_image_pixels: Positive = 64_000_000

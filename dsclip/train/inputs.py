@@ -26,6 +26,7 @@ from dsclip.model.fp8 import check_fp8_shapes
 from dsclip.model.presets import AUTO
 from dsclip.objectives import build_objective
 from dsclip.optim.groups import check_rules
+from dsclip.train.class_prompts import with_class_prompts
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.resume import check_length
 from dsclip.train.run_folder import find_resume
@@ -60,6 +61,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
             recognise(shards, storage) if key.startswith("eval.") else resolve_shards(shards, storage)
         except UserError as error:
             raise UserError(f"`{key}`: {error}") from error
+    recipe = replace(recipe, data=with_class_prompts(recipe.data, storage))
     check_order(recipe.data, recipe.batch.global_batch_size, world_size, storage)
     run_dir = Path(recipe.train.output) / recipe.train.name
     resume = find_resume(arguments.resume, run_dir)

@@ -11,6 +11,7 @@ import torch
 from dsclip.config.data_section import DataSection
 from dsclip.config.objective_section import VIEW_KEYS, ViewSection
 from dsclip.data.decoding.augment import IDENTITY, augments, draw_augmentation
+from dsclip.data.decoding.class_prompts import class_prompts
 from dsclip.data.decoding.repeat_words import repeat_words
 from dsclip.data.decoding.sample import RawSample, decode_image, read_captions, read_group, read_negatives
 from dsclip.data.decoding.transforms import train_image
@@ -45,6 +46,7 @@ class Preparer:
         self._images = [data, *(_image_settings(data, view) for view in self._image_views)]
         self._augments = any(map(augments, self._images))
         self._fast: list[FastImages] = []
+        self._prompts = class_prompts(data)
         if data.decoder == "fast":
             from dsclip.data.decoding.fast_image import FastImages
 
@@ -60,13 +62,15 @@ class Preparer:
         All randomness is that of (seed, round, sample id), see `order.Draw`, and of a further view's number and kind.
         """
         data = self._data
-        captions = read_captions(raw, data.caption_key)
+        name, captions = (
+            (None, read_captions(raw, data.caption_key)) if self._prompts is None else self._prompts.of(raw)
+        )
         key = [self._seed, round_, raw.sample_id % 2**63]
         rng = np.random.Generator(np.random.PCG64(key))
         chosen = int(rng.integers(len(captions)))
         caption = captions[chosen]
         negatives = read_negatives(raw, data.negative_key, data.max_negatives) if self._hard_negatives else []
-        group = read_group(raw, data.group_key, caption)
+        group = read_group(raw, data.group_key, caption if name is None else name)
         generators = [rng, *(_generator(key, view) for view in self._image_views)]
         drawn: list[float] = []
         for index, (generator, image) in enumerate(zip(generators, images, strict=True)):
