@@ -35,6 +35,14 @@ def test_the_demo_is_the_same_bytes_for_the_same_seed(tmp_path):
     assert digests(tmp_path / "a") == digests(tmp_path / "b") != digests(tmp_path / "c")
 
 
+@pytest.mark.parametrize("size", [(32, 32), (40, 37), (37, 40), (500, 375), (300, 100)])
+def test_a_crop_of_the_whole_area_draws_nothing(size):
+    rng = np.random.default_rng(0)
+    boxes = {random_crop(*size, [1.0, 1.0], rng) for _ in range(200)}
+    assert len(boxes) == 1 and rng.random() == np.random.default_rng(0).random()
+    assert boxes == {(0, 0, *size)} or size == (300, 100)
+
+
 def test_held_out_combinations_never_occur_in_training(demo):
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     held_out = {f"{colour} {shape}" for colour, shape in HELD_OUT}

@@ -142,6 +142,16 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         model.lock != "none" or model.unlocked_layers == 0,
         f"`model.unlocked_layers` is {model.unlocked_layers}; it belongs to `model.lock: image` or `text`",
     )
+    yield (
+        not model.lock_once or (model.lock != "none" and model.unlocked_layers == 0),
+        "`model.lock_once` keeps the features of a tower that never changes; set `model.lock` without `model.unlocked_layers`",
+    )
+    random = _random_pixels(recipe)
+    yield (
+        not model.lock_once or model.lock != "image" or random is None,
+        f"`model.lock_once` with `model.lock: image` needs images that are the same in every epoch, and `{random}` draws them anew. Set "
+        "data.crop_scale=[1.0,1.0] data.flip=false, leave out the others, or lock the text tower.",
+    )
     lora = "model.lora_alpha" if model.lora_alpha is not None else "model.lora_full" if model.lora_full else None
     yield lora is None or model.lora_rank > 0, f"`{lora}` belongs to adapters; set `model.lora_rank` too"
     yield (
@@ -188,3 +198,17 @@ def _keys_of_views(views: Sequence[ViewSection]) -> Iterator[tuple[bool, str]]:
         kind, other = ("image", "text") if view.name.startswith("image") else ("text", "image")
         wrong = next((key for key in VIEW_KEYS[other] if getattr(view, key) is not None), None)
         yield wrong is None, f"`objective.views` gives {view.name} `{wrong}`; {kind}s have {', '.join(VIEW_KEYS[kind])}"
+
+
+def _random_pixels(recipe: Recipe) -> str | None:
+    """A key by which an image differs from epoch to epoch; None where there is none. A crop of the whole area draws nothing."""
+    data = recipe.data
+    draws = {
+        "data.crop_scale": data.crop_scale != [1.0, 1.0],
+        "data.flip": data.flip,
+        "data.color_jitter": data.color_jitter is not None,
+        "data.grayscale": data.grayscale > 0,
+        "model.patch_dropout": bool(recipe.model.patch_dropout),
+        "objective.terms": any(name.startswith("image_") for name in recipe.objective.further_views),
+    }
+    return next((key for key, drawn in draws.items() if drawn), None)

@@ -60,6 +60,8 @@ class ModelSection:
     """The tower that keeps the weights of `init` (LiT), see [training](training.md#locked-towers); the other one is trained."""
     unlocked_layers: Count = 0
     """Last layers of the locked tower that are trained all the same: 1 its head, 2 also its last block, and so on."""
+    lock_once: bool = False
+    """The locked tower embeds each caption or image once, and its features stay in host memory, see [fine-tuning](finetuning.md#a-locked-tower-once)."""
     lora_rank: Count = 0
     """Rank of the adapters that are trained in place of the weights (LoRA), see [fine-tuning](finetuning.md#lora); 0: none."""
     lora_alpha: PositiveFloat | None = None
@@ -123,7 +125,7 @@ in SigLIP's image tower."""
     @property
     def overrides(self) -> dict[str, Any]:
         """The fields that override the preset's, None for those that are left open."""
-        own = ("preset", "init", "stretch", *OF_WHAT_IS_TRAINED)
+        own = ("preset", "init", "stretch", "lock_once", *OF_WHAT_IS_TRAINED)
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
     @property

@@ -24,6 +24,7 @@ from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.finite import check_weights, finite_or, one_if_finite, skip_reason
 from dsclip.engine.gradient_sums import GradientSums
 from dsclip.engine.host_copy import HostCopy
+from dsclip.engine.locked_features import locked_features
 from dsclip.engine.loss_inputs import LossInputs
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, split_gradients
@@ -80,6 +81,8 @@ class ContrastiveEngine:
         self.objective = build_objective(recipe, config.embed_dim)
         token_wise = self.objective.loss.token_wise
         self._loss_inputs = LossInputs(settings, self._micro_batcher, config.context_length, token_wise)
+        encode = {"image": self.encode_image, "text": self.encode_text}
+        self._locked = locked_features(recipe, self.objective.loss, self.group, encode)
         check_attention(config, self.device, _dtype(ds_config))
         check_fp8(config, self.device, _dtype(ds_config))
         model = build_model(config, ds_config, recipe.train.seed, state_dict)
@@ -161,6 +164,8 @@ class ContrastiveEngine:
 
     def _accumulate(self, batch: Batch) -> tuple[ObjectiveGrads, Pairs, dict[str, Tensor]]:
         micro_batches = self._micro_batcher.split(batch, self.step)
+        if self._locked is not None:
+            micro_batches = self._locked.known(micro_batches)
         with torch.no_grad():
             cached = [self._features(m) for m in micro_batches[:-1]]
         image, text = last = self._features(micro_batches[-1])

@@ -25,6 +25,7 @@ class MicroBatch:
     images [v·b, 3, S, S]: those of the samples, then of each further view; captions [b + m + w·b]: those of the samples,
     their hard negatives, then those of each further view; hard_owner [m]: the row of the local batch that each hard
     negative belongs to; visible_patches: of each image, None without patch dropout; views: the further ones, in order.
+    ids [v·b], tokens [b + m + w·b, L]: what images and captions are known by, in host memory.
     image_features [v·b, D], text_features [b + m + w·b, D]: where they are known already, and that tower has nothing to do.
     """
 
@@ -33,6 +34,8 @@ class MicroBatch:
     hard_owner: Tensor
     visible_patches: Tensor | None
     samples: int
+    ids: Tensor
+    tokens: Tensor
     views: tuple[str, ...] = ()
     image_features: Tensor | None = None
     text_features: Tensor | None = None
@@ -119,14 +122,16 @@ class MicroBatcher:
             hard_owner = needed(rows.hard_owner, "hard_owner", step) + start
             tokens.append(needed(rows.hard_tokens, "hard_tokens", step))
         tokens += [rows.views[view] for view in text_views]
+        texts = joined(tokens)
         captions = cut_captions(
-            joined(tokens), self.config, self.recipe.batch.chunk_size, self.device,
+            texts, self.config, self.recipe.batch.chunk_size, self.device,
             samples=len(rows) * (1 + len(text_views)),
         )  # fmt: skip
         images = joined([self.to_device(x) for x in (rows.images, *(rows.views[view] for view in image_views))])
         ids = joined([rows.sample_ids, *(view_ids(rows.sample_ids, int(view[-1])) for view in image_views)])
         visible = self._visible_patches(ids, step)
-        return MicroBatch(images, captions, self.to_device(hard_owner), visible, len(rows), views)
+        hard_owner = self.to_device(hard_owner)
+        return MicroBatch(images, captions, hard_owner, visible, len(rows), ids.cpu(), texts.cpu(), views)
 
     def to_device(self, x: Tensor) -> Tensor:
         """x on the device, without waiting for the copy."""

@@ -57,11 +57,12 @@ def build(
     coalesce=False,
     persisted=False,
     other=False,
+    once=False,
 ):
     """lora, full: what adapters are added to, and what is trained beside them. other: the engine starts from other random weights."""
     adapters = dict(lora_rank=RANK, lora_alpha=ALPHA, lora_targets=list(lora), lora_full=list(full)) if lora else {}
     recipe = Recipe(
-        model=ModelSection(lock=lock, unlocked_layers=unlocked_layers, **adapters),
+        model=ModelSection(lock=lock, unlocked_layers=unlocked_layers, lock_once=once, **adapters),
         batch=BatchSection(GLOBAL_BATCH, 3, 2, "selective", coalesce_reduction=coalesce),
         optim=OPTIM,
         train=TrainSection(seed=SEED, steps=10, compile="off"),
@@ -162,6 +163,26 @@ def refusal(group: Collectives, folder: Path) -> str:
         engine.close()
 
 
+def once_case(group: Collectives, lock: str) -> dict:
+    """Losses of two epochs of two batches with `lock_once`, and without; in the second epoch each rank has the other's samples."""
+
+    def run(once: bool) -> tuple[list[float], int]:
+        engine, calls = build(group, stage=3, bf16=False, lock=lock, once=once), []
+        tower = {"image": engine.module.visual, "text": engine.module.text}[lock]
+        tower.head.register_forward_pre_hook(lambda *_: calls.append(engine.step))
+        half = GLOBAL_BATCH // 2
+        seen = []
+        for step in range(4):
+            batch, second = global_batch(step % 2), step >= 2
+            order = torch.arange(GLOBAL_BATCH).roll(half * second)
+            seen.append(engine.train_step(local_part(batch._map(lambda x, order=order: x[order]), group)).loss)
+        engine.close()
+        return seen, max(calls)
+
+    (plain, last), (once, last_once) = run(False), run(True)
+    return {"plain": plain, "once": once, "ran_last": [last, last_once]}
+
+
 def cases(group: Collectives) -> list[dict]:
     with TemporaryDirectory() as own:
         found = [own]
@@ -169,6 +190,7 @@ def cases(group: Collectives) -> list[dict]:
         results = [locked_case(case, group, Path(found[0]) / str(i)) for i, case in enumerate(CASES)]
         results += [{"refusal": refusal(group, Path(found[0]) / str(i))} for i in (0, LORA)]
         group.barrier()
+    results.append({"once": [once_case(group, lock) for lock in ("image", "text")]})
     return results
 
 

@@ -13,7 +13,7 @@ def found(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(found):
-    return found[:-2]
+    return found[:-3]
 
 
 def test_the_rest_has_the_gradient_of_an_unlocked_run(results):
@@ -53,5 +53,11 @@ def test_checkpoints_are_read_whole_in_float32(results):
 
 
 def test_a_checkpoint_is_not_continued_with_another_lock(found):
-    assert "was trained with model.lock=image, and" in found[-2]["refusal"]
-    assert "model.lora_rank=2 model.lora_alpha=6.0, and" in found[-1]["refusal"]
+    assert "was trained with model.lock=image, and" in found[-3]["refusal"]
+    assert "model.lora_rank=2 model.lora_alpha=6.0, and" in found[-2]["refusal"]
+
+
+def test_features_of_a_locked_tower_are_those_of_all_ranks_and_it_does_not_run_again(found):
+    for case in found[-1]["once"]:
+        assert case["once"] == pytest.approx(case["plain"], rel=1e-6)
+        assert case["ran_last"] == [3, 1], "the last step in which the tower ran"

@@ -43,10 +43,13 @@ def train_image(image: Image.Image, size: int, crop_scale: list[float], rng: np.
 def random_crop(
     width: int, height: int, crop_scale: list[float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) as torchvision's RandomResizedCrop draws it, whole image in the worst case."""
+    """(left, top, right, bottom) as torchvision's RandomResizedCrop draws it, whole image in the worst case.
+
+    Of a scale of [1, 1] nothing is drawn: the box is the whole image, or where that is longer than the ratios allow its middle.
+    """
     low, high = (math.log(r) for r in ASPECT_RATIO)
     least, most = crop_scale
-    for _ in range(CROP_TRIES):
+    for _ in range(CROP_TRIES if least < 1 else 0):  # rounded, a drawn box may be a pixel smaller than the image
         area = width * height * rng.uniform(least, most)
         ratio = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
