@@ -237,15 +237,16 @@ class ContrastiveEngine:
         return StepMetrics(self.step, lr, reason is not None, reason, queued, HostCopy(numbers))
 
     @torch.no_grad()
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor, chunk_size: int | None = None) -> Tensor:
         """Unit features [b, D] of images [b, 3, S, S]. Collective under ZeRO-3: every rank calls it equally often."""
-        features: Tensor = self.deepspeed(self._micro_batcher.to_device(images), None)[0]
+        features: Tensor = self.deepspeed(self._micro_batcher.to_device(images), None, chunk_size=chunk_size)[0]
         return features
 
     @torch.no_grad()
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, tokens: Tensor, chunk_size: int | None = None) -> Tensor:
         """Unit features [b, D] of tokens [b, L]. Collective under ZeRO-3: every rank calls it equally often."""
-        features: Tensor = self.deepspeed(None, cut_captions(tokens, self.config, None, self.device))[1]
+        captions = cut_captions(tokens, self.config, chunk_size, self.device)
+        features: Tensor = self.deepspeed(None, captions, chunk_size=chunk_size)[1]
         return features
 
     def bytes_to_save(self) -> int:

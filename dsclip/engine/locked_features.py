@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,9 +23,9 @@ Encode = Callable[[Tensor], Tensor]  # images [b, 3, S, S] or tokens [b, L] -> f
 
 
 def locked_features(
-    recipe: Recipe, loss: RegisteredLoss, group: Collectives, encode: dict[str, Encode]
+    recipe: Recipe, loss: RegisteredLoss, group: Collectives, encode: dict[str, Callable[..., Tensor]]
 ) -> LockedFeatures | None:
-    """What `model.lock_once` asks for, or None. encode: by tower. Raises UserError for a loss of all tokens."""
+    """What `model.lock_once` asks for, or None. encode: by tower, takes inputs and chunk_size. Raises UserError for a loss of all tokens."""
     section = recipe.model
     if not section.lock_once:
         return None
@@ -32,7 +33,7 @@ def locked_features(
         raise UserError(
             f"model.lock_once keeps one feature a caption or image, and loss.name={recipe.loss.name} compares those of all tokens"
         )
-    return LockedFeatures(section.lock, group, encode[section.lock])
+    return LockedFeatures(section.lock, group, partial(encode[section.lock], chunk_size=recipe.batch.chunk_size))
 
 
 class LockedFeatures:
@@ -50,12 +51,12 @@ class LockedFeatures:
     def known(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches with the tower's features; what is new is computed first. Collective."""
         keys = [self._keys(m) for m in micro_batches]
-        inputs = torch.cat([m.images if self._images else m.tokens for m in micro_batches])
         places = {key: i for i, key in enumerate(key for part in keys for key in part)}
         new = [key for key in places if key not in self._rows]
         # Ranks encode equally often and equally much, or those of ZeRO-3 would wait for each other forever.
         most = max(self._group.all_gather_object(len(new)))
         if most:
+            inputs = torch.cat([m.images if self._images else m.tokens for m in micro_batches])
             chosen = [places[key] for key in new] + [0] * (most - len(new))
             size = len(micro_batches[0].images)
             features = torch.cat([self._encode(part) for part in inputs[chosen].split(size)])[: len(new)]
