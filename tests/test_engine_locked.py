@@ -100,7 +100,14 @@ def test_what_would_keep_features_that_change_is_refused(keys, words):
         load_recipe("demo", keys)
 
 
-def test_a_loss_of_all_tokens_is_refused():
-    recipe = Recipe(model=ModelSection(lock="text", init="x", lock_once=True), loss=LossSection(name="filip"))
-    with alone(), pytest.raises(UserError, match="keeps one feature a caption or image, and loss.name=filip"):
-        ContrastiveEngine(recipe, load_ds_config("ds_configs/zero1_bf16.json", recipe, 1), CONFIG)
+@pytest.mark.parametrize(
+    "lock, loss, config, words",
+    [
+        ("text", "filip", CONFIG, "keeps one feature a caption or image, and loss.name=filip"),
+        ("image", "softmax", replace(CONFIG, patch_dropout=0.5), "needs model.patch_dropout 0"),
+    ],
+)
+def test_what_has_no_one_feature_is_refused(lock, loss, config, words):
+    recipe = Recipe(model=ModelSection(lock=lock, init="x", lock_once=True), loss=LossSection(name=loss))
+    with alone(), pytest.raises(UserError, match=words):
+        ContrastiveEngine(recipe, load_ds_config("ds_configs/zero1_bf16.json", recipe, 1), config)

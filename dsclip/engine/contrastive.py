@@ -82,7 +82,7 @@ class ContrastiveEngine:
         token_wise = self.objective.loss.token_wise
         self._loss_inputs = LossInputs(settings, self._micro_batcher, config.context_length, token_wise)
         encode = {"image": self.encode_image, "text": self.encode_text}
-        self._locked = locked_features(recipe, self.objective.loss, self.group, encode)
+        self._locked = locked_features(recipe, config, self.objective.loss, self.group, encode)
         check_attention(config, self.device, _dtype(ds_config))
         check_fp8(config, self.device, _dtype(ds_config))
         model = build_model(config, ds_config, recipe.train.seed, state_dict)

@@ -57,12 +57,13 @@ def build(
     coalesce=False,
     persisted=False,
     other=False,
-    once=False,
+    once=None,
 ):
-    """lora, full: what adapters are added to, and what is trained beside them. other: the engine starts from other random weights."""
+    """lora, full: what adapters are added to, and what is trained beside them. other: the engine starts from other random weights.
+    once: `lock_once`, which is compared without patch dropout."""
     adapters = dict(lora_rank=RANK, lora_alpha=ALPHA, lora_targets=list(lora), lora_full=list(full)) if lora else {}
     recipe = Recipe(
-        model=ModelSection(lock=lock, unlocked_layers=unlocked_layers, lock_once=once, **adapters),
+        model=ModelSection(lock=lock, unlocked_layers=unlocked_layers, lock_once=bool(once), **adapters),
         batch=BatchSection(GLOBAL_BATCH, 3, 2, "selective", coalesce_reduction=coalesce),
         optim=OPTIM,
         train=TrainSection(seed=SEED, steps=10, compile="off"),
@@ -76,7 +77,9 @@ def build(
     if other:
         torch.manual_seed(SEED + 1)
         weights = Clip(CONFIG).state_dict()
-    return ContrastiveEngine(recipe, settings, replace(CONFIG, patch_dropout=0.5), state_dict=weights)
+    return ContrastiveEngine(
+        recipe, settings, replace(CONFIG, patch_dropout=0.0 if once is not None else 0.5), state_dict=weights
+    )
 
 
 def gradients(engine, group) -> dict:
