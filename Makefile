@@ -14,7 +14,7 @@ PYTHON ?= python3
 TORCH ?= constraints-torch.txt
 TORCH_INDEX ?=
 RANKS ?= 2
-TESTERS ?= 2
+TESTERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -46,7 +46,7 @@ train: $(READY)
 	echo "+ $$run"; $$run
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-cluster: $(READY)
 	bash tests/cluster/slurm.sh
