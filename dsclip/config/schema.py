@@ -280,6 +280,8 @@ class TrainSection:
     """Minutes between checkpoints, looked at when metrics are logged; null: by steps only."""
     max_nonfinite_steps: Positive | None = 10
     """Steps in a row skipped because a number wasn't finite, after which the run saves and fails; null: it goes on."""
+    hang_timeout: NotNegative = 15.0
+    """Minutes without progress after which ranks say where they are and the job ends; four times as many for its first step and for saving; 0: never."""
     keep_checkpoints: Positive = 3
     """The newest ones that stay."""
     compile: Literal["auto", "on", "off"] = "auto"

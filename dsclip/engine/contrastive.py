@@ -5,6 +5,7 @@ Symbols: n samples of this rank, N of all ranks, D embedding width, k micro-batc
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,6 +76,7 @@ class ContrastiveEngine:
         self.recipe, self.config = recipe, config
         self.ds_config = ds_config = resolve_persistence(ds_config, recipe.batch)
         self.step = 0
+        self.forward_s = 0.0  # of the last step: the host's time before its first collective
         self._measured: StepMetrics | None = None
         self._micro_batcher = MicroBatcher(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss
@@ -166,9 +168,12 @@ class ContrastiveEngine:
         micro_batches = self._micro_batcher.split(batch, self.step)
         if self._locked is not None:
             micro_batches = self._locked.known(micro_batches)
+        started = time.monotonic()
         with torch.no_grad():
             cached = [self._features(m) for m in micro_batches[:-1]]
         image, text = last = self._features(micro_batches[-1])
+        # ZeRO-3 gathers weights in the forward: ranks have waited for each other in it.
+        self.forward_s = time.monotonic() - started if self.sharding.stage < 3 else 0.0
         features = [*cached, (image.detach(), text.detach())]
         pairs, further = self._loss_inputs(micro_batches, features, batch, self.scalars, self.queue, self.step)
         grads = self.objective(pairs, further, group=self.group)

@@ -18,8 +18,8 @@ EXAMPLES = """examples:
   deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json --config my.yaml train.name=b32 optim.lr=1e-3
   deepspeed launchers/train.py --ds_config ds_configs/zero3_bf16.json train.name=b32 --resume auto
 
-exit codes: 0 done, 1 failed, 2 wrong input (one sentence says what to change), 3 numbers that are not finite, 75 stopped by a
-signal and saved"""
+exit codes: 0 done, 1 failed, 2 wrong input (one sentence says what to change), 3 numbers that are not finite, 4 no progress for
+train.hang_timeout, 75 stopped by a signal and saved"""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

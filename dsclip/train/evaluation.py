@@ -75,7 +75,7 @@ class Evaluation:
         settings = self._settings
         embedder = Embedder(
             engine.encode_image, engine.encode_text, self._tokenizer, engine.group, self._model.context_length,
-            settings.batch_size,
+            settings.batch_size, embedded=lambda what, more: watch.heart.beat(),
         )  # fmt: skip
         results: Results = {}
         for task, dataset in self.sets.items():

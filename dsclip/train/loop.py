@@ -55,10 +55,13 @@ def train(
     clock = SaveClock(settings.save_minutes, settings.log_every, engine.group)
     batches = on_device(iter(loader), engine.device)
     checkpoint: Path | None = None
+    heart = watch.heart
+    first_step = engine.step
 
     def save() -> Path:
         if data_state is None:
             raise RuntimeError(f"step {engine.step}: the loader's batches don't say their position in the data")
+        heart.beat("saving", longer=True)
         clock.restart()
         counted, started = watch.counted(), time.monotonic()
         folder = store.save(engine, data_state, asdict(recipe), counted)
@@ -73,19 +76,22 @@ def train(
             return checkpoint
 
     def measure() -> Results:
+        heart.beat("evaluating", longer=True)
         measured, error = evaluate(evaluation, engine, watch)
         if error is not None:
             errors.append({"step": engine.step, "error": error})
         return measured
 
-    with StopSignals(engine.group) as signals:
+    with StopSignals(engine.group, heart) as signals:
         while engine.step < settings.steps:
-            started = time.monotonic()
+            started, first = time.monotonic(), engine.step == first_step
+            heart.beat("waiting for its data", engine.step + 1, longer=first)
             batch = next(batches)
             waited = time.monotonic() - started
+            heart.beat("computing, or waiting for other ranks", longer=first)
             metrics = engine.train_step(batch, measure=watch.logs(engine.step + 1))
             data_state = batch.state
-            watch.step(metrics, batch, waited, time.monotonic() - started)
+            watch.step(metrics, batch, waited, time.monotonic() - started, engine.forward_s)
 
             last, stop = engine.step == settings.steps, signals.agreed()
             ends = last or stop is not None or watch.fails()

@@ -36,7 +36,17 @@ GROUPS = {
     ),
     "features": ("alignment", "uniformity"),
     "negatives": ("masked_negatives", "hard_negatives", "queue_length"),
-    "speed": ("samples_per_second", "data_wait", "save_seconds", "start_seconds"),
+    "speed": (
+        "samples_per_second",
+        "data_wait",
+        "save_seconds",
+        "start_seconds",
+        "own_seconds",
+        "own_seconds_slowest",
+        "slow_rank",
+        "slow_seconds",
+        "slow_median_seconds",
+    ),
     "memory": ("memory_gb",),
     "data": ("samples_read", "bad_samples", "slow_decoded"),
 }

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from types import TracebackType
 
 from dsclip.distributed import STOP_SIGNALS, Collectives
 from dsclip.errors import RunFailed, RunStopped
+from dsclip.train.hangs import EXIT_CODE, GRACE_S, POLL_S, TELL, Heart, end_stopped, say, tell
 from dsclip.train.processes import death_of, launchers, other_ranks
 
 # A launcher passes on what its ranks were sent too: a signal so soon after the first is no second request.
 ECHO_S = 5.0
 LAUNCHER_GONE_S = 600.0  # a rank that can't finish its step then ends without it
-POLL_S = 1.0
 _loops = itertools.count()  # of this process; the same on all ranks
 
 
 class StopSignals:
     """While entered, the first SIGTERM, SIGINT or SIGUSR1 is a note that `agreed` shows to all ranks; a later one ends
     the process at once. A launcher that is gone counts as a signal: its ranks must not train on without it. When another
-    rank of this machine is gone, this one ends: no collective would ever."""
+    rank of this machine is gone, this one ends: no collective would ever. So it does when the heart hasn't beaten for too
+    long, after all ranks of the machine have said where they are."""
 
-    def __init__(self, group: Collectives):
-        self._group = group
+    def __init__(self, group: Collectives, heart: Heart):
+        self._group, self._heart = group, heart
+        self._hangs = False
         self._asked: str | None = None
         self._asked_at = 0.0
         self._over = threading.Event()
@@ -41,13 +41,15 @@ class StopSignals:
         self._pipe, self._pipe_end = os.pipe()
         os.set_blocking(self._pipe_end, False)
         self._before_fd = signal.set_wakeup_fd(self._pipe_end, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, lambda *_: None) for number in (*STOP_SIGNALS, TELL)}
         threading.Thread(target=self._watch, daemon=True, name="dsclip process watch").start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._hangs:  # what a collective says of a rank that ended for that must not end this one first
+            time.sleep(2 * GRACE_S)
         self._over.set()
         # A rank that stops is still saving, while its launcher may send it what another rank was sent.
         signal.set_wakeup_fd(-1 if kind is RunStopped else self._before_fd)
@@ -69,6 +71,9 @@ class StopSignals:
             if select.select([self._pipe], [], [], POLL_S)[0]:
                 for number in os.read(self._pipe, 64):
                     self._note(number)
+            elif self._heart.polled():
+                tell(self._ranks)
+                self._end_hang()
             if dead := self._dead():
                 self._end(dead, 1, wait_s=2 * POLL_S)
             gone = self._launchers.gone()
@@ -79,6 +84,8 @@ class StopSignals:
         os.close(self._pipe)
 
     def _note(self, number: int) -> None:
+        if number == TELL:
+            self._end_hang()
         if number not in STOP_SIGNALS:
             return
         if self._asked is None:
@@ -86,6 +93,13 @@ class StopSignals:
             self._ask(name if self._group.world_size == 1 else f"{name} to rank {self._group.rank}")
         elif time.monotonic() - self._asked_at > ECHO_S:
             self._end("a second signal: ended at once, without a checkpoint of this step", 128 + number)
+
+    def _end_hang(self) -> None:
+        self._hangs = True
+        self._heart.report(self._group.rank)
+        time.sleep(GRACE_S)
+        end_stopped(self._ranks)
+        os._exit(EXIT_CODE)
 
     def _ask(self, why: str) -> None:
         self._asked_at, self._asked = time.monotonic(), why
@@ -107,6 +121,5 @@ class StopSignals:
     def _end(self, why: str, code: int, wait_s: float = 0) -> None:
         """Ends the process, unless the loop is left within the time."""
         if not self._over.wait(wait_s):
-            with contextlib.suppress(OSError):  # who read it may be gone
-                os.write(sys.stderr.fileno(), f"dsclip: {why}\n".encode())
+            say(why)
             os._exit(code)

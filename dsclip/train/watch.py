@@ -23,10 +23,12 @@ from dsclip.errors import RunDiverged
 from dsclip.evaluate.results.intervals import table
 from dsclip.files import sha256
 from dsclip.train.counters import Counters
+from dsclip.train.hangs import Heart
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.progress import Progress
 from dsclip.train.records import Counts, Results, Totals
 from dsclip.train.resume import Resumed
+from dsclip.train.stragglers import OwnTime, Stragglers
 
 if TYPE_CHECKING:
     from dsclip.engine.contrastive import ContrastiveEngine  # importing it takes DeepSpeed's seconds
@@ -47,9 +49,8 @@ class Window:
     decoding_s: float = 0.0  # of all workers
 
 
-RankLog = tuple[
-    list[dict[str, str]], bytes
-]  # what a rank journaled since the last time, and the sample ids of its batch
+# What a rank journaled since the last time, the sample ids of its batch, and its own time.
+RankLog = tuple[list[dict[str, str]], bytes, OwnTime]
 
 
 class Watch:
@@ -62,6 +63,8 @@ class Watch:
         self._log = MetricsLog(inputs.run_dir, shown, start_step=engine.step)
         self._progress = Progress(self._settings.steps, engine.step, shown)
         self._window = Window()
+        self._stragglers = Stragglers()
+        self.heart = Heart(self._settings.hang_timeout)
         self._counters = Counters(self._group, resumed.counters, resumed.record)
         self._start_step = engine.step
         self._journal: list[dict[str, str]] = []
@@ -80,12 +83,14 @@ class Watch:
         """Whether this step is one of those that are logged."""
         return step % self._settings.log_every == 0 or step == self._settings.steps
 
-    def step(self, metrics: StepMetrics, batch: Batch, waited_s: float, seconds: float) -> None:
+    def step(self, metrics: StepMetrics, batch: Batch, waited_s: float, seconds: float, forward_s: float = 0.0) -> None:
         """One optimizer step: shown every time, logged every `train.log_every` steps.
 
         A logged step is shown and written when the next one is queued, or by `flush`: until then a GPU may compute it.
+        seconds: of the step, in which it waited_s for data; forward_s: of the engine, before the first collective.
         """
         self.flush()
+        self._stragglers.add(waited_s + forward_s, seconds)
         window, report = self._window, batch.report
         window.steps += 1
         window.seconds += seconds
@@ -113,7 +118,8 @@ class Watch:
         if not self.logs(metrics.step):
             self._show(metrics, timing)
             return
-        logged = self._counters.gather((self._journal, batch.sample_ids.cpu().numpy().tobytes()))
+        ids = batch.sample_ids.cpu().numpy().tobytes()
+        logged = self._counters.gather((self._journal, ids, self._stragglers.taken()))
         self._journal, self._window = [], Window()
         self._unwritten = partial(self._show, metrics, timing, logged)
 
@@ -138,9 +144,9 @@ class Watch:
             self._write(metrics.step, metrics, shown, logged)
 
     def _write(self, step: int, metrics: StepMetrics, shown: dict[str, float | None], ranks: list[RankLog]) -> None:
-        total, batch_hash = self._counters.total, sha256(ids for _, ids in ranks)[:16]
+        total, batch_hash = self._counters.total, sha256(ids for _, ids, _ in ranks)[:16]
         bad, read = total["bad_samples"], total["samples_read"]
-        for journal, _ in ranks:
+        for journal, *_ in ranks:
             self._write_journal(step, journal)
         scalars: dict[str, float] = {
             "samples": step * self._global_batch,
@@ -161,8 +167,14 @@ class Watch:
             self._log.histogram("similarity/positive", metrics.features.positive, step)
             self._log.histogram("similarity/negative", metrics.features.negative, step)
         scalars |= {f"bad_samples/{reason}": n for reason, n in bad.items()}
+        own, slow = self._stragglers.judge([time for *_, time in ranks])
+        scalars |= own
         # Of the sample ids of the whole global batch: equal in runs that saw the same data.
         words = {} if metrics.skip_reason is None else {"skip_reason": metrics.skip_reason}
+        if slow is not None:
+            scalars |= {"slow_rank": slow.rank, "slow_seconds": slow.own_s, "slow_median_seconds": slow.median_s}
+            words["slow_host"] = slow.host
+            self.message(f"step {step}: {slow}")
         self._log.log(step, scalars, {}, batch_hash=batch_hash, **words)
 
     def _write_journal(self, step: int, journal: list[dict[str, str]]) -> None:
