@@ -16,6 +16,7 @@ from dsclip.errors import UserError
 from dsclip.losses import SingleRank
 from dsclip.train.cli import parse_arguments
 from dsclip.train.data_warnings import data_warnings
+from dsclip.train.hangs import Heart
 from dsclip.train.inputs import read_inputs
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.watch import Watch
@@ -79,6 +80,7 @@ class Recorder:
 
     def __init__(self):
         self.messages, self.pictures = [], {}
+        self.heart = Heart(minutes=2 / 60)  # two polls
 
     def message(self, text):
         self.messages.append(text)
@@ -100,11 +102,13 @@ def test_labelled_images_without_captions_and_broken_ones_take_no_part_in_retrie
         encode_image=lambda x: model(x, None)[0], encode_text=lambda x: model(None, x)[1], group=SingleRank(), step=7
     )
     seen = Recorder()
+    assert not seen.heart.polled()
     with torch.no_grad():
         results = planned.evaluation.run(engine, seen)
     assert results["retrieval"]["images"] == results["retrieval"]["captions"] == 5
     assert planned.evaluation.sets["retrieval"].bad == {"undecodable image": 1}
     assert results["retrieval"]["left_out"] == 1 and any("1 undecodable image" in line for line in seen.messages)
+    assert not seen.heart.polled()  # each embedded batch was progress
     assert set(seen.pictures) == {"eval/retrieval", "eval/similarity"}
     assert seen.names == {"retrieval": f"{tmp_path}/0.tar (training pairs)"}
 
