@@ -241,6 +241,14 @@ def test_wrong_input_of_the_tool_is_named(arguments, message):
     assert done.returncode == 2 and message in json.loads(done.stdout)["error"] and "Traceback" not in done.stderr
 
 
+def test_a_recipe_is_planned_with_the_vocabulary_of_its_tokenizer(tokenizer):
+    done = run_program("tools/plan.py", "--config", "demo", "--json")
+    assert done.returncode == 0, done.stdout
+    config = resolve_preset("demo", vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
+    with torch.device("meta"):
+        assert json.loads(done.stdout)["parameters"] == Clip(config).parameter_count()
+
+
 def test_utilisation_compares_with_a_product_of_this_run():
     measured = product_tflops("cpu", n=512, repeats=2)
     assert measured > 0

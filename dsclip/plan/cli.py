@@ -165,13 +165,12 @@ def _by_flags(message: str, given: dict[str, str]) -> str:
 
 
 def _vocabulary(recipe: Recipe) -> dict[str, int]:
-    """The rows of the token embedding; CLIP's where the tokenizer isn't at hand."""
+    """The rows of the token embedding and the end token; CLIP's where the tokenizer isn't at hand."""
     try:
-        return {
-            "vocab_size": load_tokenizer("demo" if recipe.data.tokenizer == AUTO else recipe.data.tokenizer).vocab_size
-        }
+        tokenizer = load_tokenizer("demo" if recipe.data.tokenizer == AUTO else recipe.data.tokenizer)
     except UserError:
         return {}
+    return {"vocab_size": tokenizer.vocab_size, "eot_token_id": tokenizer.eot_token_id}
 
 
 def _machine(a: argparse.Namespace, preset: str) -> tuple[Machine, str]:
