@@ -214,8 +214,7 @@ def check_one_job(group: Collectives, settings: str = "") -> None:
     Tasks of one `srun` that were meant to be independent would be joined without a word. Every rank calls it once the process
     group is there; no device is used. settings: as this rank read them, for a file of that name may be another one elsewhere.
     """
-    arguments = [word for word in sys.argv[1:] if not re.match("--local[-_]rank", word)]  # DeepSpeed numbers its ranks
-    words = group.meet(json.dumps([arguments, settings.splitlines()]), COMPARING_S)
+    words = group.meet(json.dumps([_comparable(sys.argv[1:]), settings.splitlines()]), COMPARING_S)
     if words is None:
         raise UserError(f"some of the {group.world_size} ranks never said how they were started; start the job again")
     first, *others = map(json.loads, words)
@@ -229,6 +228,13 @@ def check_one_job(group: Collectives, settings: str = "") -> None:
                     f"rank 0 {what} {_first_difference(ours, theirs)} and rank {rank} {_first_difference(theirs, ours)}: ranks of one job have "
                     "the same. If they are independent tasks of one srun, start each with `env -u SLURM_STEP_NUM_TASKS python ...`"
                 )
+
+
+def _comparable(arguments: list[str]) -> list[str]:
+    """Without what DeepSpeed numbers its ranks with, and overrides sorted: their order says nothing."""
+    arguments = [word for word in arguments if not re.match("--local[-_]rank", word)]
+    overrides = [word for word in arguments if re.match(r"[\w.]+=", word)]
+    return [word for word in arguments if word not in overrides] + sorted(overrides)
 
 
 def _first_difference(ours: list[str], theirs: list[str]) -> str:

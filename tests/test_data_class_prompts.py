@@ -86,6 +86,11 @@ def test_what_can_t_be_made_into_captions_is_refused(shards, demo, tokenizer):
         with_class_prompts(
             DataSection(train_shards=[shards, str(demo / "train")], weights=[1.0, 1.0], templates="cifar"), LOCAL
         )
+    with pytest.raises(UserError, match="has 3 names, and the training shards' manifests say 2 classes"):
+        with_class_prompts(DataSection(train_shards=shards, templates="cifar", classnames=["a", "b", "c"]), LOCAL)
+    for key in ("templates", "classnames"):
+        with pytest.raises(UserError, match=f"`data.{key}` is empty"):
+            load_recipe("demo", ["data.templates=cifar", f"data.{key}=[]"])
     with pytest.raises(UserError, match="must be lists here"):
         next(loader(DataSection(train_shards=shards, workers=0, templates="cifar"), tokenizer))
     with pytest.raises(UserError, match="`data.classnames` are put into sentences; set `data.templates` too"):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dsclip.distributed import check_one_job, slurm_ranks
+from dsclip.distributed import _comparable, check_one_job, slurm_ranks
 from dsclip.errors import UserError
 from tests.programs import ROOT
 from tests.thread_ranks import ThreadRanks
@@ -132,6 +132,13 @@ def test_ranks_that_read_different_settings_are_no_job(settings, words):
 
     for said in ThreadRanks(len(settings)).run(complaint):
         assert said is words is None or words in said
+
+
+def test_the_order_of_overrides_and_the_number_of_a_rank_make_no_other_job():
+    one = ["--local_rank=0", "--config", "demo", "train.steps=3", "optim.lr=1e-3"]
+    other = ["--config", "demo", "optim.lr=1e-3", "train.steps=3", "--local_rank=1"]
+    assert _comparable(one) == _comparable(other) != _comparable([*one, "train.steps=4"])
+    assert _comparable(["--model", "a", "--data", "b"]) != _comparable(["--model", "b", "--data", "a"])
 
 
 def test_tasks_of_one_node_see_each_other():

@@ -120,6 +120,14 @@ def test_an_expression_that_is_found_nowhere_is_named(key):
         trained_part(resolve_preset("demo"), section(**{key: ["head", "blcoks"]}))
 
 
+def test_a_rank_above_that_of_the_matrix_is_refused():
+    assert trained_part(resolve_preset("demo"), section(lora_rank=128)).parameters
+    with pytest.raises(
+        UserError, match="`model.lora_rank` is 129, and visual.blocks.0.attn.qkv is a matrix of 384 x 128"
+    ):
+        trained_part(resolve_preset("demo"), section(lora_rank=129))
+
+
 @pytest.mark.parametrize(
     "keys, words",
     [

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dsclip import objectives
 from dsclip.config.build import build_recipe
 from dsclip.config.objective_section import ObjectiveSection, TermSection
-from dsclip.config.schema import LossSection, Recipe
+from dsclip.config.schema import LossSection, ModelSection, Recipe
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Pairs
 from dsclip.objectives import TermGrads, build_objective
@@ -140,6 +140,8 @@ def test_a_term_of_a_plugin_file_joins_the_sum(tmp_path):
         (1.0, "returned float; it must return dsclip.objectives.TermGrads"),
         (TermGrads(torch.zeros(()), {"text": torch.zeros(3, WIDTH)}), "gradient for text; name that feature"),
         (TermGrads(torch.zeros(()), {"image": torch.zeros(3)}), "image of shape"),
+        (TermGrads(torch.zeros(()), {"image": [[0.0] * WIDTH] * 3}), "image as list; it must be a tensor of the shape"),
+        (TermGrads(1.0, {}), "value as float"),
         (TermGrads(torch.zeros(1), {}), "value of shape"),
         (TermGrads(torch.zeros(()), {}, torch.zeros(2)), "d_log_scale of shape"),
     ],
@@ -150,16 +152,30 @@ def test_what_can_not_be_a_terms_gradients_is_refused(monkeypatch, returned, mes
         run(with_term(name="broken", between=["image"]), features(3, ("image", "text")), torch.tensor(1.0))
 
 
-def test_settings_that_no_term_can_obey_are_refused():
+def test_settings_that_no_term_can_obey_are_refused(monkeypatch):
     with pytest.raises(UserError, match="`contrst` is not registered. Did you mean `contrast`"):
         build_objective(with_term(name="contrst", between=["image", "text"]), WIDTH)
     with pytest.raises(UserError, match="give two features"):
         build_objective(with_term(name="contrast", between=["image", "text", "text_2"]), WIDTH)
+    monkeypatch.setitem(
+        objectives.registry._TERMS, "two", lambda settings, negatives: dict(zip("ab", settings.between, strict=True))
+    )
+    with pytest.raises(UserError, match=r"`two` can't be made of \['image'\]: ValueError: zip"):
+        build_objective(with_term(name="two", between=["image"]), WIDTH)
     with pytest.raises(UserError, match="registered already"):
         objectives.register_term("contrast", lambda settings, negatives: None)
     term = TermSection("contrast", ["image", "image_2"])
     with pytest.raises(UserError, match="leave them out"):
         build_objective(Recipe(objective=ObjectiveSection(terms=[term]), loss=LossSection(name="filip")), WIDTH)
+    locked = ModelSection(lock="text", lock_once=True)
+    with pytest.raises(UserError, match="model.lock_once keeps one feature"):
+        build_objective(Recipe(model=locked, loss=LossSection(name="filip")), WIDTH)
+    for section, message in (
+        ({"pair_weight": 0}, "nothing would be trained"),
+        ({"plugin": "mine.py"}, "has none; name yours there"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_recipe({"objective": section}, "mine.yaml")
 
 
 GOOD = {"name": "contrast", "between": ["image", "image_2"]}
@@ -174,7 +190,7 @@ GOOD = {"name": "contrast", "between": ["image", "image_2"]}
         ([GOOD | {"between": ["image", "image"]}], "give different ones"),
         ([GOOD | {"weight": "1"}], r"`objective.terms\[0\].weight` is '1'; it must be float"),
         ([GOOD | {"weight": 0}], r"`objective.terms\[0\].weight` is 0; it must be greater than 0"),
-        ([GOOD | {"temperature": -0.1}], r"`objective.terms\[0\].temperature` is -0.1; it must be greater than 0"),
+        ([GOOD | {"temperature": -0.1}], r"`objective.terms\[0\].temperature` is -0.1; it must be 0.001 or more"),
         ([GOOD | {"wieght": 1}], r"unknown key `objective.terms\[0\].wieght`. Did you mean `weight`\?"),
         ([GOOD, GOOD | {"weight": 0.5}], "has contrast_image_image_2 twice"),
     ],
@@ -191,12 +207,15 @@ def test_a_wrong_term_is_said_at_its_field(terms, message):
         ([{"name": "image_3"}], "image_3, which no term compares"),
         ([{"name": "image_2"}, {"name": "image_2", "flip": True}], "one view twice"),
         ([{"name": "image_2", "word_repetition": 0.3}], "gives image_2 `word_repetition`; images have crop_scale"),
+        ([{"name": "text_2", "word_repetition": 0}], r"`objective.views\[0\].word_repetition` is 0; it must be"),
         ([{"name": "image_2", "crop_scale": [0.5, 0.1]}], r"`objective.views\[0\].crop_scale` is \[0.5, 0.1\]"),
     ],
 )  # fmt: skip
 def test_a_wrong_view_is_said_at_its_field(views, message):
     with pytest.raises(UserError, match=message):
-        build_recipe({"objective": {"terms": [GOOD], "views": views}}, "mine.yaml")
+        build_recipe(
+            {"objective": {"terms": [GOOD, GOOD | {"between": ["text", "text_2"]}], "views": views}}, "mine.yaml"
+        )
 
 
 def test_the_same_features_at_two_temperatures_are_two_terms():

@@ -144,6 +144,7 @@ def test_every_number_says_what_it_was_measured_on(tmp_path):
         path=tmp_path / "checkpoints" / "step_00000010",
         step=10,
         samples=80,
+        average=False,
         config=config,
         recipe={},
         logit_scale=1.0,
@@ -177,7 +178,8 @@ def test_intervals_are_logged_beside_their_metrics(tmp_path):
     }  # fmt: skip
     config = create_model("demo").config
     checkpoint = SimpleNamespace(
-        path=tmp_path / "checkpoints" / "x", step=10, samples=80, config=config, recipe={}, logit_scale=1.0, logit_bias=None
+        path=tmp_path / "checkpoints" / "x", step=10, samples=80, config=config, recipe={}, logit_scale=1.0, logit_bias=None,
+        average=False,
     )  # fmt: skip
     assert results_of_run(checkpoint) == (results, names)
     card = model_card(checkpoint, results, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from fnmatch import fnmatch
@@ -54,9 +55,9 @@ def check_fits(
     defaults = ModelSection()  # an earlier version wrote fewer keys
     trained_then = {name: then.get(name, getattr(defaults, name)) for name in OF_WHAT_IS_TRAINED}
     if different := [name for name, value in trained_then.items() if value != getattr(section, name)]:
-        settings = " ".join(f"model.{name}={trained_then[name]}" for name in different)
+        settings = " ".join(f"model.{name}={_written(trained_then[name])}" for name in different)
         raise UserError(
-            f"{path} was trained with {settings}, and the optimizer has a state for what was trained alone. Resume with that, {afresh}"
+            f"{path} was trained with {settings}, to which its weights and the optimizer's state belong. Resume with that, {afresh}"
         )
     optim = manifest["recipe"].get("optim", {})
     if (name := optim.get("name", "adamw")) != recipe.optim.name:  # an earlier version had no other
@@ -77,6 +78,18 @@ def check_fits(
             f"{path} was trained with {loss}, which learns {_words(had)}, and loss.name {recipe.loss.name} learns {_words(needed)}. "
             f"Resume with the loss of that run, {afresh}"
         )
+    queued = manifest["recipe"].get("loss", {}).get("queue_size", 0)
+    if queued and recipe.loss.queue_size not in (0, queued):
+        raise UserError(
+            f"{path} holds a queue of {queued} pairs and loss.queue_size is {recipe.loss.queue_size}; resume with the same size"
+        )
+
+
+def _written(value: Any) -> str:
+    """As an override gives it, also in a shell."""
+    return (
+        f"'{json.dumps(value)}'" if isinstance(value, list) else value if isinstance(value, str) else json.dumps(value)
+    )
 
 
 def _words(scalars: set[str]) -> str:

@@ -132,6 +132,8 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         recipe.data.classnames is None or recipe.data.templates is not None,
         "`data.classnames` are put into sentences; set `data.templates` too",
     )
+    for key, listed in (("templates", recipe.data.templates), ("classnames", recipe.data.classnames)):
+        yield listed != [], f"`data.{key}` is empty; name at least one, or leave it out"
     model = recipe.model
     yield (
         model.lock == "none" or loss.queue_momentum is None,
@@ -176,6 +178,15 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     terms = [replace(term, weight=1.0) for term in recipe.objective.terms]
     twice = next((term.title for term in terms if terms.count(term) > 1), None)
     yield twice is None, f"`objective.terms` has {twice} twice; one with the sum of their weights does the same"
+    objective = recipe.objective
+    yield (
+        objective.pair_weight > 0 or bool(objective.terms),
+        "`objective.pair_weight` is 0 and there are no `objective.terms`: nothing would be trained",
+    )
+    yield (
+        objective.plugin is None or bool(objective.terms),
+        f"`objective.plugin` {objective.plugin} registers terms, and `objective.terms` has none; name yours there",
+    )
     views = [view.name for view in recipe.objective.views]
     unused = next((name for name in views if name not in recipe.objective.further_views), None)
     yield (

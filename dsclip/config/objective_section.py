@@ -6,7 +6,7 @@ import re
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Strict
+from pydantic import ConfigDict, Field, Strict
 from pydantic.dataclasses import dataclass
 
 from dsclip.config.kinds import STRICT, Interval, Jitter, NotNegative, PositiveFloat, Rule, Share
@@ -39,7 +39,7 @@ class TermSection:
     """The features that it compares: `image`, `text`, or further views of the same samples, such as `image_2` and `text_2`."""
     weight: Annotated[PositiveFloat, Strict()] = 1.0
     """What its value and gradients are multiplied by in the sum."""
-    temperature: Annotated[PositiveFloat | None, Strict()] = None
+    temperature: Annotated[float | None, Strict(), Field(ge=1e-3)] = None
     """Its own, which stays as it is; null: that of the loss section, to whose gradient it then adds."""
     duplicates: Literal["negative", "positive", "mask"] | None = None
     """What samples with equal keys are to each other in it: `positive` with `data.group_key` a class is supervised contrastive learning; null: as in the loss section."""
@@ -66,7 +66,7 @@ class ViewSection:
     """Of an image: share of them that lose their colour; SimCLR 0.2."""
     caption: Literal["other", "same"] | None = None
     """Of a text: `other`, another of the sample's captions, or `same`, the one of `text`; null: `other`."""
-    word_repetition: Annotated[Share | None, Strict()] = None
+    word_repetition: Annotated[float | None, Strict(), Field(gt=0, le=1)] = None
     """Of a text: share of its words, at least two, of which up to all are written twice; ESimCSE 0.32. null: none are."""
 
 

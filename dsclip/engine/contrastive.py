@@ -37,10 +37,9 @@ from dsclip.errors import UserError
 from dsclip.losses import Pairs
 from dsclip.losses.feature_statistics import feature_statistics
 from dsclip.model import Clip, ClipConfig, Encoder
-from dsclip.model.attention import check_attention
 from dsclip.model.captions import cut_captions
 from dsclip.model.compiled import compile_blocks
-from dsclip.model.fp8 import check_fp8
+from dsclip.model.device import check_device
 from dsclip.model.trained import choose_trained
 from dsclip.objectives import ObjectiveGrads, build_objective
 from dsclip.optim.build import optimizer_report, weight_average
@@ -84,9 +83,8 @@ class ContrastiveEngine:
         token_wise = self.objective.loss.token_wise
         self._loss_inputs = LossInputs(settings, self._micro_batcher, config.context_length, token_wise)
         encode = {"image": self.encode_image, "text": self.encode_text}
-        self._locked = locked_features(recipe, config, self.objective.loss, self.group, encode)
-        check_attention(config, self.device, _dtype(ds_config))
-        check_fp8(config, self.device, _dtype(ds_config))
+        self._locked = locked_features(recipe, config, self.group, encode)
+        check_device(config, self.device, ds_config)
         model = build_model(config, ds_config, recipe.train.seed, state_dict)
         with constructing(ds_config):
             choose_trained(model, recipe.model)
@@ -313,8 +311,3 @@ class ContrastiveEngine:
         """Frees DeepSpeed's buffers and hooks; call it before `shutdown_distributed`."""
         self.deepspeed.destroy()
         self.deepspeed = None
-
-
-def _dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """Of the towers."""
-    return torch.bfloat16 if (ds_config.get("bf16") or {}).get("enabled") else torch.float32

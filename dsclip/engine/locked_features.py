@@ -17,7 +17,6 @@ from dsclip.config.schema import Recipe
 from dsclip.distributed import Collectives
 from dsclip.engine.micro_batch import MicroBatch
 from dsclip.errors import UserError
-from dsclip.losses.registry import RegisteredLoss
 from dsclip.model import ClipConfig
 
 Encode = Callable[[Tensor], Tensor]  # images [b, 3, S, S] or tokens [b, L] -> features [b, D]; collective under ZeRO-3
@@ -26,19 +25,14 @@ Encode = Callable[[Tensor], Tensor]  # images [b, 3, S, S] or tokens [b, L] -> f
 def locked_features(
     recipe: Recipe,
     config: ClipConfig,
-    loss: RegisteredLoss,
     group: Collectives,
     encode: dict[str, Callable[..., Tensor]],
 ) -> LockedFeatures | None:
-    """What `model.lock_once` asks for, or None. encode: by tower, takes inputs and chunk_size. Raises UserError for a loss of all tokens, and
-    for images of which patches are dropped."""
+    """What `model.lock_once` asks for, or None. encode: by tower, takes inputs and chunk_size. Raises UserError for images of
+    which patches are dropped."""
     section = recipe.model
     if not section.lock_once:
         return None
-    if loss.token_wise:
-        raise UserError(
-            f"model.lock_once keeps one feature a caption or image, and loss.name={recipe.loss.name} compares those of all tokens"
-        )
     if section.lock == "image" and config.patch_dropout:
         raise UserError(
             "model.lock_once with model.lock=image needs model.patch_dropout 0: features of other patches are others"

@@ -29,6 +29,8 @@ from dsclip.engine.flat_gather import gather_flat  # noqa: E402
 
 # Its INFO lines and torch's repeated deprecation warnings bury what a user wants to read.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# It warns of any optimizer but its own and torch's AdamW; dsclip's are compared with float64 under every ZeRO stage.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.*|deepspeed.*")
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor|_base).*")
 

@@ -34,6 +34,11 @@ def choose_trained(model: Clip, section: ModelSection) -> None:
         parameter.requires_grad_(name in whole)
     for name in adapted:
         layer = layers[name]
+        if section.lora_rank > (least := min(layer.in_features, layer.out_features)):
+            raise UserError(
+                f"`model.lora_rank` is {section.lora_rank}, and {name} is a matrix of {layer.out_features} x {layer.in_features}: an adapter's "
+                f"rank is at most {least}, and is of use far below"
+            )
         layer.lora = LowRank(layer.in_features, layer.out_features, section.lora_rank, section.lora_scale)
     for tower in (model.visual, model.text):
         tower.locked = _leading_frozen(tower)

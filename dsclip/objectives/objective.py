@@ -91,6 +91,10 @@ def build_objective(recipe: Recipe, width: int) -> Objective:
         settings.duplicates, "own" if settings.hard_negatives == "own" else "global", settings.filter_margin,
         settings.beta, settings.label_smoothing, settings.debiased,
     )  # fmt: skip
+    if loss.token_wise and recipe.model.lock_once:
+        raise UserError(
+            f"model.lock_once keeps one feature a caption or image, and loss.name={settings.name} compares those of all tokens"
+        )
     if loss.token_wise and recipe.objective.terms:
         raise UserError(
             f"objective.terms compare one feature a sample, and loss.name={settings.name} makes one a token; leave them out, "
@@ -114,13 +118,14 @@ def _checked(term: WeightedTerm, grads: TermGrads, features: Features) -> TermGr
         raise UserError(
             f"the term {term.title} returned a gradient for {min(unknown)}; name that feature in its `between`"
         )
-    shapes = {name: (tuple(x.shape), tuple(features[name].shape)) for name, x in grads.d_views.items()}
-    shapes |= {"value": (tuple(grads.value.shape), ())}
+    returned: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        name: (x, tuple(features[name].shape)) for name, x in grads.d_views.items()
+    }
+    returned["value"] = (grads.value, ())
     if grads.d_log_scale is not None:
-        shapes["d_log_scale"] = (tuple(grads.d_log_scale.shape), ())
-    for name, (returned, expected) in shapes.items():
-        if returned != expected:
-            raise UserError(
-                f"the term {term.title} returned {name} of shape {returned}; it must have the shape {expected}"
-            )
+        returned["d_log_scale"] = (grads.d_log_scale, ())
+    for name, (x, shape) in returned.items():
+        if not isinstance(x, Tensor) or tuple(x.shape) != shape:
+            what = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"as {type(x).__name__}"
+            raise UserError(f"the term {term.title} returned {name} {what}; it must be a tensor of the shape {shape}")
     return grads

@@ -33,4 +33,11 @@ def make_term(settings: TermSection, negatives: Negatives, plugin: str | None = 
             f"Known: {', '.join(sorted(_TERMS))}. Your own: register it with dsclip.objectives.register_term and name its "
             "file in objective.plugin"
         )
-    return _TERMS[settings.name](settings, negatives)
+    try:
+        return _TERMS[settings.name](settings, negatives)
+    except UserError:
+        raise
+    except Exception as error:  # a user's own code
+        raise UserError(
+            f"objective.terms: `{settings.name}` can't be made of {settings.between}: {type(error).__name__}: {error}"
+        ) from error

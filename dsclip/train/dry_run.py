@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 
+import torch
+
+from dsclip.checkpoint import read_manifest
 from dsclip.config import dump_recipe
 from dsclip.convert.init import fitted_weights, scale_notes
 from dsclip.convert.source import open_source
 from dsclip.distributed import Collectives, launched_ranks
+from dsclip.model.device import check_device
 from dsclip.model.trained import trained_part
 from dsclip.plan import Estimate, plan_batch
 from dsclip.plan.advice import describe_choice
 from dsclip.plan.machine import this_machine
 from dsclip.train.data_warnings import data_warnings
 from dsclip.train.inputs import RunInputs, make_loader
+from dsclip.train.resume import Resumed
 
 
 def describe_run(inputs: RunInputs) -> str:
@@ -23,8 +28,10 @@ def describe_run(inputs: RunInputs) -> str:
         source = open_source(inputs.init)
         fitted_weights(source, inputs.model, inputs.recipe.model.stretch)
         notes = source.notes(inputs.model) + scale_notes(source, inputs.recipe.loss.max_logit_scale)
+    check_device(inputs.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), inputs.ds_config)
     world_size = launched_ranks()[1]
-    loader = make_loader(inputs, Collectives(0, world_size), None)
+    manifest = read_manifest(inputs.resume) if inputs.resume else None
+    loader = make_loader(inputs, Collectives(0, world_size), Resumed(manifest, inputs.recipe).data_state)
     batch = next(iter(loader))
     recipe, evaluation = inputs.recipe, inputs.evaluation
     local_batch = recipe.batch.global_batch_size // world_size

@@ -247,22 +247,27 @@ def test_dry_run_shows_the_plan_and_writes_nothing(demo, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# What is wrong and a part of the sentence that says so; {run} is a finished run, {folder} has broken inputs.
+LOCKED, RESUMED = ["model.init={run}", "model.lock=image"], ["--resume", "{run}"]
 REFUSED = {
-    "unknown recipe key": "unknown key `optim.lrr`. Did you mean `lr`",
-    "unknown DeepSpeed key": "unknown key `gradient_cliping`. Did you mean `gradient_clipping`",
-    "contradictory sizes": "`train_batch_size` is 64, but the recipe gives 32",
-    "missing shards": "no file matches",
-    "missing tokenizer": "give a folder with tokenizer.json",
-    "empty shard": "there is no sample in",
-    "no checkpoint": "is no dsclip checkpoint",
-    "a rule of locked parameters": "matches no parameter of this model that is trained",
-    "more layers than there are": "nothing would be locked",
-    "a lock without weights": "what it locks would stay random",
-    "resume with another lock": "was trained with model.lock=none",
-    "resume with other groups": "holds other parameter groups",
-    "resume with another model": "holds another model: vision_layers",
-    "resume with another loss": "loss.name sigmoid learns a temperature and a bias",
-}
+    "unknown recipe key": (["optim.lrr=1"], "unknown key `optim.lrr`. Did you mean `lr`"),
+    "unknown DeepSpeed key": (["--ds_config", "{folder}/typo.json"], "unknown key `gradient_cliping`. Did you mean `gradient_clipping`"),
+    "contradictory sizes": (["--ds_config", "{folder}/sizes.json"], "`train_batch_size` is 64, but the recipe gives 32"),
+    "missing shards": (["data.train_shards={folder}/none/*.tar"], "no file matches"),
+    "missing tokenizer": (["data.tokenizer={folder}/tokenizer"], "give a folder with tokenizer.json"),
+    "empty shard": (["data.train_shards={folder}/0.tar"], "there is no sample in"),
+    "no checkpoint": (["--resume", "{folder}"], "is no dsclip checkpoint"),
+    "a rule of locked parameters": ([*LOCKED, "optim.rules=[{match: visual, lr_scale: 0.1}]"], "matches no parameter of this model that is trained"),
+    "more layers than there are": ([*LOCKED, "model.unlocked_layers=99"], "nothing would be locked"),
+    "a lock without weights": (["model.lock=image"], "what it locks would stay random"),
+    "a kernel that a CPU lacks": (["model.attention=cudnn"], "model.attention=cudnn can't compute"),
+    "products that a CPU lacks": (["model.fp8=true", "model.vision_layers=3"], "fp8 products need an NVIDIA GPU"),
+    "resume with another lock": ([*RESUMED, "model.lock=image"], "was trained with model.lock=none"),
+    "resume with other groups": ([*RESUMED, "optim.layer_decay=0.5"], "holds other parameter groups"),
+    "resume with another model": ([*RESUMED, "model.vision_layers=3"], "holds another model: vision_layers"),
+    "resume with another loss": ([*RESUMED, "loss.name=sigmoid"], "loss.name sigmoid learns a temperature and a bias"),
+    "resume with another order": ([*RESUMED, "train.seed=9"], "the order of the data is not that of the checkpoint: seed was 0 and is 9"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -273,26 +278,10 @@ def refused(finished, tmp_path_factory):
     packaged = json.loads((REPOSITORY / "ds_configs" / "zero3_bf16.json").read_text())
     for name, change in (("typo", {"gradient_cliping": 1.0}), ("sizes", {"train_batch_size": 64})):
         (folder / f"{name}.json").write_text(json.dumps(packaged | change))
-    locked, resumed = [f"model.init={finished[0]}", "model.lock=image"], ["--resume", str(finished[0])]
-    wrong = {
-        "unknown recipe key": ["optim.lrr=1"],
-        "unknown DeepSpeed key": ["--ds_config", f"{folder}/typo.json"],
-        "contradictory sizes": ["--ds_config", f"{folder}/sizes.json"],
-        "missing shards": [f"data.train_shards={folder}/none/*.tar"],
-        "missing tokenizer": [f"data.tokenizer={folder}/tokenizer"],
-        "empty shard": [f"data.train_shards={folder}/0.tar"],
-        "no checkpoint": ["--resume", str(folder)],
-        "a rule of locked parameters": [*locked, "optim.rules=[{match: visual, lr_scale: 0.1}]"],
-        "more layers than there are": [*locked, "model.unlocked_layers=99"],
-        "a lock without weights": ["model.lock=image"],
-        "resume with another lock": [*resumed, "model.lock=image"],
-        "resume with other groups": [*resumed, "optim.layer_decay=0.5"],
-        "resume with another model": [*resumed, "model.vision_layers=3"],
-        "resume with another loss": [*resumed, "loss.name=sigmoid"],
-    }
     common = ["--config", "demo", *SMALL, f"train.output={folder}/runs"]
-    cases = {case: [*common, f"train.name={case.replace(' ', '-')}", *arguments] for case, arguments in wrong.items()}
-    (folder / "cases.json").write_text(json.dumps(cases))
+    cases = {case: [*common, f"train.name={case.replace(' ', '-')}", *wrong] for case, (wrong, _) in REFUSED.items()}
+    text = json.dumps(cases).replace("{folder}", str(folder)).replace("{run}", str(finished[0]))
+    (folder / "cases.json").write_text(text)
     run_ranks(WORKERS / "refused_worker.py", 2, folder / "said.json", folder / "cases.json")
     return json.loads((folder / "said.json").read_text()), folder / "runs"
 
@@ -301,7 +290,7 @@ def refused(finished, tmp_path_factory):
 def test_bad_input_ends_with_one_clear_sentence(case, refused):
     said, runs = refused
     for sentence in said[case]["run"]:
-        assert REFUSED[case] in sentence and "Traceback" not in sentence
+        assert REFUSED[case][1] in sentence and "Traceback" not in sentence
     assert said[case]["dry run"][0] == said[case]["run"][0]  # the others leave it to rank 0
     again = find_resume("none", runs / case.replace(" ", "-"))
     assert again is None, "corrected, the same command must not stumble over its own leftovers"
