@@ -53,8 +53,8 @@ def test_checkpoints_are_read_whole_in_float32(results):
 
 
 def test_a_checkpoint_is_not_continued_with_another_lock(found):
-    assert "was trained with model.lock=image, and" in found[-3]["refusal"]
-    assert "model.lora_rank=2 model.lora_alpha=6.0, and" in found[-2]["refusal"]
+    assert "was trained with model.lock=image, to which" in found[-3]["refusal"]
+    assert "model.lora_rank=2 model.lora_alpha=6.0, to which" in found[-2]["refusal"]
 
 
 def test_features_of_a_locked_tower_are_those_of_all_ranks_and_it_does_not_run_again(found):
