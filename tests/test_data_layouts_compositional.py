@@ -93,9 +93,15 @@ def test_winogavil_is_a_row_a_candidate_and_whole_cues_alone(tmp_path):
     assert dataset.cues and dataset.captions == [["Orange"]] * 2 + [["blue"]] * 2 and dataset.labels == [0, 1, 1, 0]
     assert len(set(dataset.groups)) == 2 and dataset.same_images() == [0, 1, 2, 0]
     assert dict(dataset.bad) == {"missing image": 2}
-    file.write_text(json.dumps(dict(zip(names, ("wet", ["sea"], ["gone"]), strict=True))))
-    with pytest.raises(UserError, match="sample 0 is damaged .ValueError: none of its associations is a candidate"):
-        opened(str(file))
+    for candidates, associations, words in (
+        (["sea"], ["gone"], "associations of 'wet' must be among its candidates"),
+        (["sea"], ["sea", "gone"], "associations of 'wet' must be among its candidates"),
+        (["sea", "sea"], ["sea"], "a candidate of 'wet' stands twice"),
+        ("sea", ["sea"], "candidates and associations of 'wet' must be lists"),
+    ):
+        file.write_text(json.dumps(dict(zip(names, ("wet", candidates, associations), strict=True))))
+        with pytest.raises(UserError, match=f"sample 0 is damaged .ValueError: .*{words}"):
+            opened(str(file))
 
 
 def test_attributes_with_fewer_than_25_samples_are_in_no_group(tmp_path):

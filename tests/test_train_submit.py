@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from dsclip.train.submit import seconds_of
 from tests.programs import ROOT, run_program
 from tests.test_scaling_sweep import write_grid
 
@@ -46,10 +47,18 @@ def test_what_the_run_would_refuse_is_refused_before_it_is_queued(demo, tmp_path
     assert code == 2 and "24" in result["error"] and "--no-check" in result["error"], result
 
 
+def test_a_time_limit_is_read_as_sbatch_reads_it():
+    limits = {"90": 5400, "1:30": 90, "12:00:00": 43200, "2-3": 183600, "2-03:30": 185400, "1-00:00:05": 86405}
+    assert {limit: seconds_of(limit) for limit in limits} == limits
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--nodes", 0], "--nodes is 0; it must be at least 1"),
+        (["--gpus-per-node=-1"], "--gpus-per-node is -1; it must be at least 0"),
+        (["--time", "bogus"], "--time is bogus; give minutes"),
+        (["--time", "0:30"], "--time is 0:30, 30 s, and the run is told to save 120 s before that"),
         (["--grid", "demo_study", "train.steps=3"], "leave out --config and overrides"),
         (["--no-check"], "there is no `sbatch` here"),
     ],

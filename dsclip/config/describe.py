@@ -72,6 +72,8 @@ def _name(option: Any) -> str:
         return "null"
     if typing.get_origin(option) is Literal:
         return "str"
+    if typing.get_origin(option) is list and typing.get_origin(inner := typing.get_args(option)[0]) is Annotated:
+        return f"list[{' or '.join(allowed(inner).types)}]"
     if element := element_type(option):
         return f"list[{{{', '.join(f.name for f in dataclasses.fields(element))}}}]"
     return option.__name__ if isinstance(option, type) and not typing.get_args(option) else str(option)

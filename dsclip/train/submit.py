@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ EXAMPLE = (
     "python launchers/submit.py --nodes 4 --time 12:00:00 --sbatch=--partition=gpu --config my.yaml train.name=b32"
 )
 BATCH_SCRIPT = "launchers/slurm.sbatch"
+LEAST_TIMES = 2  # times --save-seconds: a job gets at least as long for its work
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,7 +44,11 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "--sbatch", action="append", default=[], metavar="=OPTION", help="a further option of sbatch: --sbatch=--partition=gpu"
     )  # fmt: skip
-    p.add_argument("--print", action="store_true", help="show the command, submit nothing")
+    p.add_argument(
+        "--print",
+        action="store_true",
+        help="show the command, submit nothing (of a grid, its recipes and script are written all the same)",
+    )
     p.add_argument("--no-check", action="store_true", help="don't check the recipe here, where its data can't be read")
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the recipe")
     sys.exit(run_tool(submit, p.parse_intermixed_args(argv)))
@@ -54,6 +60,13 @@ def submit(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for name in ("nodes", "ranks_per_node", "cpus_per_rank", "at_a_time", "save_seconds"):
         if (value := getattr(a, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if (a.gpus_per_node or 0) < 0:
+        raise UserError(f"--gpus-per-node is {a.gpus_per_node}; it must be at least 0")
+    if a.time is not None and (seconds := seconds_of(a.time)) < LEAST_TIMES * a.save_seconds:
+        raise UserError(
+            f"--time is {a.time}, {seconds} s, and the run is told to save {a.save_seconds} s before that: it would be requeued again and again "
+            f"without much done. Give {LEAST_TIMES} times as long at least, or less --save-seconds"
+        )
     if a.grid is not None and (a.config is not None or a.overrides):
         raise UserError("--grid: the grid says what its runs are; leave out --config and overrides")
     if a.grid is None and not a.no_check:
@@ -70,6 +83,19 @@ def submit(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise RunFailed(f"sbatch refused the job: {done.stderr.strip()}")
     job = done.stdout.strip().partition(";")[0]  # followed by the cluster's name where there are several
     return {"command": command, "job": job}, f"job {job}: squeue --job {job}; scancel {job} ends it for good"
+
+
+def seconds_of(limit: str) -> int:
+    """A time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises UserError."""
+    if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", limit):
+        raise UserError(f"--time is {limit}; give minutes, M:S, H:M:S, or days before that as in 2-12:00:00")
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days or len(parts) == 3:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def options(a: argparse.Namespace) -> list[str]:

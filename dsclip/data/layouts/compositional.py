@@ -119,10 +119,14 @@ def _winoground(file: Path, sample: Sample) -> list[Row]:
 
 
 def _winogavil(file: Path, sample: Sample) -> list[Row]:
-    associations = set(sample["associations"])
-    if not associations & set(sample["candidates"]):
-        raise ValueError("none of its associations is a candidate")
-    return [Row(name, [sample["cue"]], int(name in associations), group=file.stem) for name in sample["candidates"]]
+    cue, candidates, associations = (sample[key] for key in ("cue", "candidates", "associations"))
+    if not isinstance(candidates, list) or not isinstance(associations, list):
+        raise ValueError(f"candidates and associations of {cue!r} must be lists")
+    if len(set(candidates)) < len(candidates):
+        raise ValueError(f"a candidate of {cue!r} stands twice")
+    if not associations or not set(associations) <= set(candidates):
+        raise ValueError(f"the associations of {cue!r} must be among its candidates, one at least")
+    return [Row(name, [cue], int(name in associations), group=file.stem) for name in candidates]
 
 
 def _of_cues(rows: list[Row]) -> Iterator[list[Row]]:
