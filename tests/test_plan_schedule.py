@@ -134,6 +134,11 @@ def test_nodes_of_three_gpus_are_planned_for_one_to_eight_nodes():
         ("--gpu H100 --gpus 12 --nodes 2", "2 nodes of 8 are 16"),
         ("--gpu H100 --figure x.svg", "--interconnect"),
         ("--gpu H100 --nodes 0", "--nodes is 0"),
+        ("--gpu H100 --nodes 2 model.lora_rank=4 model.init=x", "leave out model.lock, model.lora_rank"),
+        (
+            '--gpu H100 --nodes 2 objective.terms=[{"name":"contrast","between":["image","image_2"]}]',
+            "terms over further views",
+        ),
     ],
 )
 def test_contradictions_are_named(arguments, message):

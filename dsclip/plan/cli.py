@@ -100,6 +100,11 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     config = resolve_preset(recipe.model.preset, **own, **({} if a.config is None else _vocabulary(recipe)))
     machine, source = _machine(a, recipe.model.name)
     trained = trained_part(config, recipe.model)
+    if net is not None and (trained.parameters < trained.of or recipe.objective.further_views):
+        raise UserError(
+            "the layer-by-layer simulation of --nodes, --gpus-per-node and --interconnect is of a step that trains all weights on images and captions: "
+            "leave out model.lock, model.lora_rank and terms over further views, or plan with --gpus alone, which counts them"
+        )
     options: dict[str, Any] = {
         "loss": recipe.loss, "further_views": recipe.objective.further_views, "optim": recipe.optim,
         "text_tokens": a.text_tokens, "trained": trained,
