@@ -8,7 +8,7 @@
 # TORCH_INDEX=URL        where pip looks for torch first, such as https://download.pytorch.org/whl/cpu for the small CPU
 #                        build on a machine whose package index serves the CUDA build
 # RANKS=4                processes on a CPU-only machine
-# TESTERS=4              processes that `make test` shares the test files out to
+# TESTERS=4              processes (3) that `make test` shares the test files out to
 
 PYTHON ?= python3
 TORCH ?= constraints-torch.txt
