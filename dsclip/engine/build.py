@@ -18,7 +18,7 @@ from dsclip.engine.cpu_bf16 import speed_up_bf16
 from dsclip.engine.quiet_deepspeed import deepspeed
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig, Layer
-from dsclip.optim.build import attach, build_optimizer
+from dsclip.optim.build import build_optimizer
 
 
 def init_distributed(timeout_minutes: float = 30) -> torch.device:
@@ -84,7 +84,6 @@ def initialize(model: Clip, ds_config: dict[str, Any], optim: OptimSection) -> d
         deepspeed.utils.set_z3_leaf_modules(model, [Layer])
     optimizer = build_optimizer(model, optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    attach(engine.optimizer, model, optim)
     if dist.get_world_size() == 1 and type(engine.optimizer).__name__ == "BF16_Optimizer":  # ZeRO-1 in bf16
         # DeepSpeed would flatten, "reduce" and copy back all gradients of a single rank: a quarter of a ViT-B/32 step.
         engine.enable_backward_allreduce = False

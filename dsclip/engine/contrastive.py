@@ -42,7 +42,7 @@ from dsclip.model.compiled import compile_blocks
 from dsclip.model.device import check_device
 from dsclip.model.trained import choose_trained
 from dsclip.objectives import ObjectiveGrads, build_objective
-from dsclip.optim.build import optimizer_report, weight_average
+from dsclip.optim.build import attach, optimizer_report, weight_average
 from dsclip.optim.flat import flat_vectors
 from dsclip.optim.groups import group_settings, restore_settings, set_learning_rate
 from dsclip.optim.schedule import learning_rate
@@ -91,6 +91,8 @@ class ContrastiveEngine:
         if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):
             compile_blocks(model)
         self.deepspeed = initialize(model, ds_config, recipe.optim)
+        self._vectors = flat_vectors(self.deepspeed.optimizer, model, recipe.optim)
+        attach(self.deepspeed.optimizer, self._vectors)
         self._group_settings = group_settings(self.deepspeed.optimizer)
         self.scalars = LossScalars(
             settings, recipe.optim, recipe.train.steps, self.device, has_bias=self.objective.loss.has_bias
@@ -105,8 +107,7 @@ class ContrastiveEngine:
             self.queue = FeatureQueue(settings, *self._feature_shapes(), self.device)
         if settings.queue_momentum is not None:
             self._momentum = MomentumEncoder(model, config, ds_config, settings.queue_momentum, self.device)
-        self._vectors = flat_vectors(self.deepspeed.optimizer, model, recipe.optim)
-        self._average = weight_average(self.deepspeed.optimizer, model, recipe.optim, self.scalars.named())
+        self._average = weight_average(self._vectors, recipe.optim, self.scalars.named())
 
     def _feature_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         config = self.config

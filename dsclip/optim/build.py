@@ -13,7 +13,7 @@ from dsclip.model import Clip
 from dsclip.optim.adamw import adamw
 from dsclip.optim.adamw_bf16 import AdamWBf16
 from dsclip.optim.average import WeightAverage
-from dsclip.optim.flat import flat_vectors
+from dsclip.optim.flat import FlatVector
 from dsclip.optim.groups import parameter_groups
 from dsclip.optim.lamb import Lamb
 from dsclip.optim.lion import Lion
@@ -40,12 +40,14 @@ def optimizer_report(engine: Any) -> dict[str, Tensor]:
     return optimizer.report() if isinstance(optimizer, FlatOptimizer) else {}
 
 
-def weight_average(zero: Any, model: Clip, optim: OptimSection, scalars: Mapping[str, Tensor]) -> WeightAverage | None:
-    """The moving average that `optim.ema` asks for. zero: DeepSpeed's optimizer. Collective."""
-    return None if optim.ema is None else WeightAverage(flat_vectors(zero, model, optim), scalars, optim.ema)
+def weight_average(
+    vectors: list[FlatVector], optim: OptimSection, scalars: Mapping[str, Tensor]
+) -> WeightAverage | None:
+    """The moving average that `optim.ema` asks for."""
+    return None if optim.ema is None else WeightAverage(vectors, scalars, optim.ema)
 
 
-def attach(zero: Any, model: Clip, optim: OptimSection) -> None:
-    """Tells an optimizer of dsclip's where tensors lie, now that DeepSpeed has it. zero: DeepSpeed's. Collective."""
+def attach(zero: Any, vectors: list[FlatVector]) -> None:
+    """Tells an optimizer of dsclip's where tensors lie, now that DeepSpeed has it. zero: DeepSpeed's."""
     if isinstance(zero.optimizer, FlatOptimizer):
-        zero.optimizer.attach(flat_vectors(zero, model, optim))
+        zero.optimizer.attach(vectors)
