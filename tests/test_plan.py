@@ -23,6 +23,7 @@ from dsclip.plan import estimate, plan_batch, plan_recipe
 from dsclip.plan.advice import advice
 from dsclip.plan.estimate import parameter_counts
 from dsclip.plan.machine import datasheet_tflops, gpu
+from dsclip.plan.workload import Workload
 from dsclip.train.resume import keep_planned_sizes
 from tests.distributed.launch import alone
 from tests.programs import run_program
@@ -35,7 +36,9 @@ def ds_config(batch: BatchSection, world_size: int, name: str = "zero3") -> dict
 
 
 def plan(preset, batch, world_size=1, machine=GPU, **options):
-    return plan_batch(resolve_preset(preset), batch, ds_config(batch, world_size), world_size, machine, **options)
+    return plan_batch(
+        resolve_preset(preset), batch, ds_config(batch, world_size), world_size, machine, Workload(**options)
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,9 @@ def test_gradients_and_optimizer_are_those_of_what_is_trained(section, stage):
         choose_trained(model, ModelSection(**section))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = estimate(config, batch, settings, ranks, GPU)
-    part = estimate(config, batch, settings, ranks, GPU, trained=trained_part(config, ModelSection(**section)))
+    part = estimate(
+        config, batch, settings, ranks, GPU, Workload(trained=trained_part(config, ModelSection(**section)))
+    )
     parameters = parameter_counts(config)[0]
     assert part.parts["optimizer"] == pytest.approx(12 * trained / ranks / 1e6)
     gradients = {n: e.parts["gradients"] for n, e in (("all", everything), ("part", part))}
@@ -179,7 +184,7 @@ def test_a_locked_layer_saves_nothing_and_is_computed_forward_alone():
 
     def planned(**section):
         found = trained_part(config, ModelSection(**section))
-        return estimate(config, batch, settings, 1, GPU, trained=found)
+        return estimate(config, batch, settings, 1, GPU, Workload(trained=found))
 
     image, text = forward_flops(config)
     assert planned().gflops_per_sample == pytest.approx(3 * (image + text) / 1e9)

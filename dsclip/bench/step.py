@@ -27,6 +27,7 @@ from dsclip.model.flops import forward_flops
 from dsclip.plan import Machine, estimate, plan_recipe
 from dsclip.plan.advice import describe_choice
 from dsclip.plan.machine import this_machine
+from dsclip.plan.workload import Workload
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds, which peers are spared
     from dsclip.engine.contrastive import ContrastiveEngine
@@ -65,9 +66,8 @@ def planned(
 ) -> dict[str, Any]:
     """What a plan made before the engine was there says of its step, for captions as long as these."""
     tokens = padded_length(caption_tokens[1], engine.config.context_length)
-    plan = estimate(
-        engine.config, engine.recipe.batch, engine.ds_config, 1, machine, optim=engine.recipe.optim, text_tokens=tokens
-    )
+    work = Workload(optim=engine.recipe.optim, text_tokens=tokens)
+    plan = estimate(engine.config, engine.recipe.batch, engine.ds_config, 1, machine, work)
     return {
         "planned_peak_mb": plan.peak_mb, "schedule": describe_choice(plan), "checkpointing": plan.checkpointing,
         "recomputed_gflops_per_sample": plan.recomputed_gflops_per_sample,

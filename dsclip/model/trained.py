@@ -90,8 +90,13 @@ def trained_part(config: ClipConfig, section: ModelSection) -> TrainedPart:
         model.parameter_count() - own,
         (model.visual.locked, model.text.locked),
         (_trained_share(model.visual), _trained_share(model.text)),
-        sum(p.numel() for n, p in model.named_parameters() if ".blocks." in n and p.dim() == 2 and p.requires_grad),
+        sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and is_block_matrix(n, p.shape)),
     )
+
+
+def is_block_matrix(name: str, shape: torch.Size) -> bool:
+    """Whether a parameter is a matrix of a block, which Muon makes orthogonal."""
+    return ".blocks." in name and len(shape) == 2
 
 
 def _trained(module: nn.Module) -> int:

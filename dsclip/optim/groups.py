@@ -11,7 +11,7 @@ import torch
 from dsclip.config.schema import ModelSection, OptimSection
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
-from dsclip.model.trained import choose_trained
+from dsclip.model.trained import choose_trained, is_block_matrix
 
 GROUPING = ("name", "layer_decay", "rules", "weight_decay")  # the keys that divide parameters into groups
 OF_A_GROUP = ("lr_scale", "weight_decay", "betas", "eps")
@@ -62,7 +62,7 @@ def grouped_names(model: Clip, optim: OptimSection) -> dict[Group, list[str]]:
                 unused.discard(str(rule["match"]))
                 values |= {key: float(value) for key, value in rule.items() if key != "match"}
         scale = values["lr_scale"] * optim.layer_decay ** layers_above(model, name)
-        orthogonal = optim.name == "muon" and len(shape) == 2 and ".blocks." in name
+        orthogonal = optim.name == "muon" and is_block_matrix(name, shape)
         groups.setdefault(Group(free, scale, values["weight_decay"], orthogonal), []).append(name)
     if unused:
         raise UserError(

@@ -9,36 +9,23 @@ from functools import partial
 from typing import Any
 
 from dsclip.config.deepspeed import DsConfig
-from dsclip.config.schema import BatchSection, LossSection, OptimSection
+from dsclip.config.schema import BatchSection
 from dsclip.model import ClipConfig
-from dsclip.model.trained import TrainedPart
 from dsclip.plan.choose import plan_batch
 from dsclip.plan.estimate import Estimate
 from dsclip.plan.machine import Machine
+from dsclip.plan.workload import PLAIN, Workload
 
 
 def advice(
-    config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, further_views: tuple[str, ...] = (), optim: OptimSection | None = None,
-    text_tokens: int | None = None, trained: TrainedPart | None = None,
+    config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, work: Workload = PLAIN
 ) -> list[str]:  # fmt: skip
     """Changes after which the batch fits, with the peak each leads to; the least first. Empty if none is known."""
 
     def peak(
-        new_batch: BatchSection, new_ds_config: DsConfig = ds_config, ranks: int = world_size, new_loss: LossSection | None = loss
+        new_batch: BatchSection, new_ds_config: DsConfig = ds_config, ranks: int = world_size, new_work: Workload = work
     ) -> Estimate:  # fmt: skip
-        return plan_batch(
-            config,
-            new_batch,
-            new_ds_config,
-            ranks,
-            machine,
-            loss=new_loss,
-            further_views=further_views,
-            optim=optim,
-            text_tokens=text_tokens,
-            trained=trained,
-        )[1]
+        return plan_batch(config, new_batch, new_ds_config, ranks, machine, new_work)[1]
 
     free = replace(batch, micro_batch_size=None, chunk_size=None, checkpointing="auto", accumulation="auto")
     stage_3 = _with(ds_config, stage=3)
@@ -47,10 +34,10 @@ def advice(
     tries: dict[str, Callable[[], Estimate]] = {
         "leave micro_batch_size, chunk_size and checkpointing to accumulation: auto": partial(peak, free)
     }
-    section = loss or LossSection()
-    if world_size > 2 and section.gather == "all" and section.plugin is None:
+    loss = work.loss
+    if world_size > 2 and loss.gather == "all" and loss.plugin is None:
         tries["features of other ranks one rank at a time: loss.gather=ring"] = partial(
-            peak, free, new_loss=replace(section, gather="ring")
+            peak, free, new_work=replace(work, loss=replace(loss, gather="ring"))
         )
     if zero["stage"] < 3:
         tries["shard the parameters: ds_configs/zero3_bf16.json"] = partial(peak, free, stage_3)
@@ -61,7 +48,7 @@ def advice(
             peak, free, buckets
         )
     if machine.device == "cuda":  # a CPU's ranks share one memory, in which the optimizer is already
-        if not zero.get("offload_optimizer") and (optim is None or optim.name == "adamw"):
+        if not zero.get("offload_optimizer") and work.optim.name == "adamw":
             offload = "keep the optimizer in host memory: ds_configs/zero3_offload_bf16.json"
             tries[offload] = partial(peak, free, offloaded)
         for factor in (2, 4, 8, 16, 32):

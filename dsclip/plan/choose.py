@@ -7,38 +7,33 @@ from dataclasses import replace
 from itertools import product
 
 from dsclip.config.deepspeed import DsConfig
-from dsclip.config.schema import BatchSection, Checkpointing, LossSection, OptimSection, Recipe
+from dsclip.config.schema import BatchSection, Checkpointing, Recipe
 from dsclip.distributed import Collectives
 from dsclip.model import ClipConfig
 from dsclip.model.trained import TrainedPart, trained_part
 from dsclip.plan.estimate import Estimate, estimate
 from dsclip.plan.machine import Machine, this_machine
+from dsclip.plan.workload import PLAIN, Workload
 
 SMALL_CHUNK = 4  # a chunk of c samples runs at c/(c + 4) of the speed of a large one: kernels too small for the device
 
 
-def plan_recipe(recipe: Recipe, ds_config: DsConfig, config: ClipConfig, group: Collectives) -> tuple[Recipe, Estimate]:
-    """The recipe with its batch section planned for the machine of rank 0, and what a step will take. Collective."""
+def plan_recipe(
+    recipe: Recipe, ds_config: DsConfig, config: ClipConfig, group: Collectives, trained: TrainedPart | None = None
+) -> tuple[Recipe, Estimate]:
+    """The recipe with its batch section planned for the machine of rank 0, and what a step will take. Collective.
+
+    trained: what `trained_part` says of the recipe, where it is known already.
+    """
     # Memory differs a little between ranks, and a plan must not.
     machine = group.broadcast_object(this_machine())
-    batch, found = plan_batch(
-        config,
-        recipe.batch,
-        ds_config,
-        group.world_size,
-        machine,
-        loss=recipe.loss,
-        further_views=recipe.objective.further_views,
-        optim=recipe.optim,
-        trained=trained_part(config, recipe.model),
-    )
+    work = Workload.of(recipe, trained or trained_part(config, recipe.model))
+    batch, found = plan_batch(config, recipe.batch, ds_config, group.world_size, machine, work)
     return replace(recipe, batch=batch), found
 
 
 def plan_batch(
-    config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, further_views: tuple[str, ...] = (), optim: OptimSection | None = None,
-    text_tokens: int | None = None, trained: TrainedPart | None = None,
+    config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, work: Workload = PLAIN
 ) -> tuple[BatchSection, Estimate]:  # fmt: skip
     """The batch section with micro_batch_size, chunk_size, checkpointing and coalesce_reduction filled in, and its estimate.
 
@@ -50,18 +45,7 @@ def plan_batch(
         machine = replace(machine, memory_gb=batch.memory_gb)
 
     def look(candidate: BatchSection) -> Estimate:
-        return estimate(
-            config,
-            candidate,
-            ds_config,
-            world_size,
-            machine,
-            loss=loss,
-            further_views=further_views,
-            optim=optim,
-            text_tokens=text_tokens,
-            trained=trained,
-        )
+        return estimate(config, candidate, ds_config, world_size, machine, work)
 
     if batch.accumulation == "manual":
         return batch, look(batch)

@@ -27,6 +27,7 @@ from dsclip.plan.measured import measured
 from dsclip.plan.reliability_cli import add_reliability, refuse_without, reliability
 from dsclip.plan.scaling import figure, point, scaling
 from dsclip.plan.scaling import table as scaling_table
+from dsclip.plan.workload import Workload
 
 EXAMPLE = (
     "python tools/plan.py --preset ViT-H-14 --ds_config ds_configs/zero3_bf16.json --gpus 64 --batch 32768 --gpu H100"
@@ -105,15 +106,12 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
             "the layer-by-layer simulation of --nodes, --gpus-per-node and --interconnect is of a step that trains all weights on images and captions: "
             "leave out model.lock, model.lora_rank and terms over further views, or plan with --gpus alone, which counts them"
         )
-    options: dict[str, Any] = {
-        "loss": recipe.loss, "further_views": recipe.objective.further_views, "optim": recipe.optim,
-        "text_tokens": a.text_tokens, "trained": trained,
-    }  # fmt: skip
-    batch, found = plan_batch(config, recipe.batch, ds_config, a.gpus, machine, **options)
+    work = Workload.of(recipe, trained, a.text_tokens)
+    batch, found = plan_batch(config, recipe.batch, ds_config, a.gpus, machine, work)
     changes = []
     if not found.fits:
         machine = machine if batch.memory_gb is None else replace(machine, memory_gb=batch.memory_gb)
-        changes = advice(config, batch, ds_config, a.gpus, machine, **options)
+        changes = advice(config, batch, ds_config, a.gpus, machine, work)
     result = {
         "model": recipe.model.name, "global_batch_size": batch.global_batch_size,
         "fits": found.fits, "peak_mb": found.peak_mb, "parts": found.parts, "device": machine.device,

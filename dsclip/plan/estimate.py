@@ -8,13 +8,14 @@ from functools import cache
 import torch
 
 from dsclip.config.deepspeed import DsConfig, resolve_persistence
-from dsclip.config.schema import BatchSection, LossSection, OptimSection
+from dsclip.config.schema import BatchSection, ModelSection
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.flops import forward_flops
-from dsclip.model.trained import TrainedPart
+from dsclip.model.trained import TrainedPart, trained_part
 from dsclip.plan.machine import USABLE, Machine
 from dsclip.plan.memory import BF16, FP32, Encoded, activation_bytes, image_bytes, loss_bytes, state_bytes
-from dsclip.plan.optimizer_state import block_matrices, kept_bytes, step_bytes
+from dsclip.plan.optimizer_state import kept_bytes, step_bytes
+from dsclip.plan.workload import PLAIN, Workload
 
 HOST_BYTES_PER_SECOND = 25e9  # between GPU and pinned memory over PCIe 4, to and fro at a time
 # Of a forward's products, those that are computed again for the gradients; full: all but each block's last.
@@ -51,20 +52,16 @@ class Estimate:
 
 
 def estimate(
-    config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, *,
-    loss: LossSection | None = None, further_views: tuple[str, ...] = (), optim: OptimSection | None = None,
-    text_tokens: int | None = None, trained: TrainedPart | None = None,
+    config: ClipConfig, batch: BatchSection, ds_config: DsConfig, world_size: int, machine: Machine, work: Workload = PLAIN
 ) -> Estimate:  # fmt: skip
-    """The estimate for one rank. text_tokens: of a chunk's longest caption; None: the context length. further_views: those
-    that the objective compares beside image and text. trained: what is trained; None: all."""
-    loss, optim = loss or LossSection(), optim or OptimSection()
-    parameters, block = parameter_counts(config)
-    part = trained or TrainedPart(parameters, parameters, 0, (0, 0), (1.0, 1.0), block_matrices(config))
-    parameters = part.of
+    """The estimate for one rank."""
+    loss, optim, text_tokens = work.loss, work.optim, work.text_tokens
+    part = work.trained or whole_model(config)
+    parameters, (_, block) = part.of, parameter_counts(config)
     micro_batch, chunk, checkpointing = batch.sizes(world_size)
     local = batch.global_batch_size // world_size
     micro_batches = -(-local // micro_batch)
-    encoded = Encoded.of(loss, further_views)
+    encoded = Encoded.of(loss, work.further_views)
     saved, working = activation_bytes(
         config, micro_batch, chunk, checkpointing, machine.device, text_tokens, encoded, part.locked
     )
@@ -143,6 +140,12 @@ def operations(
     backward = sum(f * (1 + share) for f, share in zip(with_graph, part.shares, strict=True))
     towers = sum(f for f, above in zip(forwards, with_graph, strict=True) if above > 0)
     return sum(forwards), towers, sum(with_graph), backward
+
+
+@cache
+def whole_model(config: ClipConfig) -> TrainedPart:
+    """Of a run that trains everything."""
+    return trained_part(config, ModelSection())
 
 
 @cache

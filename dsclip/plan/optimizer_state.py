@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
-
 from dsclip.config.schema import OptimSection
-from dsclip.model import Clip, ClipConfig
 
 MASTER = MOMENT = 4
 # Bytes of state a parameter, beside its master; of Muon those of what is no matrix of a block.
@@ -30,11 +25,3 @@ def kept_bytes(parameters: int, matrices: int, optim: OptimSection) -> tuple[flo
 def step_bytes(parameters: float, optim: OptimSection) -> float:
     """What a step needs on a rank with so many numbers, after backward, when all activations are freed."""
     return MASTER * VECTORS[optim.name] * parameters
-
-
-@cache
-def block_matrices(config: ClipConfig) -> int:
-    """Numbers in the matrices of both towers' blocks."""
-    with torch.device("meta"):
-        named = list(Clip(config).named_parameters())
-    return sum(p.numel() for name, p in named if ".blocks." in name and p.dim() == 2)

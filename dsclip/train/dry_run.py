@@ -12,10 +12,10 @@ from dsclip.convert.init import fitted_weights, scale_notes
 from dsclip.convert.source import open_source
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.model.device import check_device
-from dsclip.model.trained import trained_part
 from dsclip.plan import Estimate, plan_batch
 from dsclip.plan.advice import describe_choice
 from dsclip.plan.machine import this_machine
+from dsclip.plan.workload import Workload
 from dsclip.train.data_warnings import data_warnings
 from dsclip.train.inputs import RunInputs, make_loader
 from dsclip.train.resume import Resumed
@@ -35,18 +35,9 @@ def describe_run(inputs: RunInputs) -> str:
     batch = next(iter(loader))
     recipe, evaluation = inputs.recipe, inputs.evaluation
     local_batch = recipe.batch.global_batch_size // world_size
-    trained = trained_part(inputs.model, recipe.model)
-    _, estimate = plan_batch(
-        inputs.model,
-        recipe.batch,
-        inputs.ds_config,
-        world_size,
-        this_machine(),
-        loss=recipe.loss,
-        further_views=recipe.objective.further_views,
-        optim=recipe.optim,
-        trained=trained,
-    )
+    trained = inputs.trained
+    work = Workload.of(recipe, trained)
+    _, estimate = plan_batch(inputs.model, recipe.batch, inputs.ds_config, world_size, this_machine(), work)
     return "\n".join([
         "# recipe", dump_recipe(recipe), "# DeepSpeed", json.dumps(inputs.ds_config, indent=2),
         "# plan",

@@ -24,6 +24,7 @@ from dsclip.model import ClipConfig
 from dsclip.model.config import OF_THE_RUN
 from dsclip.model.fp8 import check_fp8_shapes
 from dsclip.model.presets import AUTO
+from dsclip.model.trained import TrainedPart, trained_part
 from dsclip.objectives import build_objective
 from dsclip.optim.groups import check_rules
 from dsclip.train.class_prompts import with_class_prompts
@@ -39,6 +40,8 @@ class RunInputs:
     recipe: Recipe
     ds_config: dict[str, Any]
     model: ClipConfig
+    trained: TrainedPart
+    """What of it is trained."""
     tokenizer: Tokenizer
     run_dir: Path
     resume: Path | None
@@ -87,6 +90,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     build_objective(recipe, model.embed_dim)
     check_fp8_shapes(model)
     check_rules(model, recipe.model, recipe.optim)
+    trained = trained_part(model, recipe.model)
     if resume:
         check_fits(
             read_manifest(resume), resume, recipe=recipe, ds_config=ds_config, config=model, world_size=world_size
@@ -98,7 +102,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
             raise UserError(f"{error}. Set train.export_hf=false to train it all the same") from error
     init = None if resume else recipe.model.init
     evaluation = Evaluation(recipe, model, tokenizer)
-    return RunInputs(recipe, ds_config, model, tokenizer, run_dir, resume, init, evaluation)
+    return RunInputs(recipe, ds_config, model, trained, tokenizer, run_dir, resume, init, evaluation)
 
 
 def make_loader(inputs: RunInputs, group: Collectives, state: dict[str, Any] | None) -> Loader:

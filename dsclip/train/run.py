@@ -15,7 +15,6 @@ from dsclip.convert.hf import hf_class
 from dsclip.convert.init import load_init_once
 from dsclip.distributed import Collectives, check_one_job, launched_ranks
 from dsclip.errors import RunFailed, RunStopped
-from dsclip.model.trained import trained_part
 from dsclip.plan import plan_recipe
 from dsclip.train.data_warnings import data_warnings
 from dsclip.train.dry_run import describe_estimate, describe_run
@@ -55,12 +54,11 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
     """The run itself, in a folder that it holds. Collective."""
     recipe = inputs.recipe
     manifest = folder.manifest
-    if (
-        manifest and manifest["world_size"] == launched_ranks()[1]
-    ):  # more ranks have other parts of the batch, and memory
+    # Other numbers of ranks have other parts of the batch, and memory.
+    if manifest and manifest["world_size"] == launched_ranks()[1]:
         was = manifest["recipe"].get("batch", {})
         recipe = replace(recipe, batch=keep_planned_sizes(recipe.batch, was, launched_ranks()[1]))
-    recipe, estimate = plan_recipe(recipe, inputs.ds_config, inputs.model, Collectives.current())
+    recipe, estimate = plan_recipe(recipe, inputs.ds_config, inputs.model, Collectives.current(), inputs.trained)
     inputs = replace(inputs, recipe=recipe)
 
     engine = build_engine(inputs)
@@ -76,15 +74,9 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
     )
     watch = Watch(inputs, engine, resumed)
     warnings = data_warnings(recipe, loader.set_samples, loader.damaged)
-    trained = trained_part(inputs.model, recipe.model)
-    frozen = [str(trained)] if trained.parameters < trained.of else []
-    for line in (
-        *folder.messages,
-        *frozen,
-        *resumed.describe(inputs.resume, engine.sharding),
-        describe_estimate(estimate),
-        *warnings,
-    ):
+    frozen = [str(inputs.trained)] if inputs.trained.parameters < inputs.trained.of else []
+    continued = resumed.describe(inputs.resume, engine.sharding)
+    for line in (*folder.messages, *frozen, *continued, describe_estimate(estimate), *warnings):
         watch.message(line)
 
     data_state = resumed.data_state_of(engine.group.rank, engine.group.world_size)
