@@ -36,6 +36,7 @@ def load(tmp_path, *, stage=3, **changes):
         ({"zero_optimization": {"cpu_offload": True}}, "the old name of `offload_optimizer`"),
         ({"zero_optimization": {"max_live_parameters": 5}}, "write `stage3_max_live_parameters`"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "choose from none, cpu. Dsclip offloads to host"),
+        ({"zero_optimization": {"memory_efficient_linear": True}}, "remove `zero_optimization.memory_efficient_linear`"),
         ({"zero_optimization": {"overlap_com": True}}, "`zero_optimization.overlap_com`. Did you mean `overlap_comm`?"),
         ({"zero_optimization": {"offload_param": {"devise": "cpu"}}}, "Did you mean `device`?"),
         ({"zero_optimization": {"gradient_clipping": 1.0}}, "It belongs to the top level."),

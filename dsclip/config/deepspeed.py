@@ -158,6 +158,11 @@ def _check_applies(config: DsConfig, path: Path) -> None:
             raise UserError(
                 f"{path}: remove `zero_optimization.{key}`: it works at stage {named}, and the stage is {stage}."
             )
+    if zero.get("memory_efficient_linear"):
+        raise UserError(
+            f"{path}: remove `zero_optimization.memory_efficient_linear`: DeepSpeed's linear layer would compute again products that "
+            "checkpointing leaves out, and a layer's weights are gathered for it as a whole anyway."
+        )
     if stage != 1 and (config.get("bf16") or {}).get("immediate_grad_update"):
         raise UserError(f"{path}: remove `bf16.immediate_grad_update`: it works at stage 1, and the stage is {stage}.")
     for key, value in TORCH_OPTIMIZER.items():

@@ -74,7 +74,12 @@ def constructing(ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
     """Within it modules of an engine's model are built: under ZeRO-3 each is sharded as soon as its constructor is done."""
     if ds_config["zero_optimization"]["stage"] < 3:
         return nullcontext()
-    sharding: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=ds_config)
+    # By default DeepSpeed would put a function of its own in the place of torch's linear, for good: it saves its inputs after the
+    # product, so that what is run again for backward can't stop before it.
+    zero = ds_config["zero_optimization"] | {"memory_efficient_linear": False}
+    sharding: AbstractContextManager[Any] = deepspeed.zero.Init(
+        config_dict_or_path=ds_config | {"zero_optimization": zero}
+    )
     return sharding
 
 
