@@ -87,9 +87,9 @@ def check_fits(
 
 def _written(value: Any) -> str:
     """As an override gives it, also in a shell."""
-    return (
-        f"'{json.dumps(value)}'" if isinstance(value, list) else value if isinstance(value, str) else json.dumps(value)
-    )
+    if isinstance(value, str):
+        return value
+    return f"'{json.dumps(value)}'" if isinstance(value, list) else json.dumps(value)
 
 
 def _words(scalars: set[str]) -> str:

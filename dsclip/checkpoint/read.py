@@ -60,10 +60,8 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> Checkpoint:
             logit_scale = math.exp(state["scalars"]["log_scale"])
             logit_bias = state["scalars"].get("bias")
         model = manifest["recipe"].get("model", {})
-        lora = {
-            name: model[name] for name in ("lora_rank", "lora_alpha") if name in model
-        }  # an earlier version wrote neither
-        lora_scale = ModelSection(**lora).lora_scale
+        # An earlier version wrote neither.
+        lora_scale = ModelSection(**{n: model[n] for n in ("lora_rank", "lora_alpha") if n in model}).lora_scale
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder}/{MANIFEST} is damaged ({error}); use another checkpoint of the run") from error
     weights = mapped_weights(folder) if WEIGHTS in manifest["files"] else full_precision_weights(folder)

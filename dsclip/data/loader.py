@@ -210,6 +210,7 @@ class Loader:
         pixels = [torch.as_tensor(p.images).split(len(p.sample_ids)) for p in parts]
         images, *others = [_concatenate(list(view)) for view in zip(*pixels, strict=True)]
         others += [_joined(list(view)) for view in zip(*(p.texts for p in parts), strict=True)]
+        names = [view.name for view in self._settings.views]  # in order: images before texts
         return Batch(
             images=images,
             tokens=_joined([p.tokens for p in parts]),
@@ -218,9 +219,7 @@ class Loader:
             hard_tokens=_joined_or_none([p.hard_tokens for p in parts]),
             hard_owner=_hard_owner(parts),
             augmentation=_joined_or_none([p.augmentation for p in parts]),
-            views=dict(
-                zip((v.name for v in self._settings.views), others, strict=True)
-            ),  # in order: images before texts
+            views=dict(zip(names, others, strict=True)),
             state={"batches": number, "first": first, "drawn": drawn, "order": self._identity},
             report=report,
         )

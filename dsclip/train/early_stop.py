@@ -5,14 +5,13 @@ Imports nothing slow: it is called before what takes seconds to import.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 
 from dsclip.errors import RunStopped
+from dsclip.train.last_words import say_last
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C stays Python's
 
@@ -58,10 +57,8 @@ def _watch(pipe: int) -> None:
         for number in os.read(pipe, 64):
             if number in SIGNALS:
                 rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
-                text = (
-                    f"dsclip: rank {rank} was stopped by {signal.Signals(number).name} before its first step, or after its last, which is saved. "
-                    "Go on with the same command and --resume auto\n"
+                say_last(
+                    f"rank {rank} was stopped by {signal.Signals(number).name} before its first step, or after its last, which is saved. "
+                    "Go on with the same command and --resume auto"
                 )
-                with contextlib.suppress(OSError):  # who read it may be gone
-                    os.write(sys.stderr.fileno(), text.encode())
                 os._exit(RunStopped.exit_code)

@@ -11,6 +11,7 @@ import sys
 
 import psutil
 
+from dsclip.train.last_words import say_last
 from dsclip.train.processes import alive
 
 TELL = signal.SIGUSR2  # from a rank that has noticed a hang to those of its machine: say where you are, and end
@@ -47,7 +48,7 @@ class Heart:
 
     def report(self, rank: int) -> None:
         """Where this rank is, and the stack of each of its threads, to standard error."""
-        say(
+        say_last(
             f"rank {rank} on {socket.gethostname()} (process {os.getpid()}) hangs: step {self._step}, {self._doing}, without progress for "
             f"{self._polls * POLL_S:.0f} s. Its threads:"
         )
@@ -68,17 +69,9 @@ def end_stopped(ranks: dict[str, psutil.Process]) -> None:
     for rank, process in ranks.items():
         try:
             if alive(process) and process.status() == psutil.STATUS_STOPPED:
-                say(
+                say_last(
                     f"rank {rank} (process {process.pid}) is stopped, as by SIGSTOP, and the others wait for it: killed"
                 )
                 process.kill()
         except psutil.Error:  # it has ended meanwhile
             continue
-
-
-def say(text: str) -> None:
-    """A line on standard error, past Python's buffers, which another thread may hold."""
-    try:
-        os.write(sys.stderr.fileno(), f"dsclip: {text}\n".encode())
-    except OSError:  # who read it may be gone
-        pass

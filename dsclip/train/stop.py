@@ -12,7 +12,8 @@ from types import TracebackType
 
 from dsclip.distributed import STOP_SIGNALS, Collectives
 from dsclip.errors import RunFailed, RunStopped
-from dsclip.train.hangs import EXIT_CODE, GRACE_S, POLL_S, TELL, Heart, end_stopped, say, tell
+from dsclip.train.hangs import EXIT_CODE, GRACE_S, POLL_S, TELL, Heart, end_stopped, tell
+from dsclip.train.last_words import say_last
 from dsclip.train.processes import death_of, launchers, other_ranks
 
 # A launcher passes on what its ranks were sent too: a signal so soon after the first is no second request.
@@ -121,5 +122,5 @@ class StopSignals:
     def _end(self, why: str, code: int, wait_s: float = 0) -> None:
         """Ends the process, unless the loop is left within the time."""
         if not self._over.wait(wait_s):
-            say(why)
+            say_last(why)
             os._exit(code)

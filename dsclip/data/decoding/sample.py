@@ -157,10 +157,8 @@ def _number_word(number: Any) -> str | None:
 @lru_cache(maxsize=1)
 def _parsed(content: bytes) -> Any:
     """A .json member, parsed once for its captions, hard negatives and group."""
-    try:
-        return _DECODE_JSON(
-            content.decode()
-        )  # json.loads first looks which encoding bytes have, for as long as it parses them
+    try:  # json.loads first looks which encoding bytes have, for as long as it parses them
+        return _DECODE_JSON(content.decode())
     except ValueError:
         return json.loads(content)
 

@@ -107,9 +107,8 @@ def _plain_members(
     part: _Part, starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> Sequence[Sequence[Member] | None]:
     """The members of each sample; None for a sample with any but plain headers."""
-    levels: list[
-        tuple[NDArray[np.int64], NDArray[np.bool_], list[Member]]
-    ] = []  # all first members, all second ones, …
+    # All first members, all second ones, …
+    levels: list[tuple[NDArray[np.int64], NDArray[np.bool_], list[Member]]] = []
     samples, positions = np.arange(len(starts)), starts
     while len(samples):
         plain, sizes, names = _parse(part.headers(positions))

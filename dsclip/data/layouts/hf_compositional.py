@@ -17,10 +17,8 @@ from dsclip.errors import UserError
 
 WINOGROUND = ("image_0", "image_1", "caption_0", "caption_1")
 WINOGAVIL = ("cue", "candidates", "associations", "candidate_images")
-OWN_CAPTIONS = {
-    "correct_caption": r"hard_text_\d+",
-    "true_caption": r"false_caption",
-}  # and the columns of its hard negatives
+# A column of captions, and the columns of their hard negatives.
+OWN_CAPTIONS = {"correct_caption": r"hard_text_\d+", "true_caption": r"false_caption"}
 Names = Callable[[int, int, int], str]  # (row, which of the image columns, which of its images) to the image's name
 
 
