@@ -68,8 +68,9 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     check_order(recipe.data, recipe.batch.global_batch_size, world_size, storage)
     run_dir = Path(recipe.train.output) / recipe.train.name
     resume = find_resume(arguments.resume, run_dir)
-    if resume:
-        check_length(resume, recipe.train.steps)
+    manifest = read_manifest(resume) if resume else None
+    if resume and manifest:
+        check_length(manifest, resume, recipe.train.steps)
     # A resumed run goes on with the model of its checkpoint, whether the weights it began with are still there or not.
     source = resume or recipe.model.init
     if source is None and (recipe.model.lock != "none" or recipe.model.lora_rank):
@@ -91,10 +92,8 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     check_fp8_shapes(model)
     check_rules(model, recipe.model, recipe.optim)
     trained = trained_part(model, recipe.model)
-    if resume:
-        check_fits(
-            read_manifest(resume), resume, recipe=recipe, ds_config=ds_config, config=model, world_size=world_size
-        )
+    if resume and manifest:
+        check_fits(manifest, resume, recipe=recipe, ds_config=ds_config, config=model, world_size=world_size)
     if recipe.train.export_hf:  # now, not after the training
         try:
             hf_class(model)

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dsclip.checkpoint import Manifest, read_manifest
+from dsclip.checkpoint import Manifest
 from dsclip.config import Recipe
 from dsclip.config.old_names import with_new_names
 from dsclip.config.schema import BatchSection, OptimSection
@@ -64,9 +64,9 @@ class Resumed:
         return [f"continued from {path}{resharded}", *describe_changes(self.manifest["recipe"], self._recipe, step)]
 
 
-def check_length(resume: Path, steps: int) -> None:
+def check_length(manifest: Manifest, resume: Path, steps: int) -> None:
     """Raises UserError when a checkpoint is beyond the end of the run."""
-    reached = read_manifest(resume)["step"]
+    reached = manifest["step"]
     if steps < reached:
         raise UserError(
             f"train.steps is {steps}, and {resume} is at step {reached} already. Raise train.steps to train on, or go back with "

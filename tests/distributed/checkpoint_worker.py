@@ -11,6 +11,7 @@ from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint,
 from dsclip.config.schema import LossSection
 from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
+from dsclip.errors import UserError
 from tests.distributed.exactness_worker import build, global_batch, local_part
 
 # Full after the second step, used from the third: the checkpoint falls in between its first uses.
@@ -24,6 +25,17 @@ class NoTokenizer:
 
 def losses(engine, group, steps) -> list[str]:
     return [float.hex(engine.train_step(local_part(global_batch(s), group)).loss) for s in range(engine.step, steps)]
+
+
+def refusal(engine, folder: Path) -> str:
+    """What is said when the checkpoint of a run of another kind is continued with this engine, which is closed then."""
+    try:
+        load_checkpoint(engine, find_checkpoint(folder), world_size=Collectives.current().world_size)
+        return "loaded"
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
 
 
 def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives, loss: LossSection) -> dict:

@@ -13,10 +13,9 @@ from dsclip.config.schema import BatchSection, ModelSection, Recipe, TrainSectio
 from dsclip.distributed import Collectives
 from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.engine.whole_tensors import whole_gradients, whole_weights
-from dsclip.errors import UserError
 from dsclip.model import Clip
 from dsclip.model.low_rank import MergedWeights
-from tests.distributed.checkpoint_worker import NoTokenizer, losses
+from tests.distributed.checkpoint_worker import NoTokenizer, losses, refusal
 from tests.distributed.exactness_worker import (
     CONFIG,
     GLOBAL_BATCH,
@@ -154,18 +153,6 @@ def locked_case(case: dict, group: Collectives, folder: Path) -> dict:
     return result
 
 
-def refusal(group: Collectives, folder: Path) -> str:
-    """What is said when the checkpoint of a run that trained a part is continued as one that trains everything."""
-    engine = build(group, stage=1, bf16=True)
-    try:
-        load_checkpoint(engine, find_checkpoint(folder), world_size=group.world_size)
-        return "loaded"
-    except UserError as error:
-        return str(error)
-    finally:
-        engine.close()
-
-
 def once_case(group: Collectives, lock: str) -> dict:
     """Losses of two epochs of two batches with `lock_once`, and without; in the second epoch each rank has the other's samples."""
 
@@ -191,7 +178,9 @@ def cases(group: Collectives) -> list[dict]:
         found = [own]
         dist.broadcast_object_list(found)  # the ranks' one folder
         results = [locked_case(case, group, Path(found[0]) / str(i)) for i, case in enumerate(CASES)]
-        results += [{"refusal": refusal(group, Path(found[0]) / str(i))} for i in (0, LORA)]
+        for trained_part in (0, LORA):  # continued as a run that trains everything
+            everything = build(group, stage=1, bf16=True)
+            results.append({"refusal": refusal(everything, Path(found[0]) / str(trained_part))})
         group.barrier()
     results.append({"once": [once_case(group, lock) for lock in ("image", "text")]})
     return results

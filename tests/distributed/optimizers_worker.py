@@ -7,13 +7,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint, read_checkpoint
+from dsclip.checkpoint import CheckpointStore, load_checkpoint, read_checkpoint
 from dsclip.config.schema import BatchSection, ModelSection, OptimSection, Recipe, TrainSection
 from dsclip.distributed import Collectives
 from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.engine.whole_tensors import whole_gradients, whole_weights
-from dsclip.errors import UserError
-from tests.distributed.checkpoint_worker import NoTokenizer
+from tests.distributed.checkpoint_worker import NoTokenizer, refusal
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, SEED, ds_config, global_batch, local_part, relative
 from tests.distributed.launch import write_cases
 from tests.optimizer_reference import step as reference_step
@@ -127,22 +126,11 @@ def case(folder: Path, group: Collectives, name: str, stage: int, bf16: bool, lo
     }  # fmt: skip
 
 
-def refusal(group: Collectives, folder: Path) -> str:
-    engine = build(group, "lion", 3, True, "image")
-    try:
-        load_checkpoint(engine, find_checkpoint(folder), world_size=group.world_size)
-        return "loaded"
-    except UserError as error:
-        return str(error)
-    finally:
-        engine.close()
-
-
 def cases(group: Collectives) -> list[dict]:
     with TemporaryDirectory() as own:
         root = Path(group.broadcast_object(own))
         results = [case(root / f"{n}-{s[0]}", group, n, *s) for n, settings in CASES for s in settings]
-        results.append({"refusal": refusal(group, root / "adamw-3")})
+        results.append({"refusal": refusal(build(group, "lion", 3, True, "image"), root / "adamw-3")})
         group.barrier()
     return results
 
