@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dsclip import objectives
 from dsclip.config.build import build_recipe
-from dsclip.config.objective_section import ObjectiveSection, TermSection
+from dsclip.config.objective_section import HeadSection, ObjectiveSection, TermSection
 from dsclip.config.schema import LossSection, ModelSection, Recipe
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Pairs
@@ -164,6 +164,10 @@ def test_settings_that_no_term_can_obey_are_refused(monkeypatch):
         build_objective(with_term(name="two", between=["image"]), WIDTH)
     with pytest.raises(UserError, match="registered already"):
         objectives.register_term("contrast", lambda settings, negatives: None)
+    head = HeadSection("narrow", "projector", "image", WIDTH - 1)
+    term = TermSection("contrast", ["image.narrow", "text"])
+    with pytest.raises(UserError, match="image.narrow 5 wide and text 6 wide"):
+        build_objective(Recipe(objective=ObjectiveSection(terms=[term], heads=[head])), WIDTH)
     term = TermSection("contrast", ["image", "image_2"])
     with pytest.raises(UserError, match="leave them out"):
         build_objective(Recipe(objective=ObjectiveSection(terms=[term]), loss=LossSection(name="filip")), WIDTH)

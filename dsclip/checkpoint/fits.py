@@ -59,12 +59,18 @@ def check_fits(
         raise UserError(
             f"{path} was trained with {settings}, to which its weights and the optimizer's state belong. Resume with that, {afresh}"
         )
+    heads_then = manifest["recipe"].get("objective", {}).get("heads", [])  # an earlier version had none
+    if heads_then != (heads := [asdict(head) for head in recipe.objective.heads]):
+        raise UserError(
+            f"{path} was trained with the heads {json.dumps(heads_then)} and this run has {json.dumps(heads)}; the optimizer's state belongs to "
+            f"them. Resume with objective.heads of that run, {afresh}"
+        )
     optim = manifest["recipe"].get("optim", {})
     if (name := optim.get("name", "adamw")) != recipe.optim.name:  # an earlier version had no other
         raise UserError(
             f"{path} was trained with optim.name {name}, and {recipe.optim.name} has another state. Resume with that of the run, {afresh}"
         )
-    if not same_groups(config, section, optim, recipe.optim):
+    if not same_groups(config, optim, recipe):
         raise UserError(
             f"{path} holds other parameter groups: optim.layer_decay, rules and weight_decay divide the parameters in another way. "
             f"Resume with those of that run, {afresh}"

@@ -16,6 +16,7 @@ from dsclip.checkpoint.weights_alone import WEIGHTS, mapped_weights
 from dsclip.config.schema import ModelSection
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
+from dsclip.model.heads import WithoutHeads
 from dsclip.model.low_rank import MergedWeights
 from dsclip.optim.average import AverageOf
 
@@ -25,7 +26,7 @@ class Checkpoint:
     """A trained model, whole. logit_scale: the factor on similarities; logit_bias: that of a sigmoid loss.
 
     state_dict: float32 weights by dsclip's names, each read from the disk when it is asked for; adapters are merged into them.
-    average: they are the moving average of the run's.
+    average: they are the moving average of the run's. heads: of the run's objective, whose weights are left out.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Checkpoint:
     recipe: dict[str, dict[str, Any]]
     logit_bias: float | None = None
     average: bool = False
+    heads: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: str | Path, *, average: bool = False) -> Checkpoint:
@@ -65,10 +67,11 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> Checkpoint:
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder}/{MANIFEST} is damaged ({error}); use another checkpoint of the run") from error
     weights = mapped_weights(folder) if WEIGHTS in manifest["files"] else full_precision_weights(folder)
+    towers = WithoutHeads(weights)
     return Checkpoint(
         path=folder,
         config=config,
-        state_dict=MergedWeights(AverageOf(folder, weights) if average else weights, lora_scale),
+        state_dict=MergedWeights(AverageOf(folder, towers) if average else towers, lora_scale),
         logit_scale=logit_scale,
         tokenizer_dir=folder / "tokenizer",
         step=manifest["step"],
@@ -76,4 +79,5 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> Checkpoint:
         recipe=manifest["recipe"],
         logit_bias=logit_bias,
         average=average,
+        heads=towers.heads,
     )

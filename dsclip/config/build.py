@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from dsclip.config.describe import allowed, element_type
-from dsclip.config.objective_section import VIEW_KEYS, ViewSection
+from dsclip.config.objective_rules import objective_rules
 from dsclip.config.schema import Recipe
 from dsclip.config.synonyms import suggestion
 from dsclip.errors import UserError, did_you_mean
@@ -175,26 +174,7 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         f"`loss.matryoshka_weights` has {len(loss.matryoshka_weights or [])} numbers; give one for each of the "
         f"{len(loss.matryoshka_dims)} in `loss.matryoshka_dims`",
     )
-    terms = [replace(term, weight=1.0) for term in recipe.objective.terms]
-    twice = next((term.title for term in terms if terms.count(term) > 1), None)
-    yield twice is None, f"`objective.terms` has {twice} twice; one with the sum of their weights does the same"
-    objective = recipe.objective
-    yield (
-        objective.pair_weight > 0 or bool(objective.terms),
-        "`objective.pair_weight` is 0 and there are no `objective.terms`: nothing would be trained",
-    )
-    yield (
-        objective.plugin is None or bool(objective.terms),
-        f"`objective.plugin` {objective.plugin} registers terms, and `objective.terms` has none; name yours there",
-    )
-    views = [view.name for view in recipe.objective.views]
-    unused = next((name for name in views if name not in recipe.objective.further_views), None)
-    yield (
-        unused is None,
-        f"`objective.views` has {unused}, which no term compares; name it in a `between`, or leave it out",
-    )
-    yield len(set(views)) == len(views), "`objective.views` has one view twice; leave one of the two out"
-    yield from _keys_of_views(recipe.objective.views)
+    yield from objective_rules(recipe)
     whole = batch.global_batch_size
     micro_batch = batch.micro_batch_size or whole
     yield micro_batch <= whole, f"`batch.micro_batch_size` {micro_batch} exceeds `batch.global_batch_size` {whole}"
@@ -202,13 +182,6 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         (batch.chunk_size or 1) <= micro_batch,
         f"`batch.chunk_size` {batch.chunk_size} exceeds the micro-batch of {micro_batch}",
     )
-
-
-def _keys_of_views(views: Sequence[ViewSection]) -> Iterator[tuple[bool, str]]:
-    for view in views:
-        kind, other = ("image", "text") if view.name.startswith("image") else ("text", "image")
-        wrong = next((key for key in VIEW_KEYS[other] if getattr(view, key) is not None), None)
-        yield wrong is None, f"`objective.views` gives {view.name} `{wrong}`; {kind}s have {', '.join(VIEW_KEYS[kind])}"
 
 
 def _random_pixels(recipe: Recipe) -> str | None:

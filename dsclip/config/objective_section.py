@@ -9,12 +9,14 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, Strict
 from pydantic.dataclasses import dataclass
 
-from dsclip.config.kinds import STRICT, Interval, Jitter, NotNegative, PositiveFloat, Rule, Share
+from dsclip.config.kinds import STRICT, Interval, Jitter, NotNegative, Positive, PositiveFloat, Rule, Share
 
 # A list element is read from a mapping, which pydantic's strict mode refuses; so each of its fields is strict instead.
 ELEMENT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-FEATURE = re.compile(r"(image|text)(_[2-9])?")
+HEAD = re.compile(r"[a-z][a-z0-9_]*")
+FEATURE = re.compile(rf"(image|text)(_[2-9])?(\.{HEAD.pattern})?")
 FURTHER = re.compile(r"(image|text)_[2-9]")
+TOWERS = ("image", "text")
 
 
 def _different_features(names: list[str]) -> bool:
@@ -22,11 +24,33 @@ def _different_features(names: list[str]) -> bool:
     return bool(names) and known and len(set(names)) == len(names)
 
 
+def _name_of_a_head(name: str) -> bool:
+    return HEAD.fullmatch(name) is not None and name not in TOWERS
+
+
 Between = Annotated[
     list[str],
     Strict(),
-    Rule(_different_features, "different ones of image, text and further views: image_2, text_2, … up to _9"),
+    Rule(
+        _different_features,
+        "different ones of image, text and further views, image_2, text_2, … up to _9, or of a head: image.NAME, image_2.NAME, …",
+    ),
 ]
+
+
+def view_of(feature: str) -> str:
+    """The view whose feature it is: image_2 of image_2.projector."""
+    return feature.partition(".")[0]
+
+
+def tower_of(feature: str) -> str:
+    """The tower that makes it: image or text."""
+    return view_of(feature).partition("_")[0]
+
+
+def head_of(feature: str) -> str | None:
+    """The head that makes it; None for the tower's projection."""
+    return feature.partition(".")[2] or None
 
 
 @dataclass(frozen=True, config=ELEMENT)
@@ -36,7 +60,8 @@ class TermSection:
     name: Annotated[str, Strict()]
     """`contrast` (InfoNCE between two features), or one of your own."""
     between: Between
-    """The features that it compares: `image`, `text`, or further views of the same samples, such as `image_2` and `text_2`."""
+    """The features that it compares: `image`, `text`, or further views of the same samples, such as `image_2` and `text_2`; those of a head \
+with its name behind the view's: `image_2.projector`."""
     weight: Annotated[PositiveFloat, Strict()] = 1.0
     """What its value and gradients are multiplied by in the sum."""
     temperature: Annotated[float | None, Strict(), Field(ge=1e-3)] = None
@@ -74,6 +99,24 @@ class ViewSection:
 VIEW_KEYS = {"image": ("crop_scale", "flip", "color_jitter", "grayscale"), "text": ("caption", "word_repetition")}
 
 
+@dataclass(frozen=True, config=ELEMENT)
+class HeadSection:
+    """A named end of a tower beside its projection, for terms alone: no export has it."""
+
+    name: Annotated[
+        str, Strict(), Rule(_name_of_a_head, "small letters, digits and _, a letter first, and neither image nor text")
+    ]
+    """By which terms and `of` know it."""
+    kind: Literal["projector", "prototypes", "classifier"]
+    """`projector`: a layer of hidden units before a unit feature; `prototypes`: the cosines with learned vectors; `classifier`: a linear layer, a number for each class."""
+    of: Annotated[str, Strict()]
+    """What it is put on: `image` or `text`, what that tower pools before its projection, or the name of a projector."""
+    width: Annotated[Positive, Strict()]
+    """Numbers that it gives: of a projector's feature, or one for each prototype or class."""
+    hidden: Annotated[Positive | None, Strict()] = None
+    """Of a projector: its hidden units; null: as many as the tower's width."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class ObjectiveSection:
     """The weighted sum that is minimised: the loss of the loss section and further terms; docs/objectives.md."""
@@ -84,6 +127,8 @@ class ObjectiveSection:
     """Further terms, such as [{name: contrast, between: [image, image_2], temperature: 0.1}]; none: the loss alone."""
     plugin: str | None = None
     """Python file or module that registers your own terms."""
+    heads: list[HeadSection] = field(default_factory=list)
+    """Named ends of towers beside their projections, such as [{name: projector, kind: projector, of: image, width: 256}]."""
     views: list[ViewSection] = field(default_factory=list)
     """How further views are made, such as [{name: image_2, crop_scale: [0.3, 1.0]}, {name: text_2, word_repetition: 0.32}]."""
 
@@ -97,7 +142,7 @@ class ObjectiveSection:
     @property
     def further_views(self) -> tuple[str, ...]:
         """The views beyond image and text that the terms compare, in order."""
-        return tuple(sorted({name for term in self.terms for name in term.between} - {"image", "text"}))
+        return tuple(sorted({view_of(name) for term in self.terms for name in term.between} - set(TOWERS)))
 
     @property
     def needs_keys(self) -> bool:
@@ -109,3 +154,14 @@ class ObjectiveSection:
         """Of each further view, in their order."""
         given = {view.name: view for view in self.views}
         return tuple(given.get(name, ViewSection(name)) for name in self.further_views)
+
+    def tower_of_head(self, head: HeadSection) -> str:
+        """The tower that a head belongs to, also by way of a projector."""
+        return head.of if head.of in TOWERS else next((x.of for x in self.heads if x.name == head.of), head.of)
+
+    def heads_of(self, tower: str) -> tuple[HeadSection, ...]:
+        """Those of a tower, in their order."""
+        return tuple(head for head in self.heads if self.tower_of_head(head) == tower)
+
+
+PAIRS_ALONE = ObjectiveSection()

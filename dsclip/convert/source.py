@@ -91,6 +91,10 @@ class Source:
                 f"{self.path} has the bias of a sigmoid loss, {self.logit_bias:.4g}: a run with loss.name=sigmoid begins with it, all else "
                 "leaves it out, as features don't depend on it"
             )
+        if self.checkpoint is not None and self.checkpoint.heads:
+            notes.append(
+                f"{self.path} was trained with the heads {', '.join(self.checkpoint.heads)}, which are left out: they are for training alone"
+            )
         return notes
 
 

@@ -87,7 +87,7 @@ class ContrastiveEngine:
         check_device(config, self.device, ds_config)
         model = build_model(config, ds_config, recipe.train.seed, state_dict)
         with constructing(ds_config):
-            choose_trained(model, recipe.model)
+            choose_trained(model, recipe.model, recipe.objective)
         if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):
             compile_blocks(model)
         self.deepspeed = initialize(model, ds_config, recipe.optim)
@@ -200,7 +200,7 @@ class ContrastiveEngine:
         image, text = encode(
             m.images if m.image_features is None else None, m.captions if m.text_features is None else None,
             chunk_size=self.recipe.batch.chunk_size, checkpointing=checkpointing, visible_patches=m.visible_patches,
-            token_wise=self.objective.loss.token_wise,
+            token_wise=self.objective.loss.token_wise, with_named=True,
         )  # fmt: skip
         return m.completed(image, text)
 

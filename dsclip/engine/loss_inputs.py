@@ -33,7 +33,7 @@ class LossInputs:
         queue: FeatureQueue | None,
         step: int,
     ) -> tuple[Pairs, dict[str, Tensor]]:
-        """(the pairs of this rank, further views by name). features: of each micro-batch, detached."""
+        """(the pairs of this rank, features of further views and heads by name). features: of each micro-batch, detached."""
         parts = [m.split(each) for m, each in zip(micro_batches, features, strict=True)]
         names = [name for name in parts[0] if name != "hard_text" or self.settings.hard_negatives != "none"]
         found = {name: torch.cat([part[name] for part in parts]) for name in names}
@@ -50,7 +50,7 @@ class LossInputs:
         if queue is not None:
             extra |= queue.negatives(step)
         if self.settings.wire_dtype == "bf16":
-            found = {name: x.bfloat16() for name, x in found.items()}
+            found = micro_batches[0].columns.narrowed(found)
         if "hard_text" in found:
             extra["hard_text"] = found.pop("hard_text")
         bias = None if scalars.bias is None else scalars.bias.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from dsclip.config.objective_section import ObjectiveSection
 from dsclip.config.schema import Recipe
 from dsclip.data.batch import Batch
+from dsclip.engine.head_columns import HeadColumns
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads
 from dsclip.model import Captions, Clip, ClipConfig
@@ -26,6 +27,7 @@ class MicroBatch:
     their hard negatives, then those of each further view; hard_owner [m]: the row of the local batch that each hard
     negative belongs to; visible_patches: of each image, None without patch dropout; views: the further ones, in order.
     ids [v·b], tokens [b + m + w·b, L]: what images and captions are known by, in host memory.
+    columns: where named heads' features lie in what a tower gives.
     image_features [v·b, D], text_features [b + m + w·b, D]: where they are known already, and that tower has nothing to do.
     """
 
@@ -37,6 +39,7 @@ class MicroBatch:
     ids: Tensor
     tokens: Tensor
     views: tuple[str, ...] = ()
+    columns: HeadColumns = field(default_factory=HeadColumns)
     image_features: Tensor | None = None
     text_features: Tensor | None = None
 
@@ -52,8 +55,8 @@ class MicroBatch:
         return dict(zip(("text", "hard_text", *views), rows.split(sizes), strict=True))
 
     def split(self, features: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """The features of both towers by name."""
-        return self.split_images(features[0]) | self.split_texts(features[1])
+        """The features of both towers by name, and of their named heads."""
+        return self.columns.split(self.split_images(features[0]) | self.split_texts(features[1]))
 
     def knowing(self, features: tuple[Tensor, Tensor], model: Clip) -> MicroBatch:
         """The same with those of a locked tower, as they were computed: without a graph they are needed once."""
@@ -131,7 +134,8 @@ class MicroBatcher:
         ids = joined([rows.sample_ids, *(view_ids(rows.sample_ids, int(view[-1])) for view in image_views)])
         visible = self._visible_patches(ids, step)
         hard_owner = self.to_device(hard_owner)
-        return MicroBatch(images, captions, hard_owner, visible, len(rows), ids.cpu(), texts.cpu(), views)
+        columns = HeadColumns.of(self.recipe.objective, self.config.embed_dim)
+        return MicroBatch(images, captions, hard_owner, visible, len(rows), ids.cpu(), texts.cpu(), views, columns)
 
     def to_device(self, x: Tensor) -> Tensor:
         """x on the device, without waiting for the copy."""
@@ -161,12 +165,16 @@ def joined(parts: list[Tensor]) -> Tensor:
 def split_gradients(
     micro_batches: list[MicroBatch], grads: LossGrads, further: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The gradients of each micro-batch's features, in the order of its images and tokens. further: of further views."""
-    sizes = [m.samples for m in micro_batches]
-    images, texts = [grads.d_image.split(sizes)], [grads.d_text.split(sizes)]
+    """The gradients of each micro-batch's features, in the order of its images and tokens. further: of further views and heads."""
+    first, sizes = micro_batches[0], [m.samples for m in micro_batches]
+    found = {"image": grads.d_image, "text": grads.d_text, **further}
     if grads.d_hard_text is not None:
-        texts.append(grads.d_hard_text.split([len(m.hard_owner) for m in micro_batches]))
-    for view in micro_batches[0].views:
-        (images if view.startswith("image") else texts).append(further[view].split(sizes))
+        found["hard_text"] = grads.d_hard_text
+    whole = first.columns.joined(found)
+    images, texts = [whole["image"].split(sizes)], [whole["text"].split(sizes)]
+    if grads.d_hard_text is not None:
+        texts.append(whole["hard_text"].split([len(m.hard_owner) for m in micro_batches]))
+    for view in first.views:
+        (images if view.startswith("image") else texts).append(whole[view].split(sizes))
     image_parts, text_parts = ([joined(list(parts)) for parts in zip(*x, strict=True)] for x in (images, texts))
     return list(zip(image_parts, text_parts, strict=True))

@@ -31,6 +31,7 @@ class Encoder(Protocol):
         checkpointing: str = "none",
         visible_patches: Tensor | None = None,
         token_wise: bool = False,
+        with_named: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(image features, text features); shapes and meanings as in `Clip.forward`."""
 
@@ -89,7 +90,7 @@ class Clip(nn.Module):
     returns unit features ([n, D], [n, D]) in float32. Either input may be None, and so are its features then.
     chunk_size: samples that go through a layer together (None: all of them). checkpointing: what layers save for
     backward, see `ChunkedPass`. visible_patches [n, K]: those that patch dropout leaves. token_wise: features of all
-    tokens instead, [n, T, D] and [n, context, D].
+    tokens instead, [n, T, D] and [n, context, D]. with_named: what a tower's named heads give stands behind its features, see `add_heads`.
     """
 
     def __init__(self, config: ClipConfig):
@@ -119,9 +120,11 @@ class Clip(nn.Module):
         checkpointing: str = "none",
         visible_patches: Tensor | None = None,
         token_wise: bool = False,
+        with_named: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         image_features = text_features = None
-        self.visual.head.token_wise = self.text.head.token_wise = token_wise
+        for head in (self.visual.head, self.text.head):
+            head.token_wise, head.with_named = token_wise, with_named
         if images is not None:
             self._check_images(images)
             contexts = () if visible_patches is None else (_split(visible_patches, chunk_size),)

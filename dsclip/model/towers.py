@@ -98,9 +98,10 @@ class VisionHead(Layer):
 
     Attention's output is the embedding, without a projection. The average is that of normalised tokens (Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k"), added up in
     float32 or wider. With `token_wise`, every token is embedded: [B, T, D]. Registers are left out before anything else.
+    With `with_named`, what its named heads give stands behind the embeddings: [B, D + ΣK].
     """
 
-    token_wise = False
+    token_wise = with_named = False
 
     def __init__(self, config: ClipConfig):
         super().__init__()
@@ -115,15 +116,19 @@ class VisionHead(Layer):
             else partial(Linear, width, config.embed_dim, std=width**-0.5, bias=False)
         )
         self.projection: nn.Module = projection()
+        self.named: nn.Module | None = None
 
     @over_chunks
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens[:, self.registers :]
-        if self.token_wise or self.average or self.pool is not None:
-            return unit_rows(self.projection(self._pooled(self.ln_post(tokens))))
-        return unit_rows(self.projection(self.ln_post(tokens[:, 0])))
+        pooled = self._pooled(tokens[:, self.registers :])
+        embedded = unit_rows(self.projection(pooled))
+        return beside(embedded, self.named, pooled) if self.with_named else embedded
 
-    def _pooled(self, normalised: Tensor) -> Tensor:
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        if not (self.token_wise or self.average or self.pool is not None):
+            first: Tensor = self.ln_post(tokens[:, 0])
+            return first
+        normalised: Tensor = self.ln_post(tokens)
         if self.token_wise:
             return normalised
         if self.pool is not None:
@@ -153,9 +158,10 @@ class TextHead(Layer):
 
     With text_pool last the projection has a bias, as in SigLIP.
     With `token_wise`, every token is embedded and those behind the context's end are zero: [B, context, D].
+    With `with_named`, what its named heads give stands behind the embeddings: [B, D + ΣK].
     """
 
-    token_wise = False
+    token_wise = with_named = False
 
     def __init__(self, config: ClipConfig):
         super().__init__()
@@ -164,6 +170,7 @@ class TextHead(Layer):
         self.ln_final = nn.LayerNorm(width, eps=config.layer_norm_eps)
         biased = config.text_pool == "last"
         self.projection = Linear(width, config.embed_dim, std=width**-0.5, zero_bias=True, bias=biased)
+        self.named: nn.Module | None = None
 
     @over_chunks
     def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
@@ -171,7 +178,14 @@ class TextHead(Layer):
             embedded = unit_rows(self.projection(self.ln_final(tokens)))
             return F.pad(embedded, (0, 0, 0, self.context_length - tokens.shape[1]))
         last = tokens.gather(1, ends[:, None, None].expand(-1, 1, tokens.shape[-1])).squeeze(1)
-        return unit_rows(self.projection(self.ln_final(last)))
+        pooled = self.ln_final(last)
+        embedded = unit_rows(self.projection(pooled))
+        return beside(embedded, self.named, pooled) if self.with_named else embedded
+
+
+def beside(embedded: Tensor, named: nn.Module | None, pooled: Tensor) -> Tensor:
+    """Embeddings [B, D], and behind them what named heads give of what was pooled [B, W]; embeddings alone without such heads."""
+    return embedded if named is None else torch.cat([embedded, named(pooled)], dim=1)
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:

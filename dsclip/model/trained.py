@@ -1,4 +1,4 @@
-"""What of a model is trained: all of it, one tower (a lock), or adapters beside it and what is named."""
+"""What of a model is trained: all of it, one tower (a lock), or adapters beside it and what is named; and the objective's heads."""
 
 from __future__ import annotations
 
@@ -8,25 +8,33 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from dsclip.config.objective_section import PAIRS_ALONE, ObjectiveSection
 from dsclip.config.schema import ModelSection
 from dsclip.errors import UserError
 from dsclip.model.blocks import Linear
 from dsclip.model.clip import Clip, Tower
 from dsclip.model.config import ClipConfig
+from dsclip.model.heads import add_heads
 from dsclip.model.lock import lock_tower
 from dsclip.model.low_rank import LowRank
 
 WITHOUT_FORWARD = "pool.qkv"  # the attention pool cuts this layer's weight in two and multiplies itself
 
 
-def choose_trained(model: Clip, section: ModelSection) -> None:
-    """Freezes what the section says, and adds its adapters. Call it before the optimizer is built; under ZeRO-3 within `zero.Init`.
+def choose_trained(model: Clip, section: ModelSection, objective: ObjectiveSection = PAIRS_ALONE) -> None:
+    """Freezes what the section says, and adds its adapters and the objective's heads. Call it before the optimizer is built; under ZeRO-3 within
+    `zero.Init`.
 
-    Raises UserError for an expression that matches nothing, and where nothing would be locked.
+    Raises UserError for an expression that matches nothing, where nothing would be locked, and for a head that can't have its name.
     """
-    if not section.lora_rank:
+    if section.lora_rank:
+        _adapt(model, section)
+    else:
         lock_tower(model, section.lock, section.unlocked_layers)
-        return
+    add_heads(model, objective)
+
+
+def _adapt(model: Clip, section: ModelSection) -> None:
     whole = _found("model.lora_full", section.lora_full, [name for name, _ in model.named_parameters()])
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and WITHOUT_FORWARD not in name}
     adapted = _found("model.lora_targets", section.lora_targets, list(layers))
@@ -62,8 +70,8 @@ def _leading_frozen(tower: Tower) -> int:
 
 
 class TrainedPart(NamedTuple):
-    """Sizes of what is trained. of: numbers of the model, adapters included; parameters: numbers that have a gradient; beside: of these, the adapters', which the plain model
-    doesn't have; locked: so many of the first layers of the image and the text tower run without a graph; shares: of what is in the
+    """Sizes of what is trained. of: numbers of the model, adapters and heads included; parameters: numbers that have a gradient; beside: of these, the adapters' and heads', which the plain
+    model doesn't have; locked: so many of the first layers of the image and the text tower run without a graph; shares: of what is in the
     others, the part that is trained; matrices: of `parameters`, those in matrices of blocks."""
 
     of: int
@@ -77,12 +85,12 @@ class TrainedPart(NamedTuple):
         return f"{self.parameters:,} of {self.of:,} parameters are trained ({self.parameters / self.of:.2%})"
 
 
-def trained_part(config: ClipConfig, section: ModelSection) -> TrainedPart:
+def trained_part(config: ClipConfig, section: ModelSection, objective: ObjectiveSection = PAIRS_ALONE) -> TrainedPart:
     """The sizes for a model of this configuration, which is built without memory. Raises UserError as `choose_trained`."""
     with torch.device("meta"):
         model = Clip(config)
         own = model.parameter_count()
-        choose_trained(model, section)
+        choose_trained(model, section, objective)
     towers = (model.visual, model.text)
     return TrainedPart(
         model.parameter_count(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from dsclip.config.objective_section import ObjectiveSection, head_of
 from dsclip.config.schema import Recipe
 from dsclip.errors import UserError
 from dsclip.losses import (
@@ -21,6 +22,7 @@ from dsclip.losses import (
     find_loss,
     with_prefixes,
 )
+from dsclip.objectives.contrast import Contrast
 from dsclip.objectives.registry import make_term
 from dsclip.objectives.term import Features, Term, TermGrads
 
@@ -104,8 +106,21 @@ def build_objective(recipe: Recipe, width: int) -> Objective:
         WeightedTerm(title, tuple(t.between), t.weight, make_term(t, negatives, recipe.objective.plugin))
         for title, t in zip(recipe.objective.titles, recipe.objective.terms, strict=True)
     )
+    for each in terms:
+        _check_widths(each, recipe.objective, width)
     loss = with_prefixes(loss, settings, width)
     return Objective(loss, negatives, recipe.objective.pair_weight, terms)
+
+
+def _check_widths(each: WeightedTerm, objective: ObjectiveSection, width: int) -> None:
+    """What a contrast multiplies must be equally wide."""
+    of_heads: dict[str | None, int] = {head.name: head.width for head in objective.heads}
+    widths = [of_heads.get(head_of(name), width) for name in each.uses]
+    if isinstance(each.term, Contrast) and len(set(widths)) > 1:
+        found = " and ".join(f"{name} {x} wide" for name, x in zip(each.uses, widths, strict=True))
+        raise UserError(
+            f"objective.terms: `contrast` multiplies features of one width, and {found}; change a head's `width`"
+        )
 
 
 def _checked(term: WeightedTerm, grads: TermGrads, features: Features) -> TermGrads:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dsclip.config.schema import ModelSection, OptimSection
+from dsclip.config.objective_section import PAIRS_ALONE, ObjectiveSection
+from dsclip.config.schema import ModelSection, OptimSection, Recipe
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.trained import choose_trained, is_block_matrix
@@ -86,26 +87,28 @@ def layers_above(model: Clip, name: str) -> int:
     return depth + 1 if part == "embed" else depth - int(rest[0])
 
 
-def same_groups(config: ClipConfig, section: ModelSection, was: Mapping[str, Any], now: OptimSection) -> bool:
-    """Whether the optim section of an earlier run, as a manifest has it, divides what is trained as this one does."""
+def same_groups(config: ClipConfig, was: Mapping[str, Any], now: Recipe) -> bool:
+    """Whether the optim section of an earlier run, as a manifest has it, divides what is trained as this recipe does."""
     before = OptimSection(**{key: value for key, value in was.items() if key in GROUPING})
-    if all(getattr(before, key) == getattr(now, key) for key in GROUPING):
+    if all(getattr(before, key) == getattr(now.optim, key) for key in GROUPING):
         return True
-    model = _outline(config, section)
-    return list(grouped_names(model, before).values()) == list(grouped_names(model, now).values())
+    model = _outline(config, now.model, now.objective)
+    return list(grouped_names(model, before).values()) == list(grouped_names(model, now.optim).values())
 
 
-def check_rules(config: ClipConfig, section: ModelSection, optim: OptimSection) -> None:
+def check_rules(
+    config: ClipConfig, section: ModelSection, optim: OptimSection, objective: ObjectiveSection = PAIRS_ALONE
+) -> None:
     """Raises UserError as `grouped_names` and `choose_trained` do, before the model is built."""
-    if optim.rules or section.lora_rank or section.lock != "none":
-        grouped_names(_outline(config, section), optim)
+    if optim.rules or section.lora_rank or section.lock != "none" or objective.heads:
+        grouped_names(_outline(config, section, objective), optim)
 
 
-def _outline(config: ClipConfig, section: ModelSection) -> Clip:
+def _outline(config: ClipConfig, section: ModelSection, objective: ObjectiveSection) -> Clip:
     """The model as it is trained, without memory: its names, its shapes, and what is frozen."""
     with torch.device("meta"):
         model = Clip(config)
-        choose_trained(model, section)
+        choose_trained(model, section, objective)
     return model
 
 

@@ -27,7 +27,7 @@ def plan_recipe(
     """
     # Memory differs a little between ranks, and a plan must not.
     machine = group.broadcast_object(this_machine())
-    work = Workload.of(recipe, trained or trained_part(config, recipe.model))
+    work = Workload.of(recipe, trained or trained_part(config, recipe.model, recipe.objective))
     batch, found = plan_batch(config, recipe.batch, ds_config, group.world_size, machine, work)
     return replace(recipe, batch=batch), found
 

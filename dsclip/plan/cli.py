@@ -100,11 +100,13 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     own = recipe.model.overrides
     config = resolve_preset(recipe.model.preset, **own, **({} if a.config is None else _vocabulary(recipe)))
     machine, source = _machine(a, recipe.model.name)
-    trained = trained_part(config, recipe.model)
-    if net is not None and (trained.parameters < trained.of or recipe.objective.further_views):
+    trained = trained_part(config, recipe.model, recipe.objective)
+    if net is not None and (
+        trained.parameters < trained.of or recipe.objective.further_views or recipe.objective.heads
+    ):
         raise UserError(
             "the layer-by-layer simulation of --nodes, --gpus-per-node and --interconnect is of a step that trains all weights on images and captions: "
-            "leave out model.lock, model.lora_rank and terms over further views, or plan with --gpus alone, which counts them"
+            "leave out model.lock, model.lora_rank, heads and terms over further views, or plan with --gpus alone, which counts them"
         )
     work = Workload.of(recipe, trained, a.text_tokens)
     batch, found = plan_batch(config, recipe.batch, ds_config, a.gpus, machine, work)

@@ -90,8 +90,8 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
         recipe = replace(recipe, model=replace(recipe.model, **_of_the_weights(model, recipe)))
     build_objective(recipe, model.embed_dim)
     check_fp8_shapes(model)
-    check_rules(model, recipe.model, recipe.optim)
-    trained = trained_part(model, recipe.model)
+    check_rules(model, recipe.model, recipe.optim, recipe.objective)
+    trained = trained_part(model, recipe.model, recipe.objective)
     if resume and manifest:
         check_fits(manifest, resume, recipe=recipe, ds_config=ds_config, config=model, world_size=world_size)
     if recipe.train.export_hf:  # now, not after the training

@@ -118,8 +118,11 @@ def finish(inputs: RunInputs, engine: ContrastiveEngine, watch: Watch, outcome: 
         if inputs.recipe.train.export_hf:
             checkpoint = read_checkpoint(outcome.checkpoint)
             left_out = checkpoint.logit_bias is not None and hf_class(checkpoint.config) == "CLIPModel"
+            heads = f", without the heads {', '.join(checkpoint.heads)}, which are for training alone" * bool(
+                checkpoint.heads
+            )
             without = ", without the loss's bias, which CLIPModel has no place for" * left_out
-            watch.message(f"converting {outcome.checkpoint} to a HuggingFace folder{without}")
+            watch.message(f"converting {outcome.checkpoint} to a HuggingFace folder{without}{heads}")
             export_hf(
                 checkpoint,
                 inputs.run_dir / "hf",

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from dsclip.config.objective_section import ObjectiveSection, TermSection
+from dsclip.config.objective_section import HeadSection, ObjectiveSection, TermSection
 from dsclip.config.schema import BatchSection, LossSection, Recipe, TrainSection
 from dsclip.data import Batch
 from dsclip.distributed import Collectives
@@ -15,6 +15,7 @@ from dsclip.engine.whole_tensors import whole_gradients, whole_weights
 from dsclip.errors import UserError
 from dsclip.losses import Negatives
 from dsclip.model import Clip
+from dsclip.model.heads import add_heads
 from dsclip.model.patch_dropout import view_ids, visible_patches
 from tests import loss_reference, objective_reference
 from tests.distributed.exactness_worker import GLOBAL_BATCH, OPTIM, SEED, ds_config, local_part, relative
@@ -24,11 +25,14 @@ from tests.distributed.negatives_worker import SHALLOW, captions, whole_batch
 IMAGES = TermSection("contrast", ["image", "image_2"], 0.7, 0.1, "positive")
 TEXTS = TermSection("contrast", ["text", "text_2"])
 CROSSED = TermSection("contrast", ["text_2", "image"], 1.5)
-# name: (terms, weight of the pairs, options of the loss section, share of patches left out)
+PROJECTED = TermSection("contrast", ["image.projector", "image_2.projector"], 0.6, 0.2)
+WORDS = TermSection("contrast", ["text_2.words", "text"], 0.8)
+HEADS = [HeadSection("projector", "projector", "image", 10, 20), HeadSection("words", "projector", "text", 24)]
+# name: (terms, heads, weight of the pairs, options of the loss section, share of patches left out)
 OBJECTIVES = {
-    "images": ([IMAGES], 1.0, {}, 0.5),
-    "texts": ([TEXTS], 0.5, {"hard_negatives": "global"}, 0.0),
-    "all": ([IMAGES, TEXTS, CROSSED], 0.3, {"hard_negatives": "own"}, 0.5),
+    "images": ([IMAGES], [], 1.0, {}, 0.5),
+    "texts": ([TEXTS], [], 0.5, {"hard_negatives": "global"}, 0.0),
+    "all": ([IMAGES, TEXTS, CROSSED, PROJECTED, WORDS], HEADS, 0.3, {"hard_negatives": "own"}, 0.5),
 }
 
 
@@ -39,23 +43,30 @@ def batch_with_views() -> Batch:
 
 
 def reference(weights: dict, batch: Batch, name: str) -> dict:
-    terms, pair_weight, options, dropout = OBJECTIVES[name]
-    model = Clip(SHALLOW).double()
+    terms, heads, pair_weight, options, dropout = OBJECTIVES[name]
+    model = Clip(SHALLOW)
+    add_heads(model, ObjectiveSection(heads=heads))
+    model.double()
     model.load_state_dict(weights)
     log_scale = torch.nn.Parameter(torch.tensor(-math.log(LossSection().init_temperature)).double())
+
+    def features(view: str, rows: torch.Tensor) -> dict:
+        own = [h for h in heads if view.startswith(h.of)]
+        parts = rows.split([SHALLOW.embed_dim, *(h.width for h in own)], dim=1)
+        return dict(zip([view, *(f"{view}.{h.name}" for h in own)], parts, strict=True))
 
     def image(pixels: torch.Tensor, number: int) -> torch.Tensor:
         ids = view_ids(batch.sample_ids, number)
         visible = visible_patches(ids, SHALLOW.patches, dropout, seed=SEED, step=0) if dropout else None
-        return model(pixels, None, visible_patches=visible)[0]
+        return model(pixels, None, visible_patches=visible, with_named=True)[0]
 
-    text = lambda tokens: model(None, tokens)[1]  # noqa: E731
-    views = {"image": image(batch.images, 1), "image_2": image(batch.views["image_2"], 2)}
-    views |= {"text": text(batch.tokens), "text_2": text(batch.views["text_2"])}
+    text = lambda tokens: model(None, tokens, with_named=True)[1]  # noqa: E731
+    views = features("image", image(batch.images, 1)) | features("image_2", image(batch.views["image_2"], 2))
+    views |= features("text", text(batch.tokens)) | features("text_2", text(batch.views["text_2"]))
     hard = options.get("hard_negatives")
     pair = loss_reference.loss(
         "softmax", views["image"], views["text"], log_scale, None, Negatives(hard=hard or "global"), loss_reference.cosine,
-        None, text(batch.hard_tokens) if hard else None, batch.hard_owner if hard else None,
+        None, text(batch.hard_tokens)[:, : SHALLOW.embed_dim] if hard else None, batch.hard_owner if hard else None,
     )  # fmt: skip
     loss = pair_weight * pair + objective_reference.objective(views, log_scale, 0.0, terms, batch.keys)
     loss.backward()
@@ -64,11 +75,11 @@ def reference(weights: dict, batch: Batch, name: str) -> dict:
 
 
 def engine_of(name: str, micro_batches: int, stage: int, group: Collectives) -> ContrastiveEngine:
-    terms, pair_weight, options, dropout = OBJECTIVES[name]
+    terms, heads, pair_weight, options, dropout = OBJECTIVES[name]
     local = GLOBAL_BATCH // group.world_size
     recipe = Recipe(
         batch=BatchSection(GLOBAL_BATCH, -(-local // micro_batches), None if micro_batches == 1 else 2), optim=OPTIM,
-        loss=LossSection(**options), objective=ObjectiveSection(pair_weight, terms),
+        loss=LossSection(**options), objective=ObjectiveSection(pair_weight, terms, heads=heads),
         train=TrainSection(seed=SEED, steps=10),
     )  # fmt: skip
     config = replace(SHALLOW, patch_dropout=dropout)
@@ -94,7 +105,7 @@ def terms_of_a_step(group: Collectives) -> dict:
     """What a whole step reports, and what is said of a batch that lacks a view or has another's shape."""
     engine, batch = engine_of("all", 2, 3, group), local_part(batch_with_views(), group)
     metrics = engine.train_step(batch)
-    terms, pair_weight, *_ = OBJECTIVES["all"]
+    terms, _, pair_weight, *_ = OBJECTIVES["all"]
     total = pair_weight * metrics.terms["pair"] + sum(t.weight * metrics.terms[t.title] for t in terms)
     refused = []
     tokens = batch.views["text_2"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint
+from dsclip.config.objective_section import HeadSection, ObjectiveSection, TermSection
 from dsclip.config.schema import BatchSection, LossSection, ModelSection, OptimSection, Recipe, TrainSection
 from dsclip.distributed import Collectives
 from dsclip.engine.contrastive import ContrastiveEngine
@@ -18,19 +19,25 @@ from tests.distributed.launch import write_cases
 
 ADAMW = OptimSection(lr=1e-3, warmup_steps=0, schedule="constant", weight_decay=0.1, eps=1e-6, layer_decay=0.7)
 MUON = replace(ADAMW, name="muon", ema=0.6, rules=[{"match": "mlp", "lr_scale": 0.5}])
-# name: bf16, locked tower, optimizer, loss
+HEADS = ObjectiveSection(
+    terms=[TermSection("contrast", ["image.pixels", "text.words"])],
+    heads=[HeadSection("pixels", "projector", "image", 8), HeadSection("words", "projector", "text", 8, 20)],
+)
+# name: bf16, locked tower, optimizer, loss, objective
 CASES = {
-    "adamw-fp32": (False, "image", ADAMW, LossSection()),
-    "muon-fp32": (False, "none", MUON, LossSection()),
-    "adamw_bf16": (True, "text", replace(ADAMW, name="adamw_bf16"), QUEUE),
-    "adamw-bf16": (True, "none", ADAMW, QUEUE),
+    "adamw-fp32": (False, "image", ADAMW, LossSection(), ObjectiveSection()),
+    "muon-fp32": (False, "none", MUON, LossSection(), HEADS),
+    "adamw_bf16": (True, "text", replace(ADAMW, name="adamw_bf16"), LossSection(), HEADS),
+    "adamw-bf16": (True, "none", ADAMW, QUEUE, ObjectiveSection()),
 }
 
 
-def build(group: Collectives, stage: int, bf16: bool, lock: str, optim: OptimSection, loss: LossSection):
+def build(
+    group: Collectives, stage: int, bf16: bool, lock: str, optim: OptimSection, loss: LossSection, objective: ObjectiveSection
+):  # fmt: skip
     recipe = Recipe(
         model=ModelSection(lock=lock, unlocked_layers=1 if lock != "none" else 0), batch=BatchSection(GLOBAL_BATCH),
-        optim=optim, loss=loss, train=TrainSection(seed=SEED, steps=12, compile="off"),
+        optim=optim, loss=loss, objective=objective, train=TrainSection(seed=SEED, steps=12, compile="off"),
     )  # fmt: skip
     return ContrastiveEngine(recipe, ds_config(stage, bf16, group.world_size), CONFIG)
 

@@ -12,6 +12,7 @@ def test_objectives_with_further_views_are_exact(ranks, tmp_path):
     assert len(cases) == 8
     assert not [case for case in cases if any(value > 1e-5 for value in case["wrong"].values())]
     titles = ["pair", "contrast_image_image_2", "contrast_text_text_2", "contrast_text_2_image"]
+    titles += ["contrast_image.projector_image_2.projector", "contrast_text_2.words_text"]
     assert list(step["terms"]) == titles and step["loss"] == pytest.approx(step["total"], rel=1e-6)
     missing, other = step["refused"]
     assert "batch.views['image_2'], which is missing" in missing

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from dsclip.checkpoint import find_checkpoint, read_manifest
+from dsclip.checkpoint import find_checkpoint, read_checkpoint, read_manifest
 from dsclip.checkpoint.fits import check_fits
-from dsclip.config.schema import DataSection, Recipe
+from dsclip.config.schema import DataSection, ModelSection, Recipe
 from dsclip.errors import UserError
-from dsclip.model import ClipConfig
+from dsclip.model import Clip, ClipConfig
 from tests.distributed.exactness_worker import relative
 from tests.distributed.launch import WORKERS, run_ranks
-from tests.distributed.resharding_worker import CASES
+from tests.distributed.resharding_worker import CASES, HEADS
 
 CHAIN = ((2, 3), (1, 1), (4, 2), (2, 3), (2, 1))  # ranks, ZeRO stage; two steps each
 
@@ -55,12 +55,31 @@ def test_the_optimizer_goes_on_with_its_state(name, runs):
     assert relative(ours, expected) < 1e-4
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_a_checkpoint_is_read_without_its_heads(average, runs):
+    """By its weights alone, and by their average."""
+    folder = runs[2] / "chain" / "muon-fp32"
+    read, whole = read_checkpoint(folder, average=average), torch.load(folder / "whole.pt")
+    of_heads = {name for name in whole["weights"] if ".head.named." in name}
+    assert len(of_heads) == 8 and read.heads == ("pixels", "words")
+    assert set(read.state_dict) == set(Clip(read.config).state_dict()) == set(whole["weights"]) - of_heads
+    expected = whole["average" if average else "weights"]["text.head.projection.weight"]
+    assert torch.equal(read.state_dict["text.head.projection.weight"].flatten(), expected.flatten())
+
+
 def test_what_cannot_be_placed_anew_is_refused_in_one_line(runs):
     path = find_checkpoint(runs[2] / "plain" / "adamw-fp32")
     manifest = read_manifest(path)
     settings = dict(ds_config={"zero_optimization": {"stage": 3}}, config=ClipConfig(**manifest["model"]), world_size=4)
     with pytest.raises(UserError, match="a position in the data belongs to a number of ranks"):
         check_fits(manifest, path, recipe=Recipe(data=DataSection(order="stream")), **settings)
+    with pytest.raises(UserError, match=r'was trained with the heads \[\] and this run has \[\{"name": "pixels"'):
+        check_fits(
+            manifest,
+            path,
+            recipe=Recipe(model=ModelSection(lock="image", unlocked_layers=1), objective=HEADS),
+            **settings,
+        )
     manifest["files"] = {name: entry for name, entry in manifest["files"].items() if "layout" not in name}
     with pytest.raises(UserError, match="was written by 2 ranks with ZeRO-3 and this run has 4 ranks with ZeRO-3"):
         check_fits(manifest, path, recipe=Recipe(), **settings)
