@@ -24,7 +24,7 @@ class RunFailed(UserError):
 
 
 class RunDiverged(RunFailed):
-    """A run whose steps are skipped because their numbers are not finite: starting it again as it is would not mend it."""
+    """A run whose steps are skipped because their numbers are not finite, or whose loss keeps jumping: starting it again would not mend it."""
 
     exit_code = 3
 

@@ -17,7 +17,8 @@ import torch
 
 from dsclip.bench.measure import peak_mb, reset_peak, seconds_of
 from dsclip.bench.peers import PEERS
-from dsclip.config.schema import BatchSection, Checkpointing, OptimSection, Recipe, TrainSection
+from dsclip.config.schema import BatchSection, Checkpointing, OptimSection, Recipe
+from dsclip.config.train_section import TrainSection
 from dsclip.data import Batch
 from dsclip.distributed import Collectives
 from dsclip.engine.cpu_bf16 import speed_up_bf16

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypedDict
@@ -37,7 +37,8 @@ class Lineage:
     """run: a random id; start: the step at which the branch begins; steps: earlier checkpoints, the oldest first.
 
     parent: the other run's checkpoint that this run began from, if it did. abandoned: steps that a
-    rewind left, for checkpoints of earlier versions, which don't say their branch.
+    rewind left, for checkpoints of earlier versions, which don't say their branch. skipped: (first, last) numbers of the global
+    batches, counted from 1, that are never trained on: one pair for each time that the run went back for a spike.
     """
 
     run: str
@@ -46,6 +47,11 @@ class Lineage:
     parent: Parent | None = None
     steps: tuple[int, ...] = ()
     abandoned: tuple[int, ...] = ()
+    skipped: tuple[tuple[int, int], ...] = ()
+
+    def skips(self, batch: int) -> bool:
+        """Whether that global batch is one of those that are never trained on."""
+        return any(first <= batch <= last for first, last in self.skipped)
 
     def saved(self, step: int) -> Lineage:
         """The lineage with one more checkpoint."""
@@ -68,7 +74,9 @@ def read_lineage(run_dir: Path) -> Lineage | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         run, branch, start = str(content["run"]), int(content["branch"]), int(content["start"])
         abandoned = tuple(int(step) for step in content.get("abandoned", ()))
-        return Lineage(run, branch, start, content.get("parent"), abandoned=abandoned)
+        return Lineage(
+            run, branch, start, content.get("parent"), abandoned=abandoned, skipped=_pairs(content.get("skipped", ()))
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -86,11 +94,13 @@ def continued(
 ) -> Lineage:
     """The lineage of a run that starts in `run_dir`, from the checkpoint `resume` with this manifest, or afresh.
 
-    same_run: the checkpoint is this run's; later: steps of the run's later ones, which the new branch leaves.
+    same_run: the checkpoint is this run's; later: steps of the run's later ones, which the new branch leaves. Batches that either
+    the run or the checkpoint left out stay out.
     """
     if resume is None or manifest is None:
         return Lineage(uuid.uuid4().hex)
     origin = manifest.get("lineage") or {}
+    skipped = _pairs(origin.get("skipped", ()))
     earlier = origin.get("steps") or (step_of(c) for c in complete_checkpoints(run_dir / "checkpoints"))
     steps = (*sorted(s for s in earlier if s < manifest["step"]), manifest["step"])
     if not same_run:
@@ -98,13 +108,19 @@ def continued(
             "run": origin.get("run"), "step": manifest["step"], "path": str(resume.resolve()),
             "sha256": sha256(resume / MANIFEST),
         }  # fmt: skip
-        return Lineage(uuid.uuid4().hex, start=manifest["step"], parent=parent, steps=steps)
+        return Lineage(uuid.uuid4().hex, start=manifest["step"], parent=parent, steps=steps, skipped=skipped)
     present = read_lineage(run_dir)
     if present is None:
-        return Lineage(uuid.uuid4().hex, start=manifest["step"], steps=steps, abandoned=tuple(later))
+        return Lineage(uuid.uuid4().hex, start=manifest["step"], steps=steps, abandoned=tuple(later), skipped=skipped)
     if later:
         present = replace(present, branch=present.branch + 1, start=manifest["step"], abandoned=tuple(later))
-    return replace(present, steps=steps)
+    own = present.skipped
+    return replace(present, steps=steps, skipped=(*own, *(pair for pair in skipped if pair not in own)))
+
+
+def _pairs(listed: Iterable[Iterable[int]]) -> tuple[tuple[int, int], ...]:
+    """As JSON holds them, as they are compared."""
+    return tuple((int(first), int(last)) for first, last in listed)
 
 
 def step_of(folder: Path) -> int:
@@ -119,14 +135,14 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_leading(
-    run_dir: Path, check: Callable[[Path], Manifest], damaged: list[str] | None = None
+    run_dir: Path, check: Callable[[Path], Manifest], damaged: list[str] | None = None, before: int | None = None
 ) -> tuple[Path, Manifest] | None:
     """The newest complete checkpoint that leads to the run's present state, with what `check` returns for it.
 
-    damaged: takes what is wrong with newer ones that were passed over; without it the first that is damaged is an error. So
+    before: only of earlier steps than this; damaged: takes what is wrong with newer ones that were passed over; without it the first that is damaged is an error. So
     it is when none is left. Raises UserError.
     """
-    complete = complete_checkpoints(run_dir / "checkpoints")
+    complete = [c for c in complete_checkpoints(run_dir / "checkpoints") if before is None or step_of(c) < before]
     lineage = read_lineage(run_dir) if complete else None
     for folder in reversed(complete):
         try:

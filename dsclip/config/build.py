@@ -131,6 +131,16 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         recipe.data.classnames is None or recipe.data.templates is not None,
         "`data.classnames` are put into sentences; set `data.templates` too",
     )
+    back = next((key for key in ("on_spike", "on_nonfinite") if getattr(train, key) == "rollback"), None)
+    yield (
+        back is None or recipe.data.order == "exact",
+        f"`train.{back}: rollback` leaves out single batches, and with `data.order: {recipe.data.order}` these are no function of their number. "
+        "Use data.order=exact, or leave it out.",
+    )
+    yield (
+        back is None or train.keep_checkpoints > 1,
+        f"`train.{back}: rollback` goes back to a checkpoint before the trouble began, which may be the last but one; set `train.keep_checkpoints` to 2 or more",
+    )
     for key, listed in (("templates", recipe.data.templates), ("classnames", recipe.data.classnames)):
         yield listed != [], f"`data.{key}` is empty; name at least one, or leave it out"
     model = recipe.model

@@ -7,7 +7,6 @@ is its line in docs/reference.md.
 
 from __future__ import annotations
 
-import re
 from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
@@ -25,11 +24,11 @@ from dsclip.config.kinds import (
     Positive,
     PositiveFloat,
     PositiveShare,
-    Rule,
     ShareBelowOne,
     Weights,
 )
 from dsclip.config.objective_section import ObjectiveSection
+from dsclip.config.train_section import TrainSection
 
 MAX_BATCH = 1 << 24  # a hundred times the largest published; beyond it even the features of a step fill machines
 MAX_LAYERS = 1000  # beyond it a typing error; building such towers, even without memory, takes minutes
@@ -40,9 +39,6 @@ OF_WHAT_IS_TRAINED = ("lock", "unlocked_layers", "lora_rank", "lora_alpha", "lor
 Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
 Checkpointing = Literal["auto", "none", "selective", "full", "offload"]
 OptimizerName = Literal["adamw", "adamw_bf16", "stable_adamw", "lion", "lamb", "muon"]
-FolderName = Annotated[
-    str, Rule(lambda name: bool(re.fullmatch(r"\w[\w.+-]*", name)), "letters, digits and . _ - + only")
-]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -258,36 +254,6 @@ class OptimSection:
     def wsd_share(self) -> float:
         """Part of the run in which `wsd` decays."""
         return 0.2 if self.decay_share is None else self.decay_share
-
-
-@dataclass(frozen=True, config=STRICT)
-class TrainSection:
-    """The run: its length, its folder and how often it reports."""
-
-    name: FolderName = "run"
-    """Of the run: its folder's name."""
-    output: str = "runs"
-    """Folder of the runs' folders."""
-    steps: Positive = 10_000
-    """Optimizer steps of the whole run."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    """Of the weights, the data order, augmentation and patch dropout."""
-    log_every: Positive = 10
-    """Steps between lines of metrics.jsonl and TensorBoard scalars."""
-    save_every: Positive | None = None
-    """Steps between checkpoints; the last step always saves."""
-    save_minutes: PositiveFloat | None = 30.0
-    """Minutes between checkpoints, looked at when metrics are logged; null: by steps only."""
-    max_nonfinite_steps: Positive | None = 10
-    """Steps in a row skipped because a number wasn't finite, after which the run saves and fails; null: it goes on."""
-    hang_timeout: NotNegative = 15.0
-    """Minutes without progress after which ranks say where they are and the job ends; four times as many for its first step and for saving; 0: never."""
-    keep_checkpoints: Positive = 3
-    """The newest ones that stay."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the blocks and of the images' embedding; `auto`: on a GPU."""
-    export_hf: bool = True
-    """Convert the last checkpoint to a HuggingFace folder."""
 
 
 @dataclass(frozen=True, config=STRICT)

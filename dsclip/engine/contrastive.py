@@ -30,9 +30,10 @@ from dsclip.engine.loss_inputs import LossInputs
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
+from dsclip.engine.replicas import check_replicas, replicated_state
 from dsclip.engine.reshard import load_resharded, save_layout
 from dsclip.engine.state import EngineState, Sharding, saved_bytes
-from dsclip.engine.step_metrics import StepMetrics, step_numbers
+from dsclip.engine.step_metrics import StepMetrics, pulse_numbers, step_numbers
 from dsclip.errors import UserError
 from dsclip.losses import Pairs
 from dsclip.losses.feature_statistics import feature_statistics
@@ -77,6 +78,7 @@ class ContrastiveEngine:
         self.step = 0
         self.forward_s = 0.0  # of the last step: the host's time before its first collective
         self._measured: StepMetrics | None = None
+        self._pulse = recipe.train.on_spike != "none"
         self._micro_batcher = MicroBatcher(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss
         self.objective = build_objective(recipe, config.embed_dim)
@@ -134,6 +136,8 @@ class ContrastiveEngine:
         """
         self.scalars.before_step(self.step)
         grads, pairs, further = self._accumulate(batch)
+        if (every := self.recipe.train.replica_check_every) and (self.step + 1) % every == 0:
+            self.check_replicas(batch)
         lr = learning_rate(self.step, self.recipe.train.steps, self.recipe.optim)
         set_learning_rate(self.deepspeed.optimizer, lr)
         self.deepspeed.step()
@@ -152,7 +156,15 @@ class ContrastiveEngine:
             if applied:  # the numbers of a skipped step are no step's but its own
                 self._measured = metrics
             return metrics
-        return replace(self._measured, step=self.step, lr=lr)
+        pulse = HostCopy(pulse_numbers(grads.loss, self.deepspeed.get_global_grad_norm())) if self._pulse else None
+        return replace(self._measured, step=self.step, lr=lr, pulse=pulse)
+
+    def check_replicas(self, batch: Batch) -> None:
+        """Raises RunFailed when ranks differ in what must be equal on all; to be called before the optimizer's step. Collective."""
+        tensors = replicated_state(self.module, self.scalars, self.queue, self._momentum)
+        data = {name: (batch.state or {}).get(name) for name in ("batches", "order")}
+        words = {"seed": self.recipe.train.seed, "queue": self.queue and self.queue.state(), **data}
+        check_replicas(tensors, words, self.group, self.step + 1)
 
     def accumulate(self, batch: Batch) -> ObjectiveGrads:
         """Features, loss and backward of the towers; the gradients then wait in DeepSpeed for its step.
@@ -238,7 +250,8 @@ class ContrastiveEngine:
         if not self.objective.loss.token_wise:
             numbers |= vars(feature_statistics(pairs.image, pairs.text))
         queued = 0 if self.queue is None else self.queue.filled
-        return StepMetrics(self.step, lr, reason is not None, reason, queued, HostCopy(numbers))
+        copy = HostCopy(numbers)
+        return StepMetrics(self.step, lr, reason is not None, reason, queued, copy, pulse=copy)
 
     @torch.no_grad()
     def encode_image(self, images: Tensor, chunk_size: int | None = None) -> Tensor:
@@ -290,7 +303,11 @@ class ContrastiveEngine:
         return Sharding(self.group.world_size, self.ds_config["zero_optimization"]["stage"])
 
     def load(self, folder: Path, state: EngineState, written_by: Sharding) -> None:
-        """Restores what `save` wrote, bit for bit where the sharding is the same. Collective; `folder` must have been verified."""
+        """Restores what `save` wrote, bit for bit where the sharding is the same. Collective; `folder` must have been verified.
+
+        Also in an engine that has trained on from there, which then goes on as a fresh one does.
+        """
+        self._measured = None
         same = written_by == self.sharding
         if same:
             path, _ = self.deepspeed.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)

@@ -44,6 +44,10 @@ class FeatureQueue:
             self._tensors["text_valid"] = torch.zeros(self.size, shape_text[0], dtype=torch.bool, device=device)
         self.filled = self._next = 0
 
+    def replicated(self) -> dict[str, Tensor]:
+        """All of it by name; the same on every rank."""
+        return {f"queue.{name}": x for name, x in self._tensors.items()}
+
     @property
     def bytes(self) -> int:
         """As `save` writes them."""
@@ -97,6 +101,7 @@ class FeatureQueue:
 
     def load(self, folder: Path, state: QueueState | None) -> None:
         """Restores what `save` wrote. A token-wise queue of an earlier version, without `text_valid`, fills anew."""
+        self.filled = self._next = 0
         if state is None:
             return  # the run had no queue before: it fills anew
         tensors = load_file(str(folder / FILE), device=str(self._tensors["image"].device))

@@ -82,6 +82,11 @@ class LossScalars:
         with torch.no_grad():
             self.log_scale.fill_(value).clamp_(0, self._max_log)
 
+    def replicated(self) -> dict[str, Tensor]:
+        """All of it by name, the moments too; the same on every rank."""
+        moments = {f"{n}.{k}": v for n, p in self.named().items() for k, v in self._adamw.state.get(p, {}).items()}
+        return self.named() | moments
+
     def state(self) -> dict[str, dict[str, float]]:
         """A few numbers by scalar, which JSON keeps exactly (float32 fits into a double)."""
         states = {}
@@ -99,6 +104,7 @@ class LossScalars:
                 self._start = state.pop("start", self._start)
             with torch.no_grad():
                 parameter.fill_(state.pop("value"))
+            self._adamw.state.pop(parameter, None)
             if state:
                 self._adamw.state[parameter] = {k: _like(parameter, k, v) for k, v in state.items()}
 

@@ -48,6 +48,11 @@ class MomentumEncoder:
         image, text = self._model(*args, **kwargs)
         return image, text
 
+    def replicated(self) -> dict[str, Tensor]:
+        """The average by name where every rank holds it whole: under ZeRO-1 and 2."""
+        named = zip(self._model.named_parameters(), self._average, strict=True)
+        return {f"average of {name}": x for (name, p), x in named if not hasattr(p, "ds_tensor")}
+
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the weights after an optimizer step."""

@@ -25,6 +25,7 @@ class StepMetrics:
 
     skipped: something was not finite, on whichever rank, and nothing of the step was applied on any; skip_reason: what.
     queue_length: pairs in the queue. numbers: what the device computed; the first property that is looked at waits for it.
+    pulse: loss and gradient norm of this very step, also where the other numbers are an earlier one's.
     """
 
     step: int
@@ -33,6 +34,7 @@ class StepMetrics:
     skip_reason: str | None
     queue_length: int
     numbers: HostCopy
+    pulse: HostCopy | None = None
 
     @property
     def loss(self) -> float:
@@ -104,17 +106,21 @@ def step_numbers(
     hard = torch.full((), hard_negatives, device=device)
     counts = torch.stack([grads.correct_image, grads.correct_text, grads.masked.to(device), hard])
     correct_image, correct_text, masked, hard = group.all_reduce_sum(counts)
-    if not isinstance(norm, Tensor) or norm.device != device:
-        norm = torch.full((), math.nan if norm is None else float(norm), dtype=torch.float64, device=device)
     numbers = {
-        "loss": grads.loss,
+        **pulse_numbers(grads.loss, norm),
         "accuracy_image_to_text": correct_image / total,
         "accuracy_text_to_image": correct_text / total,
         "masked_negatives": masked,
         "hard_negatives": hard,
         "log_scale": scalars.log_scale,
-        "grad_norm": norm,
     }
     if scalars.bias is not None:
         numbers["bias"] = scalars.bias
     return numbers | {TERM + name: value for name, value in grads.values.items()}
+
+
+def pulse_numbers(loss: Tensor, norm: float | Tensor | None) -> dict[str, Tensor]:
+    """Loss and gradient norm, the same on all ranks, on the loss's device. norm: as DeepSpeed has it, on any device."""
+    if not isinstance(norm, Tensor) or norm.device != loss.device:
+        norm = torch.full((), math.nan if norm is None else float(norm), dtype=torch.float64, device=loss.device)
+    return {"loss": loss, "grad_norm": norm}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsclip.checkpoint import CheckpointStore, NoRoom
 from dsclip.config import Recipe
-from dsclip.data.loader import Loader
+from dsclip.data.batch import Batch
 from dsclip.distributed import Collectives
 from dsclip.errors import RunStopped
 from dsclip.train.evaluation import Evaluation
+from dsclip.train.guard import Guard
 from dsclip.train.guarded_evaluation import evaluate
 from dsclip.train.prefetch import on_device
 from dsclip.train.records import EvaluationError, Results
@@ -38,14 +40,16 @@ class Outcome:
 def train(
     recipe: Recipe,
     engine: ContrastiveEngine,
-    loader: Loader,
+    batches: Iterator[Batch],
     evaluation: Evaluation,
     store: CheckpointStore,
     watch: Watch,
+    guard: Guard,
     data_state: dict[str, Any] | None = None,
 ) -> Outcome:
     """Steps until `train.steps`; every rank runs this in step with the others. Raises RunStopped after a signal, saved.
 
+    batches: as they come, those that the run leaves out among them no more; guard: raises RollBack where the run goes back.
     data_state: the position in the data of the checkpoint that the run continues.
     """
     settings = recipe.train
@@ -53,7 +57,7 @@ def train(
     errors: list[EvaluationError] = []
     metrics: StepMetrics | None = None
     clock = SaveClock(settings.save_minutes, settings.log_every, engine.group)
-    batches = on_device(iter(loader), engine.device)
+    batches = on_device(batches, engine.device)
     checkpoint: Path | None = None
     heart = watch.heart
     first_step = engine.step
@@ -64,7 +68,7 @@ def train(
         heart.beat("saving", longer=True)
         clock.restart()
         counted, started = watch.counted(), time.monotonic()
-        folder = store.save(engine, data_state, asdict(recipe), counted)
+        folder = store.save(engine, data_state, asdict(recipe), {**counted, "guard": guard.state()})
         watch.saved(engine.step, folder, time.monotonic() - started)
         return folder
 
@@ -92,13 +96,19 @@ def train(
             metrics = engine.train_step(batch, measure=watch.logs(engine.step + 1))
             data_state = batch.state
             watch.step(metrics, batch, waited, time.monotonic() - started, engine.forward_s)
+            guard.step(metrics, batch)
 
             last, stop = engine.step == settings.steps, signals.agreed()
             ends = last or stop is not None or watch.fails()
+            due = _due(engine.step, settings.save_every) or clock.due(engine.step)
+            if stop is None and (
+                ends or due
+            ):  # nothing of a spike is saved; who was asked to stop has no time to go back
+                guard.judge()
             # Saved before it is evaluated: an evaluation that fails must not cost the run.
             if ends:
                 checkpoint = save()
-            elif _due(engine.step, settings.save_every) or clock.due(engine.step):
+            elif due:
                 checkpoint = save_on_the_way()
             if watch.fails():
                 watch.check_applied()

@@ -25,10 +25,13 @@ Sections = dict[str, dict[str, Any]]  # of a recipe, as a manifest holds it
 
 
 class Resumed:
-    """The manifest of the checkpoint that a run continues, None for one that starts afresh, and what the recipe changes against it."""
+    """The manifest of the checkpoint that a run continues, None for one that starts afresh, and what the recipe changes against it.
 
-    def __init__(self, manifest: Manifest | None, recipe: Recipe):
-        self.manifest, self._recipe = manifest, recipe
+    in_place: the run went back to it, in the same processes.
+    """
+
+    def __init__(self, manifest: Manifest | None, recipe: Recipe, *, in_place: bool = False):
+        self.manifest, self._recipe, self.in_place = manifest, recipe, in_place
         self.changes = changed_keys(manifest["recipe"], recipe) if manifest else {}
 
     @property
@@ -48,6 +51,11 @@ class Resumed:
     def counters(self) -> dict[str, Any] | None:
         """What earlier launches counted."""
         return self.manifest.get("counters") if self.manifest else None
+
+    @property
+    def guard(self) -> dict[str, Any] | None:
+        """What the guard of that run remembered; an earlier version had none."""
+        return (self.counters or {}).get("guard")
 
     @property
     def record(self) -> Resume | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,8 +17,10 @@ from dsclip.convert.init import load_init_once
 from dsclip.distributed import Collectives, check_one_job, launched_ranks
 from dsclip.errors import RunFailed, RunStopped
 from dsclip.plan import plan_recipe
+from dsclip.plan.estimate import Estimate
 from dsclip.train.data_warnings import data_warnings
 from dsclip.train.dry_run import describe_estimate, describe_run
+from dsclip.train.guard import Guard, RollBack, without_skipped
 from dsclip.train.inputs import RunInputs, make_loader, read_inputs
 from dsclip.train.loop import Outcome, train
 from dsclip.train.records import Summary, Totals
@@ -63,9 +66,34 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
 
     engine = build_engine(inputs)
     inputs = replace(inputs, ds_config=engine.ds_config)
+    went_back: RollBack | None = None
+    while True:
+        try:
+            watch, outcome = train_on(folder, inputs, engine, estimate, went_back)
+        except RollBack as back:
+            went_back = back.with_traceback(None)  # whose frames hold the loader
+        else:
+            break
+        gc.collect()  # the loader's workers and its memory
+        folder.go_back(went_back.before, went_back.batches)
+        if engine.group.rank == 0:
+            went_back.write(inputs.run_dir)
+        inputs = replace(inputs, resume=folder.resume, init=None)
+    watch.check_applied()
+    finish(inputs, engine, watch, outcome, estimate.peak_mb)
+
+
+def train_on(
+    folder: RunFolder, inputs: RunInputs, engine: ContrastiveEngine, estimate: Estimate, went_back: RollBack | None
+) -> tuple[Watch, Outcome]:
+    """From the checkpoint that the folder continues, or from the start. Raises RollBack when the run goes back. Collective.
+
+    went_back: why it did before, None in a launch's first call: what was loaded before then goes on in the same engine.
+    """
+    recipe, manifest = inputs.recipe, folder.manifest
     if inputs.resume and manifest:
         load_verified(engine, inputs.resume, manifest, world_size=engine.group.world_size)
-    resumed = Resumed(manifest, recipe)
+    resumed = Resumed(manifest, recipe, in_place=went_back is not None)
     loader = make_loader(inputs, engine.group, resumed.data_state)
 
     folder.claim(recipe, inputs.ds_config)
@@ -73,23 +101,32 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
         inputs.run_dir, recipe.train.keep_checkpoints, inputs.tokenizer, folder.lineage, folder.lock
     )
     watch = Watch(inputs, engine, resumed)
-    warnings = data_warnings(recipe, loader.set_samples, loader.damaged)
-    frozen = [str(inputs.trained)] if inputs.trained.parameters < inputs.trained.of else []
-    continued = resumed.describe(inputs.resume, engine.sharding)
-    for line in (*folder.messages, *frozen, *continued, describe_estimate(estimate), *warnings):
+    if went_back is not None:
+        watch.went_back(engine.step, went_back.why, went_back.batches, len(folder.lineage.skipped))
+    of_a_launch = [
+        *([str(inputs.trained)] if inputs.trained.parameters < inputs.trained.of else []),
+        *resumed.describe(inputs.resume, engine.sharding),
+        describe_estimate(estimate),
+        *data_warnings(recipe, loader.set_samples, loader.damaged),
+    ]
+    for line in (*folder.messages, *(of_a_launch if went_back is None else [])):
         watch.message(line)
 
+    guard = Guard(recipe.train, engine.group, folder, watch, resumed.guard)
+    batches = without_skipped(iter(loader), folder.lineage)
     data_state = resumed.data_state_of(engine.group.rank, engine.group.world_size)
     try:
-        outcome = train(recipe, engine, loader, inputs.evaluation, store, watch, data_state)
+        outcome = train(recipe, engine, batches, inputs.evaluation, store, watch, guard, data_state)
     except RunStopped:
         watch.close()
         engine.close()
         raise
+    except RollBack:
+        watch.close()
+        raise
     finally:
         watch.flush()
-    watch.check_applied()
-    finish(inputs, engine, watch, outcome, estimate.peak_mb)
+    return watch, outcome
 
 
 def build_engine(inputs: RunInputs) -> ContrastiveEngine:

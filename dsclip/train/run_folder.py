@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,6 +110,7 @@ class RunFolder:
         self._run_dir, self._group = run_dir, group
         self.lock: RunLock | None = None
         self.messages: list[str] = []
+        self._skip: tuple[int, int] | None = None
         self.lineage = Lineage(run_dir.name)
 
         def lock() -> tuple[Path | None, Manifest | None]:
@@ -124,6 +126,32 @@ class RunFolder:
 
         self.resume, self.manifest = self._on_rank_0(lock)
 
+    def step_before(self, step: int) -> int | None:
+        """The step of the newest checkpoint of this run from before `step`; None where there is none."""
+
+        def find() -> int | None:
+            found = newest_leading(self._run_dir, read_manifest, before=step)
+            return None if found is None else step_of(found[0])
+
+        return self._on_rank_0(find)
+
+    def go_back(self, before: int, skipped: tuple[int, int]) -> None:
+        """From now on the run continues its newest whole checkpoint from before a step, and leaves out some batches for good.
+
+        To be claimed then, which writes it down. skipped: the first and the last of these batches.
+        """
+        damaged: list[str] = []
+
+        def find() -> tuple[Path, Manifest]:
+            found = newest_leading(self._run_dir, verify, damaged, before)
+            if found is None:
+                raise UserError(f"{self._run_dir} has no checkpoint from before step {before} any more")
+            return found
+
+        self.resume, self.manifest = self._on_rank_0(find)
+        self.messages = [f"{problem} The run goes back to {self.resume}." for problem in damaged]
+        self._skip = skipped
+
     def claim(self, recipe: Recipe, ds_config: dict[str, Any]) -> None:
         """Writes down how the run is configured; moves checkpoints later than the resumed one into the archive."""
 
@@ -133,6 +161,8 @@ class RunFolder:
             later = [c for c in complete_checkpoints(self._run_dir / "checkpoints") if step_of(c) > step]
             steps = [step_of(c) for c in later]
             lineage = continued(self._run_dir, self.resume, self.manifest, same_run=same_run, later=steps)
+            if self._skip is not None:
+                lineage = replace(lineage, skipped=(*lineage.skipped, self._skip))
             write_lineage(self._run_dir, lineage)  # first: from here on the later ones are none of this run's
             if later:
                 self.messages.append(_archive(self._run_dir, later, step))
@@ -140,7 +170,7 @@ class RunFolder:
             (self._run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
             return lineage
 
-        self.lineage = self._on_rank_0(claim)
+        self.lineage, self._skip = self._on_rank_0(claim), None
 
     def release(self) -> None:
         """Gives the folder free; not collective, so that it also serves a rank that fails."""

@@ -28,6 +28,7 @@ from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.progress import Progress
 from dsclip.train.records import Counts, Results, Totals
 from dsclip.train.resume import Resumed
+from dsclip.train.spike_rule import Spike
 from dsclip.train.stragglers import OwnTime, Stragglers
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from dsclip.engine.step_metrics import StepMetrics
     from dsclip.train.inputs import RunInputs
 
+SKIPPED = "skipped_batches.jsonl"  # in the run's folder
 SKIPPED_AT_THE_END = 10  # steps; a run that ends with as many skipped in a row has diverged
 
 
@@ -66,7 +68,7 @@ class Watch:
         self._stragglers = Stragglers()
         self.heart = Heart(self._settings.hang_timeout)
         self._counters = Counters(self._group, resumed.counters, resumed.record)
-        self._start_step = engine.step
+        self._start_step, self._in_place = engine.step, resumed.in_place
         self._journal: list[dict[str, str]] = []
         self._journal_path = inputs.run_dir / "data_journal.jsonl"
         self._skipped_in_a_row = 0
@@ -99,7 +101,7 @@ class Watch:
         window.decoding_s += report.seconds
         self._seconds += seconds
         self._steps += 1
-        if self._steps == 1:
+        if self._steps == 1 and not self._in_place:
             self._start_seconds = time.time() - psutil.Process().create_time()
         if metrics.skipped and not self._skipped_in_a_row:
             self.message(f"step {metrics.step}: skipped, not finite: {metrics.skip_reason}")
@@ -217,6 +219,22 @@ class Watch:
         self.flush()
         self._log.log(step, {"save_seconds": round(seconds, 3)})
         self.message(f"step {step}: saved {folder}")
+
+    def spike(self, spike: Spike) -> None:
+        """A loss that jumped, to the log and above the progress line."""
+        self.message(f"step {spike.last}: {spike}")
+        self._log.log(
+            spike.last,
+            {"spike_from": spike.first, "spike_loss": spike.loss, "spike_usual": spike.usual, "spike_deviations": spike.deviations},
+        )  # fmt: skip
+
+    def went_back(self, step: int, why: str, skipped: tuple[int, int], count: int) -> None:
+        """The run goes on from this step, without some batches, for the `count`-th time."""
+        self._log.log(step, {"rollbacks": count, "skipped_from": skipped[0], "skipped_to": skipped[1]}, rollback=why)
+        self.message(
+            f"{why}: went back to step {step}, and on without batches {skipped[0]} to {skipped[1]}, whose sample ids are in "
+            f"{self._journal_path.with_name(SKIPPED)} (time {count} of at most {self._settings.max_rollbacks})"
+        )
 
     def picture(self, tag: str, image: NDArray[np.uint8], step: int) -> None:
         """A uint8 picture [H, W, 3] for TensorBoard's image tab."""

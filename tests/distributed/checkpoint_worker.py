@@ -56,6 +56,8 @@ def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives, loss: 
     second = build(stage, **options)
     manifest = load_checkpoint(second, find_checkpoint(folder), world_size=group.world_size)
     seen += losses(second, group, 6)
+    load_checkpoint(second, find_checkpoint(folder), world_size=group.world_size)  # in place, as a run that goes back
+    again = losses(second, group, 6)
     result = {
         "kind": "resume",
         "stage": stage,
@@ -63,6 +65,7 @@ def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives, loss: 
         "queue": loss.queue_size,
         "expected": expected,
         "seen": seen,
+        "again": again,
         "data": manifest["data"],
     }
     if group.rank == 0:

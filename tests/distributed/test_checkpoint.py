@@ -35,6 +35,7 @@ def test_resumed_losses_are_bit_identical(results):
     for result in results:
         assert len(result["expected"]) == 6
         assert result["seen"] == result["expected"], f"ZeRO-{result['stage']}, bf16 {result['bf16']}"
+        assert result["again"] == result["expected"][3:], "loaded into an engine that has trained on"
 
 
 def test_the_queue_and_its_momentum_encoder_change_the_loss_once_they_are_used(results):

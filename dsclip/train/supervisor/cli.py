@@ -12,7 +12,7 @@ from types import FrameType
 
 from dsclip.command_line import Parser
 from dsclip.config import load_recipe
-from dsclip.config.schema import TrainSection
+from dsclip.config.train_section import TrainSection
 from dsclip.distributed import STOP_SIGNALS
 from dsclip.errors import RunStopped, UserError
 from dsclip.train.cli import parse_arguments

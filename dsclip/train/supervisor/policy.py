@@ -42,7 +42,10 @@ class Policy:
                 None, "the input is wrong, and starting again would not mend it: its lines above say what to change"
             )
         if code == RunDiverged.exit_code:
-            return Decision(None, "its numbers are no longer finite, and starting again would not mend it")
+            return Decision(
+                None,
+                "it diverged, by numbers that are no longer finite or a loss that keeps jumping, and starting again would not mend it",
+            )
         if code == RunStopped.exit_code:
             return Decision(FIRST_DELAY_S, "it was stopped by a signal, and saved")
         self._in_a_row = self._in_a_row + 1 if step == self._step else 1

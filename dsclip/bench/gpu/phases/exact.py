@@ -12,7 +12,8 @@ from torch import Tensor
 from dsclip.bench.gpu.row import Facts, Row, Settings
 from dsclip.bench.step import make_batch
 from dsclip.config import load_ds_config
-from dsclip.config.schema import BatchSection, Checkpointing, OptimSection, Recipe, TrainSection
+from dsclip.config.schema import BatchSection, Checkpointing, OptimSection, Recipe
+from dsclip.config.train_section import TrainSection
 from dsclip.data import Batch
 from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.engine.whole_tensors import whole_gradients, whole_weights

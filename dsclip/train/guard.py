@@ -1,0 +1,144 @@
+"""What a run does about a loss that jumped, and about steps in a row that are not finite: it says so, ends, or goes back.
+
+Going back means the last checkpoint from before the trouble, and on from there without the batches that led to it, as was done by
+hand for PaLM (Chowdhery et al. 2022, section 5.1). All ranks decide alike: loss and gradient norm are the same on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsclip.checkpoint import Lineage
+from dsclip.config.train_section import TrainSection
+from dsclip.data.batch import Batch
+from dsclip.distributed import Collectives
+from dsclip.engine.host_copy import HostCopy
+from dsclip.errors import RunDiverged
+from dsclip.train.run_folder import RunFolder
+from dsclip.train.spike_rule import LEAD, WITHIN, SpikeRule
+from dsclip.train.watch import SKIPPED, Watch
+
+if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
+    from dsclip.engine.step_metrics import StepMetrics
+
+
+@dataclass(eq=False)
+class RollBack(Exception):
+    """The run goes back to before step `before`, and never trains on batches first … last. Raised on all ranks alike.
+
+    samples: {batch: ids of its samples}, None for batches of an earlier launch.
+    """
+
+    why: str
+    before: int
+    batches: tuple[int, int]
+    samples: dict[int, list[int] | None]
+
+    def write(self, run_dir: Path) -> None:
+        """A line for each batch that is left out, into the run's folder."""
+        with (run_dir / SKIPPED).open("a", encoding="utf-8") as file:
+            for batch, ids in self.samples.items():
+                file.write(json.dumps({"batch": batch, "why": self.why, "sample_ids": ids}) + "\n")
+
+
+class Guard:
+    """Judges each step when the next one is queued, so that nothing waits for a device, and before a checkpoint."""
+
+    def __init__(
+        self, settings: TrainSection, group: Collectives, folder: RunFolder, watch: Watch, state: Mapping[str, Any] | None
+    ):  # fmt: skip
+        """state: what `state` said when the checkpoint that the run continues was written."""
+        self._settings, self._group, self._folder, self._watch = settings, group, folder, watch
+        state = state or {}
+        self._rule = SpikeRule(settings.spike_window, settings.spike_threshold, state.get("rule"))
+        # (step, its batch) as far back as trouble may begin before it is certain.
+        kept = LEAD + max(WITHIN, settings.max_nonfinite_steps or 0) + 2
+        self._recent: deque[tuple[int, int]] = deque(map(tuple, state.get("recent", ())), maxlen=kept)
+        self._samples: dict[int, Tensor] = {}
+        self._unjudged: tuple[int, HostCopy] | None = None
+        if unjudged := state.get("unjudged"):
+            step, loss, norm = unjudged
+            numbers = {"loss": loss, "grad_norm": norm}
+            self._unjudged = step, HostCopy({name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()})
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON holds it."""
+        waiting = self._unjudged
+        unjudged = None if waiting is None else [waiting[0], *(waiting[1][n].item() for n in ("loss", "grad_norm"))]
+        return {"rule": self._rule.state(), "recent": list(self._recent), "unjudged": unjudged}
+
+    def step(self, metrics: StepMetrics, batch: Batch) -> None:
+        """After each step. Raises RollBack, and RunDiverged when the run went back as often as it may."""
+        self.judge()
+        number = metrics.step if batch.state is None else batch.state["batches"]
+        self._recent.append((metrics.step, number))
+        self._samples[number] = batch.sample_ids
+        kept = {n for _, n in self._recent}
+        self._samples = {n: ids for n, ids in self._samples.items() if n in kept}
+        if self._settings.on_spike != "none" and metrics.pulse is not None and not metrics.skipped:
+            self._unjudged = metrics.step, metrics.pulse
+        if self._settings.on_nonfinite == "rollback" and self._watch.fails():
+            limit = self._settings.max_nonfinite_steps or 0
+            why = f"steps {metrics.step - limit + 1} to {metrics.step} were not finite ({metrics.skip_reason})"
+            if len(self._folder.lineage.skipped) < self._settings.max_rollbacks:  # otherwise the run saves and ends
+                self._go_back(why, metrics.step - limit + 1, metrics.step)
+
+    def judge(self) -> None:
+        """Judges the last step, if that is still to be done. Raises as `step`."""
+        if self._unjudged is None:
+            return
+        (step, numbers), self._unjudged = self._unjudged, None
+        spike = self._rule.judge(step, numbers["loss"].item(), numbers["grad_norm"].item())
+        if spike is None:
+            return
+        self._watch.spike(spike)
+        if self._settings.on_spike == "rollback":
+            if len(self._folder.lineage.skipped) >= self._settings.max_rollbacks:
+                raise RunDiverged(
+                    f"{spike}, and the run has gone back {self._settings.max_rollbacks} times already (train.max_rollbacks). Nothing is saved of "
+                    "these steps. Lower optim.lr or optim.beta2, or use optim.name=stable_adamw, raise train.max_rollbacks, and go on with "
+                    "--resume auto, or from an earlier checkpoint with --resume PATH"
+                )
+            self._go_back(str(spike), spike.first, spike.last)
+
+    def _go_back(self, why: str, first: int, last: int) -> None:
+        before = max(1, first - LEAD)
+        if self._folder.step_before(before) is None:
+            self._watch.message(
+                f"step {last}: {why}; no checkpoint from before step {before} is there to go back to, so the run goes on. "
+                "Lower train.save_every to have one, or raise train.keep_checkpoints"
+            )
+            return
+        numbers = [number for step, number in self._recent if before <= step <= last]
+        of_ranks = self._group.all_gather_object({n: ids.tolist() for n, ids in self._samples.items()})
+        samples = {n: _together([ids.get(n) for ids in of_ranks]) for n in range(numbers[0], numbers[-1] + 1)}
+        raise RollBack(why, before, (numbers[0], numbers[-1]), samples)
+
+
+def _together(of_ranks: list[list[int] | None]) -> list[int] | None:
+    known = [ids for ids in of_ranks if ids is not None]
+    return [sample for ids in known for sample in ids] if known else None
+
+
+def without_skipped(batches: Iterator[Batch], lineage: Lineage) -> Iterator[Batch]:
+    """The batches but those that the run leaves out, which are read and dropped: what follows is where it would be without that.
+
+    What their shards were journaled for goes with the next one.
+    """
+    journal: list[dict[str, str]] = []
+    for batch in batches:
+        if batch.state is not None and lineage.skips(batch.state["batches"]):
+            journal += batch.report.journal
+            continue
+        if journal:
+            batch = replace(batch, report=replace(batch.report, journal=[*journal, *batch.report.journal]))
+            journal = []
+        yield batch
