@@ -42,7 +42,7 @@ class TrainSection:
 and on without the batches that led to it."""
     spike_threshold: PositiveFloat = 8.0
     """Robust standard deviations above the median of the last steps from which on a loss, or a gradient norm, deviates."""
-    spike_window: Annotated[int, Field(ge=20, le=10_000)] = 100
+    spike_window: Annotated[int, Field(ge=10, le=10_000)] = 100
     """The last steps that are compared with; none is judged before there are so many."""
     max_rollbacks: Positive = 5
     """How often a run may go back, over all its launches; the next time it ends."""

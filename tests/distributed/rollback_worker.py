@@ -20,7 +20,7 @@ from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.errors import RunFailed
 from tests.distributed.runs_worker import Runs
 
-ON = ["train.spike_window=20", "train.save_every=5", "train.keep_checkpoints=4", "optim.lr=1e-5"]
+ON = ["train.spike_window=10", "train.save_every=5", "train.keep_checkpoints=4", "optim.lr=1e-5"]
 BACK = [*ON, "train.on_spike=rollback"]
 
 
@@ -47,22 +47,21 @@ def planted(*, bad: tuple[int, ...] = (), nan: tuple[int, ...] = (), dies_at: in
 
 
 def first(runs: Runs, folder: Path, group: Collectives) -> None:
-    runs.start("plain", "plain", "train.steps=46", *ON, "train.save_every=null")
-    with planted(bad=(29, 30)):
-        runs.start("back", "back", "train.steps=36", *BACK)
-    with planted(bad=(22, 23)):
-        runs.start("nothing saved", "nothing", "train.steps=25", *BACK, "train.save_every=null")
-    with planted(bad=(29, 30), dies_at=23):
-        runs.start("killed", "killed", "train.steps=36", *BACK)
+    with planted(bad=(19, 20)):
+        runs.start("back", "back", "train.steps=26", *BACK)
+    with planted(bad=(12, 13)):
+        runs.start("nothing saved", "nothing", "train.steps=15", *BACK, "train.save_every=null")
+    with planted(bad=(19, 20), dies_at=13):
+        runs.start("killed", "killed", "train.steps=26", *BACK)
     if group.rank == 0:
         shutil.copytree(folder / "runs" / "killed", folder / "runs" / "elsewhere")
     group.barrier()
-    runs.start("killed again", "killed", "train.steps=36", *BACK, "--resume", "auto")
-    with planted(bad=(49, 50)):
-        runs.start("once", "back", "train.steps=44", *BACK, "train.max_rollbacks=1", "--resume", "auto")
-    with planted(nan=(24, 25)):
+    runs.start("killed again", "killed", "train.steps=26", *BACK, "--resume", "auto")
+    with planted(bad=(39, 40)):
+        runs.start("once", "back", "train.steps=32", *BACK, "train.max_rollbacks=1", "--resume", "auto")
+    with planted(nan=(14, 15)):
         options = ["train.max_nonfinite_steps=2", "train.on_nonfinite=rollback"]
-        runs.start("not finite", "not_finite", "train.steps=28", *ON, *options)
+        runs.start("not finite", "not_finite", "train.steps=18", *ON, *options)
 
 
 def main(out: str, folder: str, which: str) -> None:
@@ -72,7 +71,7 @@ def main(out: str, folder: str, which: str) -> None:
     if which == "first":
         first(runs, Path(folder), group)
     else:
-        runs.start("elsewhere", "elsewhere", "train.steps=36", *BACK, "--resume", "auto")
+        runs.start("elsewhere", "elsewhere", "train.steps=26", *BACK, "--resume", "auto")
     if group.rank == 0:
         Path(out).write_text(json.dumps(runs.results))
     shutdown_distributed()
