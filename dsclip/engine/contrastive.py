@@ -78,7 +78,6 @@ class ContrastiveEngine:
         self.step = 0
         self.forward_s = 0.0  # of the last step: the host's time before its first collective
         self._measured: StepMetrics | None = None
-        self._pulse = recipe.train.on_spike != "none"
         self._micro_batcher = MicroBatcher(recipe, config, self.device, self.group.rank, self.group.world_size)
         settings = recipe.loss
         self.objective = build_objective(recipe, config.embed_dim)
@@ -136,7 +135,7 @@ class ContrastiveEngine:
         """
         self.scalars.before_step(self.step)
         grads, pairs, further = self._accumulate(batch)
-        if (every := self.recipe.train.replica_check_every) and (self.step + 1) % every == 0:
+        if (every := self.recipe.train.replica_check_every) and not (self.step + 1) % every:
             self.check_replicas(batch)
         lr = learning_rate(self.step, self.recipe.train.steps, self.recipe.optim)
         set_learning_rate(self.deepspeed.optimizer, lr)
@@ -156,14 +155,14 @@ class ContrastiveEngine:
             if applied:  # the numbers of a skipped step are no step's but its own
                 self._measured = metrics
             return metrics
-        pulse = HostCopy(pulse_numbers(grads.loss, self.deepspeed.get_global_grad_norm())) if self._pulse else None
+        pulse = HostCopy(pulse_numbers(grads.loss, self.deepspeed.get_global_grad_norm()))
         return replace(self._measured, step=self.step, lr=lr, pulse=pulse)
 
     def check_replicas(self, batch: Batch) -> None:
         """Raises RunFailed when ranks differ in what must be equal on all; to be called before the optimizer's step. Collective."""
+        words = {"seed": self.recipe.train.seed, "queue": self.queue and self.queue.state()}
+        words |= {name: (batch.state or {}).get(name) for name in ("batches", "order")}
         tensors = replicated_state(self.module, self.scalars, self.queue, self._momentum)
-        data = {name: (batch.state or {}).get(name) for name in ("batches", "order")}
-        words = {"seed": self.recipe.train.seed, "queue": self.queue and self.queue.state(), **data}
         check_replicas(tensors, words, self.group, self.step + 1)
 
     def accumulate(self, batch: Batch) -> ObjectiveGrads:
@@ -303,9 +302,9 @@ class ContrastiveEngine:
         return Sharding(self.group.world_size, self.ds_config["zero_optimization"]["stage"])
 
     def load(self, folder: Path, state: EngineState, written_by: Sharding) -> None:
-        """Restores what `save` wrote, bit for bit where the sharding is the same. Collective; `folder` must have been verified.
+        """Restores what `save` wrote, bit for bit where the sharding is the same, also in an engine that has trained on since.
 
-        Also in an engine that has trained on from there, which then goes on as a fresh one does.
+        Collective; `folder` must have been verified.
         """
         self._measured = None
         same = written_by == self.sharding
