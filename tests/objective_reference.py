@@ -14,12 +14,38 @@ def info_nce(one, other, scale, keys=None, duplicates="negative"):
     return -sum((target * x.masked_fill(~same, 0)).sum(1).mean() for x in (rows, columns)) / 2
 
 
-def objective(views, log_scale, pair_weight, terms, keys=None):
-    """w·InfoNCE(image, text) + Σ w_k·InfoNCE(between), at the term's temperature or the shared one."""
+@torch.no_grad()
+def sinkhorn(scores, epsilon, iterations):
+    """The codes [N, K] of SwAV, as the pseudo-code of Caron et al. 2020, appendix A, has them."""
+    q = (scores / epsilon).exp().T
+    q /= q.sum()
+    for _ in range(iterations):
+        q /= q.sum(1, keepdim=True) * len(q)
+        q /= q.sum(0, keepdim=True) * q.shape[1]
+    return (q / q.sum(0, keepdim=True)).T
+
+
+def swav(one, other, temperature=0.1, epsilon=0.05, iterations=3):
+    """Of Caron et al. 2020, eq. 1 and 2, halved: the mean of both directions, as their code has it."""
+    swapped = lambda x, q: -(q * (x / temperature).log_softmax(1)).sum(1).mean()  # noqa: E731
+    q_one, q_other = (sinkhorn(x, epsilon, iterations) for x in (one, other))
+    return (swapped(one, q_other) + swapped(other, q_one)) / 2
+
+
+def term_value(term, features, log_scale, keys, classes):
+    """One term of the objective."""
+    if term.name == "swav":
+        settings = {k: getattr(term, k) for k in ("temperature", "epsilon", "iterations")}
+        return swav(*features, **{k: x for k, x in settings.items() if x is not None})
+    if term.name == "cross_entropy":
+        return torch.nn.functional.cross_entropy(*features, classes, label_smoothing=term.label_smoothing or 0.0)
+    scale = log_scale.exp() if term.temperature is None else 1 / term.temperature
+    return info_nce(*features, scale, keys, term.duplicates or "negative")
+
+
+def objective(views, log_scale, pair_weight, terms, keys=None, classes=None):
+    """w·InfoNCE(image, text) + Σ w_k·term_k, each at its own temperature or the shared one."""
     total = pair_weight * info_nce(views["image"], views["text"], log_scale.exp())
     for term in terms:
-        scale = log_scale.exp() if term.temperature is None else 1 / term.temperature
-        total = total + term.weight * info_nce(
-            *(views[n] for n in term.between), scale, keys, term.duplicates or "negative"
-        )
+        total = total + term.weight * term_value(term, [views[n] for n in term.between], log_scale, keys, classes)
     return total

@@ -30,9 +30,36 @@ def shards(tmp_path_factory):
     return str(folder / "shards")
 
 
-def loader(data, tokenizer):
-    options = dict(image_size=32, context_length=24, global_batch_size=12, seed=3)
+def loader(data, tokenizer, **further):
+    options = further | dict(image_size=32, context_length=24, global_batch_size=12, seed=3)
     return iter(build_loader(data, tokenizer=tokenizer, **options))
+
+
+def test_a_batch_has_the_classes_that_a_classifier_asks_for(shards, tokenizer):
+    """As many as it has: the second class is beyond a classifier of one, and a batch without classifiers has none."""
+    section = with_class_prompts(
+        DataSection(train_shards=shards, workers=2, templates=["{}"], max_bad_fraction=1), LOCAL
+    )
+    names = section.classnames
+    for classes in (2, 1):
+        batch = next(loader(section, tokenizer, classes=classes))
+        assert [names[label] for label in batch.classes.tolist()] == batch.report.captions
+        assert batch.rows(3, 5).classes.tolist() == batch.classes[3:5].tolist()
+        assert set(batch.report.bad) == ({"class beyond those of the classifier"} if classes == 1 else set())
+    assert next(loader(section, tokenizer)).classes is None
+
+
+def test_a_classifier_of_other_classes_than_the_data_has_is_refused(shards):
+    keys = {"config": "core_tuning", "ds_config": "ds_configs/zero1_bf16.json", "resume": "none"}
+    overrides = [
+        f"data.train_shards={shards}",
+        "model.init=null",
+        "model.preset=demo",
+        "data.tokenizer=demo",
+        "eval.zeroshot_shards=null",
+    ]
+    with pytest.raises(UserError, match="a classifier has 10 classes, and the data 2; set its `width` to that"):
+        read_inputs(Namespace(**keys, overrides=overrides))
 
 
 def test_each_image_has_one_of_its_class_s_sentences_and_equal_classes_are_duplicates(shards, tokenizer):

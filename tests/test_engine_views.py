@@ -5,11 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsclip.config.objective_section import ObjectiveSection, TermSection
+from dsclip.config.objective_section import HeadSection, ObjectiveSection, TermSection
 from dsclip.config.schema import BatchSection, LossSection, Recipe
 from dsclip.distributed import Collectives
 from dsclip.engine.finite import skip_reason
+from dsclip.engine.loss_inputs import LossInputs
+from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import MicroBatcher
+from dsclip.errors import UserError
 from dsclip.losses import Pairs
 from dsclip.objectives import build_objective
 from tests.distributed.exactness_worker import GLOBAL_BATCH
@@ -47,3 +50,24 @@ def test_a_skipped_step_names_features_for_any_view_that_is_not_finite(name, rea
     if name == "loss":
         grads = replace(grads, loss=grads.loss + torch.nan)
     assert skip_reason(views.values(), grads, group) == f"{reason} on 1 of 1 ranks"
+
+
+@pytest.mark.parametrize(
+    "classes, message",
+    [
+        (None, "the objective of the recipe needs batch.classes, which is missing"),
+        ([0, 1] * 5 + [0, 2], "batch.classes has 0 to 2; the classifier's are 0 to 1"),
+        ([0, 1] * 5 + [0, -1], "batch.classes has -1 to 1"),
+    ],
+)  # fmt: skip
+def test_classes_that_a_classifier_can_not_have_are_refused(classes, message):
+    head = HeadSection("classes", "classifier", "image", 2)
+    term = TermSection("cross_entropy", ["image.classes"])
+    recipe = Recipe(batch=BatchSection(GLOBAL_BATCH), objective=ObjectiveSection(1.0, [term], heads=[head]))
+    batcher = MicroBatcher(recipe, SHALLOW, torch.device("cpu"), 0, 1)
+    batch = replace(whole_batch(), classes=None if classes is None else torch.tensor(classes))
+    features = [(torch.zeros(GLOBAL_BATCH, SHALLOW.embed_dim + 2), torch.zeros(GLOBAL_BATCH, SHALLOW.embed_dim))]
+    scalars = LossScalars(recipe.loss, recipe.optim, 1, torch.device("cpu"), has_bias=False)
+    inputs = LossInputs(recipe.loss, batcher, SHALLOW.context_length, False)
+    with pytest.raises(UserError, match=message):
+        inputs(batcher.split(batch, 0), features, batch, scalars, None, 0)

@@ -12,21 +12,24 @@ from dsclip.config.schema import LossSection, ModelSection, Recipe
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Pairs
 from dsclip.objectives import TermGrads, build_objective
+from dsclip.objectives.swav import codes
 from tests import objective_reference as reference
 from tests.test_losses import CLOSE, unit
 from tests.thread_ranks import ThreadRanks
 
 VIEWS = ("image", "text", "image_2", "text_2", "image_3")
 WIDTH = 6
+CLUSTERS, CLASSES = HeadSection("clusters", "prototypes", "image", 5), HeadSection("classes", "classifier", "image", 4)
 
 
-def run(recipe, views, log_scale, *, ranks=1, keys=None, in_ring=False):
+def run(recipe, views, log_scale, *, ranks=1, keys=None, classes=None, in_ring=False):
     objective, n = build_objective(recipe, WIDTH), len(views["image"]) // ranks
 
     def one_rank(group):
-        mine = {name: x[group.rank * n : (group.rank + 1) * n] for name, x in views.items()}
-        local_keys = None if keys is None else keys[group.rank * n : (group.rank + 1) * n]
-        pairs = Pairs(mine.pop("image"), mine.pop("text"), log_scale, keys=local_keys)
+        rows = slice(group.rank * n, (group.rank + 1) * n)
+        mine = {name: x[rows] for name, x in views.items()}
+        extra = {name: x[rows] for name, x in (("keys", keys), ("classes", classes)) if x is not None}
+        pairs = Pairs(mine.pop("image"), mine.pop("text"), log_scale, **extra)
         return objective(pairs, mine, group=group)
 
     return ThreadRanks(ranks, in_ring).run(one_rank)
@@ -41,35 +44,70 @@ def gradient(results, name):
     return joined((lambda r: getattr(r, f"d_{name}")) if name in ("image", "text") else (lambda r: r.d_views[name]))
 
 
-TERMS = st.lists(
-    st.builds(
-        TermSection, st.just("contrast"), st.permutations(VIEWS).map(lambda x: list(x[:2])), st.floats(0.1, 3),
-        st.none() | st.floats(0.05, 1), st.sampled_from([None, "negative", "positive", "mask"]),
-    ),
-    min_size=1, max_size=4, unique_by=lambda t: t.title,
+CONTRASTS = st.builds(
+    TermSection, st.just("contrast"), st.permutations(VIEWS).map(lambda x: list(x[:2])), st.floats(0.1, 3),
+    st.none() | st.floats(0.05, 1), st.sampled_from([None, "negative", "positive", "mask"]),
 )  # fmt: skip
+SWAVS = st.builds(
+    TermSection, st.just("swav"), st.permutations(["image.clusters", "image_2.clusters"]), st.floats(0.1, 3),
+    st.none() | st.floats(0.05, 1), epsilon=st.none() | st.floats(0.02, 1), iterations=st.none() | st.integers(1, 9),
+)  # fmt: skip
+OF_CLASSES = st.builds(
+    TermSection, st.just("cross_entropy"), st.sampled_from([["image.classes"], ["image_3.classes"]]), st.floats(0.1, 3),
+    label_smoothing=st.none() | st.floats(0, 0.9),
+)  # fmt: skip
+TERMS = st.lists(CONTRASTS | SWAVS | OF_CLASSES, min_size=1, max_size=4, unique_by=lambda t: t.title)
+
+
+def scores(n, seed):
+    """What heads give of the views, by name: cosines and logits."""
+    cosines, logits = torch.randn(4, n, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).split(2)
+    found = zip(("image.clusters", "image_2.clusters"), cosines.tanh(), strict=True)
+    return dict(found) | dict(zip(("image.classes", "image_3.classes"), 3 * logits[..., :4], strict=True))
 
 
 @settings(max_examples=60, deadline=None)
 @given(TERMS, st.floats(0, 2), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.integers(0, 99))
-def test_any_sum_of_contrasts_equals_float64_autograd(terms, pair_weight, ranks, local, in_ring, seed):
-    views, log_scale = features(ranks * local, seed=seed), torch.tensor(1.7, dtype=torch.float64)
+def test_any_sum_of_terms_equals_float64_autograd(terms, pair_weight, ranks, local, in_ring, seed):
+    views = features(ranks * local, seed=seed) | scores(ranks * local, seed)
+    log_scale = torch.tensor(1.7, dtype=torch.float64)
     recipe = Recipe(
-        objective=ObjectiveSection(pair_weight, terms), loss=LossSection(gather="ring" if in_ring else "all")
+        objective=ObjectiveSection(pair_weight, terms, heads=[CLUSTERS, CLASSES]),
+        loss=LossSection(gather="ring" if in_ring else "all"),
     )
-    used = {name: x for name, x in views.items() if name in ("image", "text", *recipe.objective.further_views)}
-    keys = torch.randint(0, 3, (ranks * local,), generator=torch.Generator().manual_seed(seed))
-    results = run(recipe, used, log_scale, ranks=ranks, in_ring=in_ring, keys=keys)
+    of_heads = {name for term in terms for name in term.between}
+    used = {
+        name: x for name, x in views.items() if name in {"image", "text", *recipe.objective.further_views, *of_heads}
+    }
+    keys, classes = torch.randint(0, 3, (2, ranks * local), generator=torch.Generator().manual_seed(seed))
+    results = run(recipe, used, log_scale, ranks=ranks, in_ring=in_ring, keys=keys, classes=classes)
     leaves = {name: x.clone().requires_grad_() for name, x in used.items()}
     scale = log_scale.clone().requires_grad_()
-    value = reference.objective(leaves, scale, pair_weight, terms, keys)
+    value = reference.objective(leaves, scale, pair_weight, terms, keys, classes)
     value.backward()
     for name, leaf in leaves.items():
-        torch.testing.assert_close(gradient(results, name), leaf.grad, **CLOSE)
+        expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        torch.testing.assert_close(gradient(results, name), expected, **CLOSE)
     for result in results:
         torch.testing.assert_close(result.loss, value.detach(), **CLOSE)
         torch.testing.assert_close(result.d_log_scale, scale.grad, **CLOSE)
         assert list(result.values) == ["pair", *(t.title for t in terms)]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_codes_have_the_marginals_of_the_global_batch(ranks):
+    x = scores(12, 3)["image.clusters"]
+
+    def found(iterations):
+        each = ThreadRanks(ranks).run(lambda g: codes(x[g.rank * 12 // ranks :][: 12 // ranks], 0.2, iterations, g))
+        return torch.cat(each)
+
+    converged = found(400)
+    torch.testing.assert_close(converged.sum(0), torch.full((5,), 12 / 5, dtype=torch.float64), rtol=1e-10, atol=0)
+    for q in (found(3), converged):
+        torch.testing.assert_close(q.sum(1), torch.ones(12, dtype=torch.float64), rtol=1e-12, atol=0)
+        scaled = (q.log() - x / 0.2)[:, :, None] - (q.log() - x / 0.2)[:, None]  # Diag(u)·exp(x/ε)·Diag(v): eq. 5
+        torch.testing.assert_close(scaled, scaled[:1].expand_as(scaled), rtol=0, atol=1e-10)
 
 
 def test_without_terms_the_objective_is_the_loss_bit_for_bit():
@@ -155,6 +193,15 @@ def test_what_can_not_be_a_terms_gradients_is_refused(monkeypatch, returned, mes
 def test_settings_that_no_term_can_obey_are_refused(monkeypatch):
     with pytest.raises(UserError, match="`contrst` is not registered. Did you mean `contrast`"):
         build_objective(with_term(name="contrst", between=["image", "text"]), WIDTH)
+    for name, between, message in (
+        ("swav", ["image.clusters"], "give two views of one head's prototypes"),
+        ("swav", ["image.clusters", "image_2.others"], "give two views of one head's prototypes"),
+        ("cross_entropy", ["image.classes", "image_2.classes"], "give one feature of a classifier"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_objective(with_term(name=name, between=between), WIDTH)
+    with pytest.raises(UserError, match="the batch has none"):
+        run(with_term(name="cross_entropy", between=["image.classes"]), features(3) | scores(3, 0), torch.tensor(1.0))
     with pytest.raises(UserError, match="give two features"):
         build_objective(with_term(name="contrast", between=["image", "text", "text_2"]), WIDTH)
     monkeypatch.setitem(
@@ -188,7 +235,7 @@ GOOD = {"name": "contrast", "between": ["image", "image_2"]}
 @pytest.mark.parametrize(
     "terms, message",
     [
-        ([3], r"`objective.terms\[0\]` is 3; it must be \{name, between, weight, temperature, duplicates\}"),
+        ([3], r"`objective.terms\[0\]` is 3; it must be \{name, between, weight, temperature, duplicates, epsilon, iterations, label_smoothing\}"),
         ([{"name": "contrast"}], r"`objective.terms\[0\].between` is missing; it must be list\[str\]"),
         ([GOOD, GOOD | {"between": ["image", "img"]}], r"`objective.terms\[1\].between` is .*; give different ones of image"),
         ([GOOD | {"between": ["image", "image"]}], "give different ones"),
@@ -196,6 +243,8 @@ GOOD = {"name": "contrast", "between": ["image", "image_2"]}
         ([GOOD | {"weight": 0}], r"`objective.terms\[0\].weight` is 0; it must be greater than 0"),
         ([GOOD | {"temperature": -0.1}], r"`objective.terms\[0\].temperature` is -0.1; it must be 0.001 or more"),
         ([GOOD | {"wieght": 1}], r"unknown key `objective.terms\[0\].wieght`. Did you mean `weight`\?"),
+        ([GOOD | {"epsilon": 0.1}], "gives contrast `epsilon`; it has temperature, duplicates"),
+        ([{"name": "swav", "between": ["image", "image_2"]}], "swav of image, which no head makes; it takes those of a head of `kind: prototypes`"),
         ([GOOD, GOOD | {"weight": 0.5}], "has contrast_image_image_2 twice"),
     ],
 )  # fmt: skip

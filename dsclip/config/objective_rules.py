@@ -9,6 +9,7 @@ from dsclip.config.objective_section import (
     TOWERS,
     VIEW_KEYS,
     ObjectiveSection,
+    TermSection,
     ViewSection,
     head_of,
     tower_of,
@@ -17,7 +18,17 @@ from dsclip.config.schema import Recipe
 
 Holds = Iterator[tuple[bool, str]]
 # Whose features a term of dsclip's takes: those of heads of these kinds, and with None of a view itself; other terms take any.
-KINDS: dict[str, tuple[str | None, ...]] = {"contrast": (None, "projector")}
+KINDS: dict[str, tuple[str | None, ...]] = {
+    "contrast": (None, "projector"),
+    "swav": ("prototypes",),
+    "cross_entropy": ("classifier",),
+}
+# The keys that each of dsclip's terms has, of those that not all have.
+KEYS = {
+    "contrast": ("temperature", "duplicates"),
+    "swav": ("temperature", "epsilon", "iterations"),
+    "cross_entropy": ("label_smoothing",),
+}
 
 
 def objective_rules(recipe: Recipe) -> Holds:
@@ -67,7 +78,13 @@ def _heads(objective: ObjectiveSection) -> Holds:
             head.hidden is None or head.kind == "projector",
             f"`objective.heads`: {head.name} has `hidden: {head.hidden}`, which belongs to a projector; put it `of` one, or leave `hidden` out",
         )
+    widths = {head.width for head in objective.heads if head.kind == "classifier"}
+    yield (
+        len(widths) < 2,
+        f"`objective.heads` has classifiers of {' and '.join(map(str, sorted(widths)))} classes, and a sample has one class; give one `width`",
+    )
     for term in objective.terms:
+        yield from _term(term)
         for feature in term.between:
             yield from _feature(objective, term.name, feature)
     used = {head_of(feature) for term in objective.terms for feature in term.between}
@@ -77,6 +94,18 @@ def _heads(objective: ObjectiveSection) -> Holds:
         unused is None,
         f"`objective.heads` has {unused}, which no term takes features from: name it in a `between`, or leave it out",
     )
+
+
+def _term(term: TermSection) -> Holds:
+    known = KEYS.get(term.name)
+    if known is None:
+        return
+    wrong = [
+        key
+        for key in sorted({key for keys in KEYS.values() for key in keys})
+        if getattr(term, key) is not None and key not in known
+    ]
+    yield not wrong, f"`objective.terms` gives {term.name} `{', '.join(wrong)}`; it has {', '.join(known)}"
 
 
 def _feature(objective: ObjectiveSection, term: str, feature: str) -> Holds:

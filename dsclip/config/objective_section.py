@@ -58,16 +58,22 @@ class TermSection:
     """One term of the objective."""
 
     name: Annotated[str, Strict()]
-    """`contrast` (InfoNCE between two features), or one of your own."""
+    """`contrast` (InfoNCE between two features), `swav` (swapped prediction of prototypes), `cross_entropy` (of a classifier), or one of your own."""
     between: Between
     """The features that it compares: `image`, `text`, or further views of the same samples, such as `image_2` and `text_2`; those of a head \
 with its name behind the view's: `image_2.projector`."""
     weight: Annotated[PositiveFloat, Strict()] = 1.0
     """What its value and gradients are multiplied by in the sum."""
     temperature: Annotated[float | None, Strict(), Field(ge=1e-3)] = None
-    """Its own, which stays as it is; null: that of the loss section, to whose gradient it then adds."""
+    """Its own, which stays as it is; null: of `contrast` that of the loss section, to whose gradient it then adds, and of `swav` 0.1."""
     duplicates: Literal["negative", "positive", "mask"] | None = None
     """What samples with equal keys are to each other in it: `positive` with `data.group_key` a class is supervised contrastive learning; null: as in the loss section."""
+    epsilon: Annotated[float | None, Strict(), Field(ge=1e-3)] = None
+    """Of `swav`: how even the codes of a sample are, against how well they fit; null: 0.05."""
+    iterations: Annotated[int | None, Strict(), Field(gt=0, le=1000)] = None
+    """Of `swav`: of Sinkhorn-Knopp, by which all prototypes get equal shares of the global batch; null: 3."""
+    label_smoothing: Annotated[float | None, Strict(), Field(ge=0, lt=1)] = None
+    """Of `cross_entropy`: share of the target spread over all classes; null: 0."""
 
     @property
     def title(self) -> str:
@@ -148,6 +154,11 @@ class ObjectiveSection:
     def needs_keys(self) -> bool:
         """Whether a term tells samples with equal keys apart, whatever the loss section does."""
         return any(term.duplicates not in (None, "negative") for term in self.terms)
+
+    @property
+    def classes(self) -> int:
+        """Of the classifiers; 0 without any."""
+        return max((head.width for head in self.heads if head.kind == "classifier"), default=0)
 
     @property
     def view_settings(self) -> tuple[ViewSection, ...]:

@@ -62,6 +62,8 @@ class Batch:
     """int64 [n], the same for a sample in every epoch: patch dropout depends on it."""
     keys: Tensor | None = None
     """int64 [n], equal for duplicates; for losses that treat these apart."""
+    classes: Tensor | None = None
+    """int64 [n], the number of each sample's class; for terms on a classifier."""
     hard_tokens: Tensor | None = None
     """int64 [m, L]: the hard negatives of all samples, m in all."""
     hard_owner: Tensor | None = None

@@ -51,13 +51,14 @@ def build_loader(
     world_size: int = 1,
     hard_negatives: bool = False,
     views: tuple[ViewSection, ...] = (),
+    classes: int = 0,
     state: State | None = None,
 ) -> Loader:
     """This rank's endless iterable over its n = N / world_size samples of every global batch.
 
     A `Batch` has images uint8 [n, 3, S, S], keys and a state; with hard_negatives also their tokens and owners, with flips
     or colour jitter augmentation. views: further ones of the same samples, other crops and colours (image_2) or another of a
-    sample's captions (text_2). That state, or those of all ranks of another run put together by `merge_states`,
+    sample's captions (text_2). classes: so many that samples are of one by their `.cls`, whose numbers a batch then has. That state, or those of all ranks of another run put together by `merge_states`,
     continues with exactly the next batch, on any number of ranks and workers. Raises UserError for shards that are missing
     or all unusable, and for a split that doesn't divide the streams. With `data.order: stream` the state says which shards
     are finished, and continues with the others on as many ranks and workers.
@@ -75,7 +76,7 @@ def build_loader(
     share = order.streams // world_size
     settings = Settings(
         data, order, [SampleReader(s, storage, data.max_sample_bytes) for s in sets], tokenizer, image_size, context_length,
-        global_batch_size, seed, rank, (rank * share, (rank + 1) * share), hard_negatives, views,
+        global_batch_size, seed, rank, (rank * share, (rank + 1) * share), hard_negatives, views, classes,
     )  # fmt: skip
     problems: Counter[str] = Counter()
     journal: list[dict[str, str]] = []
@@ -219,6 +220,7 @@ class Loader:
             hard_tokens=_joined_or_none([p.hard_tokens for p in parts]),
             hard_owner=_hard_owner(parts),
             augmentation=_joined_or_none([p.augmentation for p in parts]),
+            classes=_joined_or_none([p.classes for p in parts]),
             views=dict(zip(names, others, strict=True)),
             state={"batches": number, "first": first, "drawn": drawn, "order": self._identity},
             report=report,

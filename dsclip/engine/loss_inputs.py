@@ -12,6 +12,7 @@ from dsclip.data.batch import Batch
 from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, needed
+from dsclip.errors import UserError
 from dsclip.losses import Pairs
 
 
@@ -40,6 +41,10 @@ class LossInputs:
         extra: dict[str, Tensor] = {}
         if self.settings.duplicates != "negative" or self.micro_batcher.recipe.objective.needs_keys:
             extra["keys"] = self.micro_batcher.to_device(needed(batch.keys, "keys", step))
+        if classes := self.micro_batcher.recipe.objective.classes:
+            extra["classes"] = self.micro_batcher.to_device(
+                _checked(needed(batch.classes, "classes", step), classes, step)
+            )
         if "hard_text" in found:
             extra["hard_owner"] = torch.cat([m.hard_owner for m in micro_batches])
         if self.token_wise:
@@ -55,3 +60,12 @@ class LossInputs:
             extra["hard_text"] = found.pop("hard_text")
         bias = None if scalars.bias is None else scalars.bias.detach()
         return Pairs(found.pop("image"), found.pop("text"), scalars.log_scale.detach(), bias, **extra), found
+
+
+def _checked(found: Tensor, classes: int, step: int) -> Tensor:
+    """Raises UserError for a class that the classifier doesn't have; found is in host memory, where looking waits for nothing."""
+    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < classes:
+        raise UserError(
+            f"step {step}: batch.classes has {int(found.min())} to {int(found.max())}; the classifier's are 0 to {classes - 1}"
+        )
+    return found

@@ -151,9 +151,11 @@ class MicroBatcher:
 
 
 def needed(value: Tensor | None, name: str, step: int) -> Tensor:
-    """A field of the batch which the recipe's loss can't do without. Raises UserError."""
+    """A field of the batch which the recipe's loss or objective can't do without. Raises UserError."""
     if value is None:
-        raise UserError(f"step {step}: the loss section of the recipe needs batch.{name}, which is missing")
+        raise UserError(
+            f"step {step}: the {'objective' if name == 'classes' else 'loss section'} of the recipe needs batch.{name}, which is missing"
+        )
     return value
 
 

@@ -59,7 +59,7 @@ class Pairs:
 
     image, text [n, D]: unit rows, float32 or float64, or bfloat16, which is gathered as such and computed in float32;
     with token-wise losses [n, T, D] and `*_valid` [n, T] bool, True where a token exists. log_scale, bias []: log s and SigLIP's logit bias. keys [n] int64: equal keys mark
-    duplicates. hard_text [m, D] (or [m, T, D]): hard-negative captions, m may differ between ranks; hard_owner [m]: the
+    duplicates. classes [n] int64: of each sample; no loss of pairs uses it, terms of the objective do. hard_text [m, D] (or [m, T, D]): hard-negative captions, m may differ between ranks; hard_owner [m]: the
     row of this rank that each belongs to. queue_image, queue_text [Q, D], queue_keys [Q]: features of earlier steps,
     the same on every rank, negatives only; with token-wise losses queue_text_valid [Q, T] bool, all images have all tokens.
     """
@@ -78,6 +78,7 @@ class Pairs:
     queue_text: Tensor | None = None
     queue_keys: Tensor | None = None
     queue_text_valid: Tensor | None = None
+    classes: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Objective:
 
     @torch.no_grad()
     def __call__(self, pairs: Pairs, further: Mapping[str, Tensor], *, group: Group) -> ObjectiveGrads:
-        """further: the views beyond image and text, [n, D] each. Collective."""
+        """further: the views beyond image and text, and what heads give, [n, D] each. Collective."""
         pair = checked(self.loss, pairs, negatives=self.negatives, group=group)
         total = ObjectiveGrads(**{f.name: getattr(pair, f.name) for f in fields(LossGrads)})
         if self.pair_weight != 1:
@@ -66,7 +66,9 @@ class Objective:
             total = replace(total, **{name: self.pair_weight * getattr(pair, name) for name in present})
         if not self.terms:
             return total
-        features = Features({"image": pairs.image, "text": pairs.text, **further}, pairs.log_scale, pairs.keys)
+        features = Features(
+            {"image": pairs.image, "text": pairs.text, **further}, pairs.log_scale, pairs.keys, pairs.classes
+        )
         sums = {name: torch.zeros_like(x, dtype=pair.d_image.dtype) for name, x in further.items()}
         sums |= {"image": total.d_image, "text": total.d_text}
         loss, d_log_scale, values = total.loss, total.d_log_scale, {"pair": pair.loss}
@@ -106,6 +108,11 @@ def build_objective(recipe: Recipe, width: int) -> Objective:
         WeightedTerm(title, tuple(t.between), t.weight, make_term(t, negatives, recipe.objective.plugin))
         for title, t in zip(recipe.objective.titles, recipe.objective.terms, strict=True)
     )
+    names, classes = recipe.data.classnames, recipe.objective.classes
+    if classes and isinstance(names, list) and len(names) != classes:
+        raise UserError(
+            f"objective.heads: a classifier has {classes} classes, and the data {len(names)}; set its `width` to that"
+        )
     for each in terms:
         _check_widths(each, recipe.objective, width)
     loss = with_prefixes(loss, settings, width)

@@ -7,9 +7,11 @@ from dsclip.errors import UserError, did_you_mean
 from dsclip.losses import Negatives
 from dsclip.losses.plugin import import_plugin
 from dsclip.objectives.contrast import contrast
+from dsclip.objectives.cross_entropy import cross_entropy
+from dsclip.objectives.swav import swav
 from dsclip.objectives.term import Term, TermFactory
 
-_TERMS: dict[str, TermFactory] = {"contrast": contrast}
+_TERMS: dict[str, TermFactory] = {"contrast": contrast, "swav": swav, "cross_entropy": cross_entropy}
 
 
 def register_term(name: str, factory: TermFactory) -> TermFactory:

@@ -16,14 +16,16 @@ from dsclip.losses import Group, Negatives
 class Features:
     """This rank's features by name, row i of each of sample i.
 
-    views: `image`, `text`, `image_2`, …, each [n, D], unit rows; float32, or bfloat16 with `loss.wire_dtype: bf16`.
+    views: `image`, `text`, `image_2`, …, each [n, D], unit rows; float32, or bfloat16 with `loss.wire_dtype: bf16`. Of heads
+    `image.NAME`, …: unit rows of a projector likewise, cosines with prototypes and logits of classes in float32.
     log_scale []: the shared temperature. keys [n] int64: equal keys mark duplicates; None unless the loss section or a
-    term asks.
+    term asks. classes [n] int64: of each sample; None without a classifier.
     """
 
     views: Mapping[str, Tensor]
     log_scale: Tensor
     keys: Tensor | None = None
+    classes: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.views[name]

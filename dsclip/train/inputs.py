@@ -118,6 +118,7 @@ def make_loader(inputs: RunInputs, group: Collectives, state: dict[str, Any] | N
         world_size=group.world_size,
         hard_negatives=recipe.loss.hard_negatives != "none",
         views=recipe.objective.view_settings,
+        classes=recipe.objective.classes,
         state=state,
     )
 

@@ -27,11 +27,18 @@ TEXTS = TermSection("contrast", ["text", "text_2"])
 CROSSED = TermSection("contrast", ["text_2", "image"], 1.5)
 PROJECTED = TermSection("contrast", ["image.projector", "image_2.projector"], 0.6, 0.2)
 WORDS = TermSection("contrast", ["text_2.words", "text"], 0.8)
+SWAPPED = TermSection("swav", ["image.clusters", "image_2.clusters"], 0.5)
+CLASSIFIED = TermSection("cross_entropy", ["image_2.classes"], label_smoothing=0.1)
+ENDS = [
+    HeadSection("clusters", "prototypes", "projector", 7), HeadSection("projector", "projector", "image", 10),
+    HeadSection("classes", "classifier", "image", 4),
+]  # fmt: skip
 HEADS = [HeadSection("projector", "projector", "image", 10, 20), HeadSection("words", "projector", "text", 24)]
 # name: (terms, heads, weight of the pairs, options of the loss section, share of patches left out)
 OBJECTIVES = {
     "images": ([IMAGES], [], 1.0, {}, 0.5),
     "texts": ([TEXTS], [], 0.5, {"hard_negatives": "global"}, 0.0),
+    "heads": ([SWAPPED, CLASSIFIED], ENDS, 0.4, {}, 0.0),
     "all": ([IMAGES, TEXTS, CROSSED, PROJECTED, WORDS], HEADS, 0.3, {"hard_negatives": "own"}, 0.5),
 }
 
@@ -39,7 +46,8 @@ OBJECTIVES = {
 def batch_with_views() -> Batch:
     generator = torch.Generator().manual_seed(21)
     image_2 = torch.randint(0, 256, (GLOBAL_BATCH, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return replace(whole_batch(), views={"image_2": image_2, "text_2": captions(GLOBAL_BATCH, 22)})
+    classes = torch.randint(0, 4, (GLOBAL_BATCH,), generator=generator)
+    return replace(whole_batch(), classes=classes, views={"image_2": image_2, "text_2": captions(GLOBAL_BATCH, 22)})
 
 
 def reference(weights: dict, batch: Batch, name: str) -> dict:
@@ -51,7 +59,7 @@ def reference(weights: dict, batch: Batch, name: str) -> dict:
     log_scale = torch.nn.Parameter(torch.tensor(-math.log(LossSection().init_temperature)).double())
 
     def features(view: str, rows: torch.Tensor) -> dict:
-        own = [h for h in heads if view.startswith(h.of)]
+        own = [h for h in heads if view.startswith(ObjectiveSection(heads=heads).tower_of_head(h))]
         parts = rows.split([SHALLOW.embed_dim, *(h.width for h in own)], dim=1)
         return dict(zip([view, *(f"{view}.{h.name}" for h in own)], parts, strict=True))
 
@@ -68,7 +76,7 @@ def reference(weights: dict, batch: Batch, name: str) -> dict:
         "softmax", views["image"], views["text"], log_scale, None, Negatives(hard=hard or "global"), loss_reference.cosine,
         None, text(batch.hard_tokens)[:, : SHALLOW.embed_dim] if hard else None, batch.hard_owner if hard else None,
     )  # fmt: skip
-    loss = pair_weight * pair + objective_reference.objective(views, log_scale, 0.0, terms, batch.keys)
+    loss = pair_weight * pair + objective_reference.objective(views, log_scale, 0.0, terms, batch.keys, batch.classes)
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
     return {"loss": loss.item(), "pair": pair.item(), "log_scale": log_scale.grad.item(), "grads": grads}

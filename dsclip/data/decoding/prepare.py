@@ -13,7 +13,7 @@ from dsclip.config.objective_section import VIEW_KEYS, ViewSection
 from dsclip.data.decoding.augment import IDENTITY, augments, draw_augmentation
 from dsclip.data.decoding.class_prompts import class_prompts
 from dsclip.data.decoding.repeat_words import repeat_words
-from dsclip.data.decoding.sample import RawSample, decode_image, read_captions, read_group, read_negatives
+from dsclip.data.decoding.sample import RawSample, decode_image, read_captions, read_class, read_group, read_negatives
 from dsclip.data.decoding.transforms import train_image
 
 if TYPE_CHECKING:  # it loads a decoder that a recipe may do without
@@ -24,6 +24,7 @@ class TrainSample(NamedTuple):
     """A sample that is ready for a batch, but for its images, which lie in the batch already.
 
     augmentation: see `augment`, of the image and of each further view of it. texts: the captions of further views, in order.
+    label: its class; None where nobody asks.
     """
 
     caption: str
@@ -32,15 +33,18 @@ class TrainSample(NamedTuple):
     hard_negatives: list[str]
     augmentation: tuple[float, ...] | None
     texts: tuple[str, ...] = ()
+    label: int | None = None
 
 
 class Preparer:
     """Makes samples as a recipe's `data` section says. slow_decoded: JPEGs that Pillow read since the fast decoder refused them."""
 
     def __init__(
-        self, data: DataSection, image_size: int, seed: int, hard_negatives: bool, views: tuple[ViewSection, ...] = ()
-    ):
-        """views: the further ones that a batch has, such as image_2 and text_2."""
+        self, data: DataSection, image_size: int, seed: int, hard_negatives: bool, views: tuple[ViewSection, ...] = (),
+        classes: int = 0,
+    ):  # fmt: skip
+        """views: the further ones that a batch has, such as image_2 and text_2. classes: how many there are, where samples need one."""
+        self._classes = classes
         self._data, self._image_size, self._seed, self._hard_negatives = data, image_size, seed, hard_negatives
         self._image_views, self._text_views = of_kind("image", views), of_kind("text", views)
         self._images = [data, *(_image_settings(data, view) for view in self._image_views)]
@@ -71,6 +75,7 @@ class Preparer:
         caption = captions[chosen]
         negatives = read_negatives(raw, data.negative_key, data.max_negatives) if self._hard_negatives else []
         group = read_group(raw, data.group_key, caption if name is None else name)
+        label = read_class(raw, self._classes) if self._classes else None
         generators = [rng, *(_generator(key, view) for view in self._image_views)]
         drawn: list[float] = []
         for index, (generator, image) in enumerate(zip(generators, images, strict=True)):
@@ -78,7 +83,7 @@ class Preparer:
             if self._augments:
                 drawn += draw_augmentation(self._images[index], generator) or IDENTITY
         texts = self._texts(captions, chosen, key)
-        return TrainSample(caption, raw.sample_id, group, negatives, tuple(drawn) or None, texts)
+        return TrainSample(caption, raw.sample_id, group, negatives, tuple(drawn) or None, texts, label)
 
     def _crop(self, raw: RawSample, index: int, rng: np.random.Generator, image: torch.Tensor) -> None:
         if self._fast:

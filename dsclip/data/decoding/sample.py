@@ -196,6 +196,16 @@ def _json_value(raw: RawSample, key: str, otherwise: Any) -> Any:
         raise BadSample("unreadable json") from error
 
 
+def read_class(raw: RawSample, classes: int) -> int:
+    """The class index in `.cls`, of so many classes. Raises BadSample."""
+    label = read_label(raw)
+    if label is None:
+        raise BadSample("no class")
+    if label >= classes:
+        raise BadSample("class beyond those of the classifier")
+    return label
+
+
 def read_label(raw: RawSample) -> int | None:
     """The class index in `.cls`, or None."""
     content = raw.members.get("cls", b"").strip()

@@ -33,3 +33,4 @@ class Part:
     drawn: list[list[int]]
     """What each of the worker's streams has drawn of each data set."""
     report: LoadReport
+    classes: NDArray[np.int64] | None = None

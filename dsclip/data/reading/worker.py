@@ -55,6 +55,8 @@ class Settings:
     hard_negatives: bool = False
     views: tuple[ViewSection, ...] = ()
     """The further ones of each sample, such as image_2 and text_2."""
+    classes: int = 0
+    """How many there are, where samples need one."""
 
     @property
     def images_per_sample(self) -> int:
@@ -103,7 +105,12 @@ class Worker:
         self._journal: list[dict[str, str]] = []
         self._read = self._negatives = self._bad_in_a_row = 0
         self._prepare = Preparer(
-            settings.data, settings.image_size, settings.seed, settings.hard_negatives, settings.views
+            settings.data,
+            settings.image_size,
+            settings.seed,
+            settings.hard_negatives,
+            settings.views,
+            settings.classes,
         )
         self._total = sum(settings.order.set_samples)
 
@@ -244,6 +251,7 @@ class Worker:
             texts=[tokenizer(list(view), length).numpy() for view in zip(*(s.texts for s in samples), strict=True)],
             drawn=[list(drawn) for drawn in self._drawn.values()],
             report=report,
+            classes=np.array([s.label for s in samples]) if self._settings.classes else None,
         )
 
     def _judge_negatives(self) -> None:
