@@ -27,3 +27,17 @@ def test_a_rewind_begins_a_branch_that_leaves_the_later_steps(tmp_path):
     assert found == Lineage("a", branch=4, start=4, steps=(2, 4), abandoned=(6, 8))
     write_lineage(tmp_path, found)
     assert read_lineage(tmp_path) == Lineage("a", branch=4, start=4, abandoned=(6, 8))
+
+
+def test_batches_that_are_left_out_stay_out_whatever_is_continued(tmp_path):
+    """Those of the run and of the checkpoint, once each; and of another run's checkpoint."""
+    write_lineage(tmp_path, Lineage("a", skipped=((3, 5), (9, 9))))
+    assert read_lineage(tmp_path).skipped == ((3, 5), (9, 9))
+    of_checkpoint = manifest(4, 2)
+    of_checkpoint["lineage"]["skipped"] = [[3, 5], [11, 12]]
+    found = continued(tmp_path, tmp_path / "4", of_checkpoint, same_run=True, later=[])
+    assert found.skipped == ((3, 5), (9, 9), (11, 12))
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "dsclip.json").write_text("{}")
+    assert continued(tmp_path, tmp_path / "4", of_checkpoint, same_run=False, later=[]).skipped == ((3, 5), (11, 12))
+    assert [found.skips(batch) for batch in (2, 3, 5, 6, 9, 12)] == [False, True, True, False, True, True]

@@ -67,6 +67,12 @@ def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
         ("batch: {global_batch_size: 8, micro_batch_size: 16}", "exceeds `batch.global_batch_size` 8"),
         ("batch: {micro_batch_size: 8, chunk_size: 16}", "`batch.chunk_size` 16 exceeds"),
         ("optim: {warmup_steps: 5000}\ntrain: {steps: 100}", "would never be reached"),
+        (
+            "data: {order: stream}\ntrain: {on_spike: rollback}",
+            "leaves out single batches, and with `data.order: stream`",
+        ),
+        ("train: {on_spike: rollback, keep_checkpoints: 1}", "set `train.keep_checkpoints` to 2 or more"),
+        ("train: {on_nonfinite: rollback, max_nonfinite_steps: null}", "which is null; give a number"),
         ("optim: {layer_decay: 0}", "`optim.layer_decay` is 0; it must be greater than 0"),
         ("optim: {rules: [{match: text, lr: 1}]}", "give a list of {match: REGULAR EXPRESSION, lr_scale: NUMBER"),
         ("optim: {rules: [{match: '(', lr_scale: 1}]}", "give a list of {match: REGULAR EXPRESSION"),

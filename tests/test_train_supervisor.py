@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -15,7 +14,7 @@ from dsclip.errors import UserError
 from dsclip.train.supervisor.cli import parse, resuming, supervise
 from dsclip.train.supervisor.journal import JOURNAL, RECORD, Journal, last_step, useful_seconds
 from dsclip.train.supervisor.policy import DAY_S, LONGEST_DELAY_S, Policy
-from tests.distributed.launch import REPOSITORY, SMALL, start, steps, train
+from tests.distributed.launch import REPOSITORY, SMALL, start, steps, train, wait_for
 
 
 def test_a_run_that_is_done_or_has_wrong_input_is_not_started_again():
@@ -160,10 +159,3 @@ def test_a_supervised_run_that_is_killed_at_random_ends_as_if_nothing_had_been(d
     entries = [json.loads(text) for text in (run / JOURNAL).read_text().splitlines()]
     assert [entry["exit_code"] for entry in entries if "ended" in entry] == [-9, -9, 0]
     assert "3 launches, 2 restarts" in printed and "effective training time ratio" in printed
-
-
-def wait_for(happened, process, timeout_s=240):
-    end = time.monotonic() + timeout_s
-    while not happened():
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.02)

@@ -141,6 +141,10 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         back is None or train.keep_checkpoints > 1,
         f"`train.{back}: rollback` goes back to a checkpoint before the trouble began, which may be the last but one; set `train.keep_checkpoints` to 2 or more",
     )
+    yield (
+        train.on_nonfinite == "stop" or train.max_nonfinite_steps is not None,
+        "`train.on_nonfinite: rollback` follows so many steps in a row as `train.max_nonfinite_steps` says, which is null; give a number",
+    )
     for key, listed in (("templates", recipe.data.templates), ("classnames", recipe.data.classnames)):
         yield listed != [], f"`data.{key}` is empty; name at least one, or leave it out"
     model = recipe.model

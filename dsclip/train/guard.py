@@ -7,6 +7,7 @@ hand for PaLM (Chowdhery et al. 2022, section 5.1). All ranks decide alike: loss
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -66,13 +67,16 @@ class Guard:
         self._unjudged: tuple[int, HostCopy] | None = None
         if unjudged := state.get("unjudged"):
             step, loss, norm = unjudged
-            numbers = {"loss": loss, "grad_norm": norm}
+            numbers = {"loss": loss, "grad_norm": math.nan if norm is None else norm}
             self._unjudged = step, HostCopy({name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()})
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON holds it."""
-        waiting = self._unjudged
-        unjudged = None if waiting is None else [waiting[0], *(waiting[1][n].item() for n in ("loss", "grad_norm"))]
+        unjudged = None
+        if self._unjudged is not None:
+            step, numbers = self._unjudged
+            norm = numbers["grad_norm"].item()  # NaN where DeepSpeed has none, which JSON hasn't
+            unjudged = [step, numbers["loss"].item(), None if math.isnan(norm) else norm]
         return {"rule": self._rule.state(), "recent": list(self._recent), "unjudged": unjudged}
 
     def step(self, metrics: StepMetrics, batch: Batch) -> None:
@@ -89,7 +93,7 @@ class Guard:
             limit = self._settings.max_nonfinite_steps or 0
             why = f"steps {metrics.step - limit + 1} to {metrics.step} were not finite ({metrics.skip_reason})"
             if len(self._folder.lineage.skipped) < self._settings.max_rollbacks:  # otherwise the run saves and ends
-                self._go_back(why, metrics.step - limit + 1, metrics.step)
+                self._go_back(why, metrics.step - limit + 1, metrics.step, otherwise="the run ends")
 
     def judge(self) -> None:
         """Judges the last step, if that is still to be done. Raises as `step`."""
@@ -99,7 +103,7 @@ class Guard:
         spike = self._rule.judge(step, numbers["loss"].item(), numbers["grad_norm"].item())
         if spike is None:
             return
-        self._watch.spike(spike)
+        self._watch.spike(spike, self._batches(spike.first, spike.last))
         if self._settings.on_spike == "rollback":
             if len(self._folder.lineage.skipped) >= self._settings.max_rollbacks:
                 raise RunDiverged(
@@ -107,20 +111,25 @@ class Guard:
                     "these steps. Lower optim.lr or optim.beta2, or use optim.name=stable_adamw, raise train.max_rollbacks, and go on with "
                     "--resume auto, or from an earlier checkpoint with --resume PATH"
                 )
-            self._go_back(str(spike), spike.first, spike.last)
+            self._go_back(str(spike), spike.first, spike.last, otherwise="the run goes on")
 
-    def _go_back(self, why: str, first: int, last: int) -> None:
+    def _go_back(self, why: str, first: int, last: int, *, otherwise: str) -> None:
         before = max(1, first - LEAD)
         if self._folder.step_before(before) is None:
             self._watch.message(
-                f"step {last}: {why}; no checkpoint from before step {before} is there to go back to, so the run goes on. "
+                f"step {last}: {why}; no checkpoint from before step {before} is there to go back to, so {otherwise}. "
                 "Lower train.save_every to have one, or raise train.keep_checkpoints"
             )
             return
-        numbers = [number for step, number in self._recent if before <= step <= last]
+        first_batch, last_batch = self._batches(before, last)
         of_ranks = self._group.all_gather_object({n: ids.tolist() for n, ids in self._samples.items()})
-        samples = {n: _together([ids.get(n) for ids in of_ranks]) for n in range(numbers[0], numbers[-1] + 1)}
-        raise RollBack(why, before, (numbers[0], numbers[-1]), samples)
+        samples = {n: _together([ids.get(n) for ids in of_ranks]) for n in range(first_batch, last_batch + 1)}
+        raise RollBack(why, before, (first_batch, last_batch), samples)
+
+    def _batches(self, first: int, last: int) -> tuple[int, int]:
+        """The first and the last batch of these steps."""
+        numbers = [number for step, number in self._recent if first <= step <= last]
+        return numbers[0], numbers[-1]
 
 
 def _together(of_ranks: list[list[int] | None]) -> list[int] | None:

@@ -130,7 +130,7 @@ class RunFolder:
         """The step of the newest checkpoint of this run from before `step`; None where there is none."""
 
         def find() -> int | None:
-            found = newest_leading(self._run_dir, read_manifest, before=step)
+            found = newest_leading(self._run_dir, read_manifest, [], before=step)
             return None if found is None else step_of(found[0])
 
         return self._on_rank_0(find)

@@ -220,12 +220,20 @@ class Watch:
         self._log.log(step, {"save_seconds": round(seconds, 3)})
         self.message(f"step {step}: saved {folder}")
 
-    def spike(self, spike: Spike) -> None:
-        """A loss that jumped, to the log and above the progress line."""
-        self.message(f"step {spike.last}: {spike}")
+    def spike(self, spike: Spike, batches: tuple[int, int]) -> None:
+        """A loss that jumped, to the log and above the progress line. batches: first and last of its steps'."""
+        advice = {
+            "rollback": "",
+            "warn": ". To go back to before it: train.on_spike=rollback, or a checkpoint with --resume PATH; against the next: a lower optim.lr or "
+            "optim.beta2, or optim.name=stable_adamw",
+        }
+        self.message(
+            f"step {spike.last}: {spike}, in batches {batches[0]} to {batches[1]}{advice[self._settings.on_spike]}"
+        )
         self._log.log(
             spike.last,
-            {"spike_from": spike.first, "spike_loss": spike.loss, "spike_usual": spike.usual, "spike_deviations": spike.deviations},
+            {"spike_from": spike.first, "spike_loss": spike.loss, "spike_usual": spike.usual, "spike_deviations": spike.deviations,
+             "spike_batch_from": batches[0], "spike_batch_to": batches[1]},
         )  # fmt: skip
 
     def went_back(self, step: int, why: str, skipped: tuple[int, int], count: int) -> None:

@@ -123,14 +123,14 @@ def free_port() -> int:
 
 def deepspeed(*arguments, ranks=2, ds_config="zero3_bf16", timeout_s=240, **environment):
     """`launchers/train.py` under the `deepspeed` launcher."""
-    command = _under_deepspeed(arguments, ranks, ds_config)
+    command = under_deepspeed(arguments, ranks, ds_config)
     return run_command(command, timeout_s=timeout_s, PATH=LAUNCHER_PATH, **environment)
 
 
 def deepspeed_with_a_killed_rank(*arguments, rank: int, once: Path, timeout_s=240) -> int:
     """The same on two ranks, of which one is killed as soon as a file is there; returns the launcher's exit code."""
     with _launched(arguments, once, timeout_s) as (process, _):
-        _rank_process(process.pid, rank).kill()
+        rank_process(process.pid, rank).kill()
         return process.wait(timeout=timeout_s)
 
 
@@ -145,7 +145,7 @@ def deepspeed_with_a_signal(
         runner = psutil.Process(process.pid)
         job = runner.children(recursive=True)
         told = {"runner": runner, "launch": job[0]}
-        (told[to] if to in told else _rank_process(process.pid, int(to.split()[1]))).send_signal(number)
+        (told[to] if to in told else rank_process(process.pid, int(to.split()[1]))).send_signal(number)
         code = process.wait(timeout=timeout_s)
         _, left = psutil.wait_procs(job, timeout=60)
         output.seek(0)
@@ -158,7 +158,7 @@ def deepspeed_with_a_signal(
 def _launched(arguments, once: Path, timeout_s: float) -> Iterator[tuple[subprocess.Popen, IO[str]]]:
     """`deepspeed` on two ranks that have written a file, and what they print; killed at the end."""
     with tempfile.TemporaryFile("w+") as output:
-        process = start(_under_deepspeed(arguments, 2, "zero3_bf16"), stdout=output, PATH=LAUNCHER_PATH)
+        process = start(under_deepspeed(arguments, 2, "zero3_bf16"), stdout=output, PATH=LAUNCHER_PATH)
         end = time.monotonic() + timeout_s
         try:
             while not (once.exists() and once.stat().st_size):
@@ -172,13 +172,22 @@ def _launched(arguments, once: Path, timeout_s: float) -> Iterator[tuple[subproc
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _rank_process(launcher: int, rank: int) -> psutil.Process:
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen, timeout_s: float = 240) -> None:
+    """Until something has happened while a process runs."""
+    end = time.monotonic() + timeout_s
+    while not happened():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+
+
+def rank_process(launcher: int, rank: int) -> psutil.Process:
     """A rank of a launcher's; the launcher sets RANK for ranks alone, and a rank's own workers inherit it."""
     ranks = [p for p in psutil.Process(launcher).children(recursive=True) if p.environ().get("RANK") == str(rank)]
     return min(ranks, key=lambda p: p.pid)
 
 
-def _under_deepspeed(arguments, ranks: int, ds_config) -> list[str]:
+def under_deepspeed(arguments, ranks: int, ds_config) -> list[str]:
+    """The command of `launchers/train.py` under the `deepspeed` launcher."""
     launcher = [str(BIN / "deepspeed"), f"--master_port={free_port()}", "--num_gpus", str(ranks)]
     path = ds_config if "/" in str(ds_config) else f"ds_configs/{ds_config}.json"
     return [*launcher, "launchers/train.py", "--ds_config", str(path), *map(str, arguments)]
