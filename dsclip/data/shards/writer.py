@@ -33,10 +33,16 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         self._tar: TarWriter | None = None
         self._in_shard = 0
+        self._named: str | None = None
 
     def __enter__(self) -> ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self
+
+    def begin_shard(self, name: str) -> None:
+        """The next sample begins a shard of this file name, whose samples are then called as those of another of that name."""
+        self._finish_shard()
+        self._named = name
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """One sample: members by extension, such as {"jpg": ..., "txt": ...}."""
@@ -61,11 +67,12 @@ class ShardWriter:
         entry: Entry = {"name": name, "samples": self._in_shard, "bytes": len(content), "sha256": sha256(content)}
         self._entries.append(entry)
         self._in_shard = 0
+        self._named = None
 
     @property
     def _name(self) -> str:
         """The shard that is written."""
-        return f"{len(self._entries):05d}.tar"
+        return self._named or f"{len(self._entries):05d}.tar"
 
     def _close(self) -> None:
         if self._tar is not None and self._file is not None:
