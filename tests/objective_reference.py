@@ -43,6 +43,23 @@ def term_value(term, features, log_scale, keys, classes):
     return info_nce(*features, scale, keys, term.duplicates or "negative")
 
 
+def distill(one, other, scale, teacher_one, teacher_other, teacher_scale):
+    """KL of the softmax over rows, and over columns, from the teacher's (Yang et al. 2024, CRD; Vasu et al. 2024, eq. 1)."""
+    logits, goal = scale * one @ other.T, teacher_scale * teacher_one @ teacher_other.T
+    return (
+        sum(
+            torch.nn.functional.kl_div(x.log_softmax(1), t.softmax(1), reduction="batchmean")
+            for x, t in ((logits, goal), (logits.T, goal.T))
+        )
+        / 2
+    )
+
+
+def distill_features(pairs):
+    """Mean squared distance of unit features (Yang et al. 2024, FD, without its factor of 1/D)."""
+    return sum((student - teacher).square().sum(1).mean() for student, teacher in pairs)
+
+
 def objective(views, log_scale, pair_weight, terms, keys=None, classes=None):
     """w·InfoNCE(image, text) + Σ w_k·term_k, each at its own temperature or the shared one."""
     total = pair_weight * info_nce(views["image"], views["text"], log_scale.exp())

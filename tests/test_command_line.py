@@ -19,6 +19,7 @@ WRONG = {
     "tools/check_data.py": "nowhere",
     "tools/compare.py": "nowhere.json nowhere.json",
     "tools/implant_backdoor.py": "nowhere OUT --target cat --share 0.1",
+    "tools/reinforce_shards.py": "nowhere OUT",
     "tools/index_shards.py": "nowhere",
     "tools/soup.py": "nowhere nowhere --out OUT",
     "tools/compose.py": "nowhere --add nowhere --out OUT",

@@ -22,12 +22,16 @@ KINDS: dict[str, tuple[str | None, ...]] = {
     "contrast": (None, "projector"),
     "swav": ("prototypes",),
     "cross_entropy": ("classifier",),
+    "distill": (None,),
+    "distill_features": (None, "projector"),
 }
 # The keys that each of dsclip's terms has, of those that not all have.
 KEYS = {
     "contrast": ("temperature", "duplicates"),
     "swav": ("temperature", "epsilon", "iterations"),
     "cross_entropy": ("label_smoothing",),
+    "distill": ("temperature",),
+    "distill_features": (),
 }
 
 
@@ -44,6 +48,14 @@ def objective_rules(recipe: Recipe) -> Holds:
     yield (
         objective.plugin is None or bool(objective.terms),
         f"`objective.plugin` {objective.plugin} registers terms, and `objective.terms` has none; name yours there",
+    )
+    yield (
+        objective.teacher is not None or not objective.distils,
+        "`objective.terms` has a term that distils, and `objective.teacher` is not set; name a model's folder there, or `stored`",
+    )
+    yield (
+        objective.distils or (objective.teacher is None and objective.teacher_temperature is None),
+        "`objective.teacher` or `teacher_temperature` is set, and no term of `objective.terms` distils; add {name: distill, between: [image, text]}",
     )
     views = [view.name for view in objective.views]
     unused = next((name for name in views if name not in objective.further_views), None)
@@ -105,7 +117,10 @@ def _term(term: TermSection) -> Holds:
         for key in sorted({key for keys in KEYS.values() for key in keys})
         if getattr(term, key) is not None and key not in known
     ]
-    yield not wrong, f"`objective.terms` gives {term.name} `{', '.join(wrong)}`; it has {', '.join(known)}"
+    yield (
+        not wrong,
+        f"`objective.terms` gives {term.name} `{', '.join(wrong)}`; it has {', '.join(known) or 'none of these keys'}",
+    )
 
 
 def _feature(objective: ObjectiveSection, term: str, feature: str) -> Holds:

@@ -58,7 +58,7 @@ class TermSection:
     """One term of the objective."""
 
     name: Annotated[str, Strict()]
-    """`contrast` (InfoNCE between two features), `swav` (swapped prediction of prototypes), `cross_entropy` (of a classifier), or one of your own."""
+    """`contrast` (InfoNCE between two features), `swav` (swapped prediction of prototypes), `cross_entropy` (of a classifier), `distill` (a teacher's similarities), `distill_features` (its features), or one of your own."""
     between: Between
     """The features that it compares: `image`, `text`, or further views of the same samples, such as `image_2` and `text_2`; those of a head \
 with its name behind the view's: `image_2.projector`."""
@@ -101,6 +101,9 @@ class ViewSection:
     """Of a text: share of its words, at least two, of which up to all are written twice; ESimCSE 0.32. null: none are."""
 
 
+DISTILLING = ("distill", "distill_features")  # terms that need a teacher
+STORED = "stored"  # a teacher whose features are in the shards
+
 # The keys of a view by its kind: those of the other say nothing about it.
 VIEW_KEYS = {"image": ("crop_scale", "flip", "color_jitter", "grayscale"), "text": ("caption", "word_repetition")}
 
@@ -138,6 +141,11 @@ class ObjectiveSection:
     views: list[ViewSection] = field(default_factory=list)
     """How further views are made, such as [{name: image_2, crop_scale: [0.3, 1.0]}, {name: text_2, word_repetition: 0.32}]."""
 
+    teacher: str | None = None
+    """Of `distill` and `distill_features`: a folder or name as `model.init` takes it, or `stored` for what `tools/reinforce_shards.py` wrote into the shards."""
+    teacher_temperature: Annotated[float | None, Field(ge=1e-3)] = None
+    """Of the teacher's similarities; null: the teacher's own."""
+
     @property
     def titles(self) -> list[str]:
         """Of each term; of those that compare the same features, the second has `.2` behind it, and so on."""
@@ -149,6 +157,11 @@ class ObjectiveSection:
     def further_views(self) -> tuple[str, ...]:
         """The views beyond image and text that the terms compare, in order."""
         return tuple(sorted({view_of(name) for term in self.terms for name in term.between} - set(TOWERS)))
+
+    @property
+    def distils(self) -> bool:
+        """Whether a term needs a teacher."""
+        return any(term.name in DISTILLING for term in self.terms)
 
     @property
     def needs_keys(self) -> bool:

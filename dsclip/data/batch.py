@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OF_TEACHER = "teacher_"  # before `image` and `text` in the names of a teacher's features among a batch's views
 State = dict[str, Any]  # a position in the data, ready for JSON; its loader knows what is in it
 
 
@@ -71,7 +72,8 @@ class Batch:
     augmentation: Tensor | None = None
     """float32 [n, 6·v]: flips and colours still to be applied to the images and each further view, see `decoding.augment`."""
     views: dict[str, Tensor] = field(default_factory=dict)
-    """Further views of the same samples by name: `image_2` as images, `text_2` as tokens, …; for terms of the objective."""
+    """Further views of the same samples by name: `image_2` as images, `text_2` as tokens, …; for terms of the objective.
+    `teacher_image` and `teacher_text`: a teacher's unit features, float32 [n, D'] each."""
     state: State | None = None
     """The position in the data after this batch; None for batches that no loader made."""
     report: LoadReport = field(default_factory=LoadReport)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from dsclip.config.data_section import DataSection
 from dsclip.config.objective_section import ViewSection
-from dsclip.data.batch import Batch, State, summed
+from dsclip.data.batch import OF_TEACHER, Batch, State, summed
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.order.exact import Order, SetOrder, check_split, default_streams
 from dsclip.data.order.shards import ShardOrder, check_readers
@@ -52,13 +52,16 @@ def build_loader(
     hard_negatives: bool = False,
     views: tuple[ViewSection, ...] = (),
     classes: int = 0,
+    taught_passes: int | None = None,
     state: State | None = None,
 ) -> Loader:
     """This rank's endless iterable over its n = N / world_size samples of every global batch.
 
     A `Batch` has images uint8 [n, 3, S, S], keys and a state; with hard_negatives also their tokens and owners, with flips
     or colour jitter augmentation. views: further ones of the same samples, other crops and colours (image_2) or another of a
-    sample's captions (text_2). classes: so many that samples are of one by their `.cls`, whose numbers a batch then has. That state, or those of all ranks of another run put together by `merge_states`,
+    sample's captions (text_2). classes: so many that samples are of one by their `.cls`, whose numbers a batch then has. taught_passes: so
+    many passes over the data have a teacher's features in the samples, which are then among the views, and later passes repeat the crops and
+    captions of the first. That state, or those of all ranks of another run put together by `merge_states`,
     continues with exactly the next batch, on any number of ranks and workers. Raises UserError for shards that are missing
     or all unusable, and for a split that doesn't divide the streams. With `data.order: stream` the state says which shards
     are finished, and continues with the others on as many ranks and workers.
@@ -77,6 +80,7 @@ def build_loader(
     settings = Settings(
         data, order, [SampleReader(s, storage, data.max_sample_bytes) for s in sets], tokenizer, image_size, context_length,
         global_batch_size, seed, rank, (rank * share, (rank + 1) * share), hard_negatives, views, classes,
+        taught_passes,
     )  # fmt: skip
     problems: Counter[str] = Counter()
     journal: list[dict[str, str]] = []
@@ -212,6 +216,11 @@ class Loader:
         images, *others = [_concatenate(list(view)) for view in zip(*pixels, strict=True)]
         others += [_joined(list(view)) for view in zip(*(p.texts for p in parts), strict=True)]
         names = [view.name for view in self._settings.views]  # in order: images before texts
+        views = dict(zip(names, others, strict=True))
+        teacher = _joined_or_none([p.teacher for p in parts])
+        if teacher is not None:
+            taught = zip(("image", "text"), teacher.unbind(1), strict=True)
+            views |= {OF_TEACHER + name: x.contiguous() for name, x in taught}
         return Batch(
             images=images,
             tokens=_joined([p.tokens for p in parts]),
@@ -221,7 +230,7 @@ class Loader:
             hard_owner=_hard_owner(parts),
             augmentation=_joined_or_none([p.augmentation for p in parts]),
             classes=_joined_or_none([p.classes for p in parts]),
-            views=dict(zip(names, others, strict=True)),
+            views=views,
             state={"batches": number, "first": first, "drawn": drawn, "order": self._identity},
             report=report,
         )

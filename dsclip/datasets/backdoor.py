@@ -17,10 +17,9 @@ import numpy as np
 from PIL import Image
 
 from dsclip.data.decoding.sample import IMAGE_EXTENSIONS, BadSample, RawSample, decode_image, read_captions, read_label
-from dsclip.data.shards.manifest import Labels, read_manifest
 from dsclip.data.shards.shard_set import ShardSet
 from dsclip.data.sources.storage import Storage
-from dsclip.datasets.rewrite import Members, rewrite_shards, share_of
+from dsclip.datasets.rewrite import Members, labels_of, rewrite_shards, share_of
 from dsclip.errors import UserError
 
 CLEAN, TRIGGERED = "clean", "triggered"  # folders of the held-out pictures
@@ -88,7 +87,7 @@ def poison(shards: ShardSet, storage: Storage, out: Path, backdoor: Backdoor, sh
 
     All others are as they were, byte for byte. Raises UserError when none is chosen, or `out` holds shards.
     """
-    labels = _labels(shards, storage)
+    labels = labels_of(shards, storage)
     classes = labels.get("classes") or []
     label = classes.index(backdoor.target) if backdoor.target in classes else None
     count = 0
@@ -119,7 +118,7 @@ def held_out(shards: ShardSet, storage: Storage, out: Path, backdoor: Backdoor) 
     So zero-shot top-1 on the second is the share that the backdoor puts into the target. Both have the target among their class names; pictures of the
     target itself are not in the second. Returns samples by folder. Raises UserError when there are no class names or labels.
     """
-    labels = _labels(shards, storage)
+    labels = labels_of(shards, storage)
     classes = list(labels.get("classes") or [])
     if not classes:
         raise UserError("these shards' manifest has no class names; attacks are measured on labelled pictures")
@@ -146,9 +145,3 @@ def held_out(shards: ShardSet, storage: Storage, out: Path, backdoor: Backdoor) 
             "none of these samples has a .cls member of another class; attacks are measured on labelled pictures"
         )
     return found
-
-
-def _labels(shards: ShardSet, storage: Storage) -> Labels:
-    """Class names and templates of the manifest beside the shards."""
-    manifest = read_manifest(shards.locations, storage)
-    return Labels(classes=manifest.get("classes"), templates=manifest.get("templates")) if manifest else Labels()

@@ -69,8 +69,9 @@ def write_demo(folder: Path, seed: int, train_samples: int = TRAIN_SAMPLES, val_
 def _write_split(folder: Path, seed: int, samples: int, *, held_out: bool) -> list[str]:
     """Returns the captions. Half of the scenes have two objects; held-out scenes with one object carry its class."""
     written = []
-    labels = dict(classes=CLASSES, templates=TEMPLATES) if held_out else {}
-    with ShardWriter(folder, min(SHARD_SIZE, max(1, samples // 2)), **labels) as writer:
+    classes, templates = (CLASSES, TEMPLATES) if held_out else (None, None)
+    size = min(SHARD_SIZE, max(1, samples // 2))
+    with ShardWriter(folder, size, classes=classes, templates=templates) as writer:
         for index in range(samples):
             rng = np.random.default_rng([seed, index])
             scene = random_scene(rng, held_out=held_out, two_objects=index % 2 == 1)

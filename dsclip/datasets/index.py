@@ -67,10 +67,12 @@ def index_shards(
             "uncompressed tar files of webdataset samples"
         )
     try:
-        old: Labels = read_manifest([str(target / "x")]) or {}
+        old = read_manifest([str(target / "x")]) or Labels()
     except UserError:  # a damaged one gives way; the classes and templates of a labelled set go with it
-        old = {}
+        old = Labels()
     labels: Labels = {}
+    if "teacher" in old:
+        labels["teacher"] = old["teacher"]
     if old.get("classes"):
         labels["classes"] = old["classes"]
     if old.get("templates"):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from dsclip.data.reading.open_shards import OpenShards
-from dsclip.data.shards.manifest import MANIFEST, Labels
+from dsclip.data.shards.manifest import MANIFEST, Labels, read_manifest
 from dsclip.data.shards.shard_set import ShardSet
 from dsclip.data.shards.tar_index import DamagedTar, locate_members, reader_of
 from dsclip.data.shards.writer import ShardWriter
@@ -49,7 +49,18 @@ def whole_samples(shards: ShardSet, storage: Storage) -> Iterator[WholeSample]:
 
 
 def rewrite_shards(shards: ShardSet, storage: Storage, out: Path, change: Change, labels: Labels) -> int:
-    """Writes every sample as `change` gives it into shards of the same names in `out`; returns how many were written.
+    """Writes every sample as `change` gives it, see `write_again`; returns how many were written."""
+
+    def changed() -> Iterator[WholeSample]:
+        for sample in whole_samples(shards, storage):
+            if (members := change(sample.key, sample.members)) is not None:
+                yield sample._replace(members=members)
+
+    return write_again(shards, changed(), out, labels)
+
+
+def write_again(shards: ShardSet, samples: Iterable[WholeSample], out: Path, labels: Labels) -> int:
+    """Writes samples of `shards`, in their order, into shards of the same names in `out`; returns how many.
 
     Where none is left out, the order of the data, crops and captions are those of `shards`. labels: of the manifest.
     Raises UserError when `out` holds shards already.
@@ -61,17 +72,20 @@ def rewrite_shards(shards: ShardSet, storage: Storage, out: Path, change: Change
         raise UserError(f"several of the shards are called {twice[0]}; write each set into a folder of its own")
     written, current = 0, -1
     whole = {"classes": labels.get("classes"), "templates": labels.get("templates")}
-    with ShardWriter(out, sys.maxsize, **whole) as writer:
-        for shard, key, members in whole_samples(shards, storage):
-            changed = change(key, members)
-            if changed is None:
-                continue
+    with ShardWriter(out, sys.maxsize, **whole, teacher=labels.get("teacher")) as writer:
+        for shard, key, members in samples:
             if shard != current:
                 writer.begin_shard(names[shard])
                 current = shard
-            writer.write(key, changed)
+            writer.write(key, members)
             written += 1
     return written
+
+
+def labels_of(shards: ShardSet, storage: Storage) -> Labels:
+    """Class names and templates of the manifest beside the shards."""
+    manifest = read_manifest(shards.locations, storage)
+    return Labels(classes=manifest.get("classes"), templates=manifest.get("templates")) if manifest else Labels()
 
 
 def share_of(seed: int, key: str) -> float:

@@ -53,9 +53,9 @@ from dsclip.plan.optimizer_state import STATE
 class ContrastiveEngine:
     """DeepSpeed's engine with the step that contrastive learning needs.
 
-    `train_step(batch)` needs a `Batch` with images, tokens and sample ids; by the recipe's loss also with keys (duplicates),
-    with hard tokens and their owners (hard negatives), and by its objective with further views. Its gradient equals that of a single
-    process with the N samples in one batch, for every number of ranks, ZeRO stage, micro-batch and chunk size.
+    `train_step(batch)` needs a `Batch` with images, tokens and sample ids; by the recipe's loss also with keys, hard tokens and their
+    owners, and by its objective with further views and a teacher's features. Its gradient equals that of a single process with the N
+    samples in one batch, for every number of ranks, ZeRO stage, micro-batch and chunk size.
     state_dict, init_scale, init_bias: weights, logit scale and a sigmoid loss's bias to start from; those of rank 0 count.
     Sizes that the batch section leaves open are plain: the local batch in one micro-batch, nothing computed again.
     `dsclip.plan.plan_recipe` fills them in from memory beforehand.
@@ -186,7 +186,7 @@ class ContrastiveEngine:
         self.forward_s = time.monotonic() - started if self.sharding.stage < 3 else 0.0
         features = [*cached, (image.detach(), text.detach())]
         pairs, further = self._loss_inputs(micro_batches, features, batch, self.scalars, self.queue, self.step)
-        grads = self.objective(pairs, further, group=self.group)
+        grads = self.objective(pairs, further, group=self.group, teacher=self._loss_inputs.teacher(batch, self.step))
         gradients = split_gradients(micro_batches, grads, grads.d_views)
         # ZeRO averages over ranks, and each rank holds the gradient of the global loss: hence the world size.
         factor = self.group.world_size * one_if_finite(grads)

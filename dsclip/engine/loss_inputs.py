@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsclip.config.schema import LossSection
-from dsclip.data.batch import Batch
+from dsclip.data.batch import OF_TEACHER, Batch
 from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, needed
@@ -60,6 +60,26 @@ class LossInputs:
             extra["hard_text"] = found.pop("hard_text")
         bias = None if scalars.bias is None else scalars.bias.detach()
         return Pairs(found.pop("image"), found.pop("text"), scalars.log_scale.detach(), bias, **extra), found
+
+    def teacher(self, batch: Batch, step: int) -> dict[str, Tensor] | None:
+        """The teacher's features of this rank's samples by name; None where nothing distils. Raises UserError."""
+        if not self.micro_batcher.recipe.objective.distils:
+            return None
+        found = {}
+        for name in ("image", "text"):
+            features = batch.views.get(OF_TEACHER + name)
+            if (
+                features is None
+                or features.ndim != 2
+                or len(features) != len(batch)
+                or not features.is_floating_point()
+            ):
+                what = "missing" if features is None else f"{features.dtype} {tuple(features.shape)}"
+                raise UserError(
+                    f"step {step}: a term that distils needs batch.views[{OF_TEACHER + name!r}], {len(batch)} rows of features; it is {what}"
+                )
+            found[name] = self.micro_batcher.to_device(features)
+        return found
 
 
 def _checked(found: Tensor, classes: int, step: int) -> Tensor:

@@ -6,9 +6,9 @@ A term of your own: docs/objectives.md.
 
 from dsclip.objectives.objective import Objective, ObjectiveGrads, build_objective
 from dsclip.objectives.registry import make_term, register_term
-from dsclip.objectives.term import Features, Term, TermFactory, TermGrads
+from dsclip.objectives.term import Features, TeacherFeatures, Term, TermFactory, TermGrads
 
 __all__ = [
-    "Features", "Objective", "ObjectiveGrads", "Term", "TermFactory", "TermGrads", "build_objective", "make_term",
+    "Features", "Objective", "ObjectiveGrads", "TeacherFeatures", "Term", "TermFactory", "TermGrads", "build_objective", "make_term",
     "register_term",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
@@ -24,7 +25,7 @@ from dsclip.losses import (
 )
 from dsclip.objectives.contrast import Contrast
 from dsclip.objectives.registry import make_term
-from dsclip.objectives.term import Features, Term, TermGrads
+from dsclip.objectives.term import Features, TeacherFeatures, Term, TermGrads
 
 GRADIENTS = ("loss", "d_image", "d_text", "d_hard_text", "d_log_scale", "d_bias")
 
@@ -55,10 +56,13 @@ class Objective:
     negatives: Negatives
     pair_weight: float
     terms: tuple[WeightedTerm, ...]
+    teacher_log_scale: float | None = None
 
     @torch.no_grad()
-    def __call__(self, pairs: Pairs, further: Mapping[str, Tensor], *, group: Group) -> ObjectiveGrads:
-        """further: the views beyond image and text, and what heads give, [n, D] each. Collective."""
+    def __call__(
+        self, pairs: Pairs, further: Mapping[str, Tensor], *, group: Group, teacher: Mapping[str, Tensor] | None = None
+    ) -> ObjectiveGrads:
+        """further: the views beyond image and text, and what heads give, [n, D] each. teacher: its `image` and `text`, [n, D'] each. Collective."""
         pair = checked(self.loss, pairs, negatives=self.negatives, group=group)
         total = ObjectiveGrads(**{f.name: getattr(pair, f.name) for f in fields(LossGrads)})
         if self.pair_weight != 1:
@@ -66,9 +70,11 @@ class Objective:
             total = replace(total, **{name: self.pair_weight * getattr(pair, name) for name in present})
         if not self.terms:
             return total
-        features = Features(
-            {"image": pairs.image, "text": pairs.text, **further}, pairs.log_scale, pairs.keys, pairs.classes
-        )
+        taught = None
+        if teacher is not None and self.teacher_log_scale is not None:
+            taught = TeacherFeatures(teacher, self.teacher_log_scale)
+        views = {"image": pairs.image, "text": pairs.text, **further}
+        features = Features(views, pairs.log_scale, pairs.keys, pairs.classes, taught)
         sums = {name: torch.zeros_like(x, dtype=pair.d_image.dtype) for name, x in further.items()}
         sums |= {"image": total.d_image, "text": total.d_text}
         loss, d_log_scale, values = total.loss, total.d_log_scale, {"pair": pair.loss}
@@ -116,7 +122,13 @@ def build_objective(recipe: Recipe, width: int) -> Objective:
     for each in terms:
         _check_widths(each, recipe.objective, width)
     loss = with_prefixes(loss, settings, width)
-    return Objective(loss, negatives, recipe.objective.pair_weight, terms)
+    temperature = recipe.objective.teacher_temperature
+    if recipe.objective.distils and temperature is None:
+        raise UserError(
+            "objective.teacher_temperature isn't known; set it, or let launchers/train.py take the teacher's own"
+        )
+    log_scale = None if temperature is None else -math.log(temperature)
+    return Objective(loss, negatives, recipe.objective.pair_weight, terms, log_scale)
 
 
 def _check_widths(each: WeightedTerm, objective: ObjectiveSection, width: int) -> None:

@@ -8,10 +8,13 @@ from dsclip.losses import Negatives
 from dsclip.losses.plugin import import_plugin
 from dsclip.objectives.contrast import contrast
 from dsclip.objectives.cross_entropy import cross_entropy
+from dsclip.objectives.distill import distill, distill_features
 from dsclip.objectives.swav import swav
 from dsclip.objectives.term import Term, TermFactory
 
-_TERMS: dict[str, TermFactory] = {"contrast": contrast, "swav": swav, "cross_entropy": cross_entropy}
+_TERMS: dict[str, TermFactory] = {
+    "contrast": contrast, "swav": swav, "cross_entropy": cross_entropy, "distill": distill, "distill_features": distill_features,
+}  # fmt: skip
 
 
 def register_term(name: str, factory: TermFactory) -> TermFactory:

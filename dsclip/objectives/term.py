@@ -13,19 +13,28 @@ from dsclip.losses import Group, Negatives
 
 
 @dataclass(frozen=True)
+class TeacherFeatures:
+    """What a teacher makes of this rank's samples. views: `image` and `text`, [n, D'] unit rows in float32 or wider, of its own width. log_scale: its temperature's."""
+
+    views: Mapping[str, Tensor]
+    log_scale: float
+
+
+@dataclass(frozen=True)
 class Features:
     """This rank's features by name, row i of each of sample i.
 
     views: `image`, `text`, `image_2`, …, each [n, D], unit rows; float32, or bfloat16 with `loss.wire_dtype: bf16`. Of heads
     `image.NAME`, …: unit rows of a projector likewise, cosines with prototypes and logits of classes in float32.
     log_scale []: the shared temperature. keys [n] int64: equal keys mark duplicates; None unless the loss section or a
-    term asks. classes [n] int64: of each sample; None without a classifier.
+    term asks. classes [n] int64: of each sample; None without a classifier. teacher: None where the objective has none.
     """
 
     views: Mapping[str, Tensor]
     log_scale: Tensor
     keys: Tensor | None = None
     classes: Tensor | None = None
+    teacher: TeacherFeatures | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.views[name]

@@ -31,6 +31,7 @@ from dsclip.train.class_prompts import with_class_prompts
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.resume import check_length
 from dsclip.train.run_folder import find_resume
+from dsclip.train.teacher import taught_passes, with_teacher
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     )
     if recipe.model.init and recipe.model.preset == AUTO:  # written down: a model of that name may be another one later
         recipe = replace(recipe, model=replace(recipe.model, **_of_the_weights(model, recipe)))
+    recipe = with_teacher(recipe, model.image_size, storage)
     build_objective(recipe, model.embed_dim)
     check_fp8_shapes(model)
     check_rules(model, recipe.model, recipe.optim, recipe.objective)
@@ -119,6 +121,7 @@ def make_loader(inputs: RunInputs, group: Collectives, state: dict[str, Any] | N
         hard_negatives=recipe.loss.hard_negatives != "none",
         views=recipe.objective.view_settings,
         classes=recipe.objective.classes,
+        taught_passes=taught_passes(recipe, inputs.model.image_size),
         state=state,
     )
 

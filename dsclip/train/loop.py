@@ -19,6 +19,7 @@ from dsclip.train.guarded_evaluation import evaluate
 from dsclip.train.prefetch import on_device
 from dsclip.train.records import EvaluationError, Results
 from dsclip.train.stop import StopSignals
+from dsclip.train.teacher import Teacher
 from dsclip.train.watch import Watch
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
@@ -46,11 +47,12 @@ def train(
     watch: Watch,
     guard: Guard,
     data_state: dict[str, Any] | None = None,
+    teacher: Teacher | None = None,
 ) -> Outcome:
     """Steps until `train.steps`; every rank runs this in step with the others. Raises RunStopped after a signal, saved.
 
     batches: as they come, those that the run leaves out among them no more; guard: raises RollBack where the run goes back.
-    data_state: the position in the data of the checkpoint that the run continues.
+    data_state: the position in the data of the checkpoint that the run continues. teacher: beside the student, if there is one.
     """
     settings = recipe.train
     results: Results = {}
@@ -58,6 +60,8 @@ def train(
     metrics: StepMetrics | None = None
     clock = SaveClock(settings.save_minutes, settings.log_every, engine.group)
     batches = on_device(batches, engine.device)
+    if teacher is not None:
+        batches = teacher.teach(batches)
     checkpoint: Path | None = None
     heart = watch.heart
     first_step = engine.step

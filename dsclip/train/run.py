@@ -27,6 +27,7 @@ from dsclip.train.records import Summary, Totals
 from dsclip.train.resume import Resumed, keep_planned_sizes
 from dsclip.train.run_folder import RunFolder
 from dsclip.train.summary import console_summary, write_summary
+from dsclip.train.teacher import Teacher, teacher_of
 from dsclip.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -66,10 +67,11 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
 
     engine = build_engine(inputs)
     inputs = replace(inputs, ds_config=engine.ds_config)
+    teacher = teacher_of(recipe, engine.device)
     went_back: RollBack | None = None
     while True:
         try:
-            watch, outcome = train_on(folder, inputs, engine, estimate, went_back)
+            watch, outcome = train_on(folder, inputs, engine, estimate, went_back, teacher)
         except RollBack as back:
             went_back = back.with_traceback(None)  # whose frames hold the loader
         else:
@@ -84,7 +86,12 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
 
 
 def train_on(
-    folder: RunFolder, inputs: RunInputs, engine: ContrastiveEngine, estimate: Estimate, went_back: RollBack | None
+    folder: RunFolder,
+    inputs: RunInputs,
+    engine: ContrastiveEngine,
+    estimate: Estimate,
+    went_back: RollBack | None,
+    teacher: Teacher | None,
 ) -> tuple[Watch, Outcome]:
     """From the checkpoint that the folder continues, or from the start. Raises RollBack when the run goes back. Collective.
 
@@ -116,7 +123,7 @@ def train_on(
     batches = without_skipped(iter(loader), folder.lineage)
     data_state = resumed.data_state_of(engine.group.rank, engine.group.world_size)
     try:
-        outcome = train(recipe, engine, batches, inputs.evaluation, store, watch, guard, data_state)
+        outcome = train(recipe, engine, batches, inputs.evaluation, store, watch, guard, data_state, teacher)
     except RunStopped:
         watch.close()
         engine.close()

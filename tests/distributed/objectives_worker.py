@@ -34,12 +34,16 @@ ENDS = [
     HeadSection("classes", "classifier", "image", 4),
 ]  # fmt: skip
 HEADS = [HeadSection("projector", "projector", "image", 10, 20), HeadSection("words", "projector", "text", 24)]
+DISTILL = TermSection("distill", ["image", "text"], 0.8)
+DISTILL_FEATURES = TermSection("distill_features", ["image.projector"], 1.2)
+TEACHER_TEMPERATURE = 0.15
 # name: (terms, heads, weight of the pairs, options of the loss section, share of patches left out)
 OBJECTIVES = {
     "images": ([IMAGES], [], 1.0, {}, 0.5),
     "texts": ([TEXTS], [], 0.5, {"hard_negatives": "global"}, 0.0),
     "heads": ([SWAPPED, CLASSIFIED], ENDS, 0.4, {}, 0.0),
     "all": ([IMAGES, TEXTS, CROSSED, PROJECTED, WORDS], HEADS, 0.3, {"hard_negatives": "own"}, 0.5),
+    "distilled": ([IMAGES, DISTILL, DISTILL_FEATURES], HEADS[:1], 0.6, {}, 0.5),
 }
 
 
@@ -47,7 +51,11 @@ def batch_with_views() -> Batch:
     generator = torch.Generator().manual_seed(21)
     image_2 = torch.randint(0, 256, (GLOBAL_BATCH, 3, 32, 32), generator=generator, dtype=torch.uint8)
     classes = torch.randint(0, 4, (GLOBAL_BATCH,), generator=generator)
-    return replace(whole_batch(), classes=classes, views={"image_2": image_2, "text_2": captions(GLOBAL_BATCH, 22)})
+    taught = torch.nn.functional.normalize(torch.randn(2, GLOBAL_BATCH, HEADS[0].width, generator=generator), dim=-1)
+    teacher = {"teacher_image": taught[0], "teacher_text": taught[1]}
+    return replace(
+        whole_batch(), classes=classes, views={"image_2": image_2, "text_2": captions(GLOBAL_BATCH, 22), **teacher}
+    )
 
 
 def reference(weights: dict, batch: Batch, name: str) -> dict:
@@ -76,7 +84,15 @@ def reference(weights: dict, batch: Batch, name: str) -> dict:
         "softmax", views["image"], views["text"], log_scale, None, Negatives(hard=hard or "global"), loss_reference.cosine,
         None, text(batch.hard_tokens)[:, : SHALLOW.embed_dim] if hard else None, batch.hard_owner if hard else None,
     )  # fmt: skip
-    loss = pair_weight * pair + objective_reference.objective(views, log_scale, 0.0, terms, batch.keys, batch.classes)
+    others = [term for term in terms if not term.name.startswith("distill")]
+    loss = pair_weight * pair + objective_reference.objective(views, log_scale, 0.0, others, batch.keys, batch.classes)
+    if name == "distilled":
+        taught = {k: batch.views[f"teacher_{k}"].double() for k in ("image", "text")}
+        loss = loss + DISTILL.weight * objective_reference.distill(
+            views["image"], views["text"], log_scale.exp(), *taught.values(), 1 / TEACHER_TEMPERATURE
+        )
+        distance = objective_reference.distill_features([(views["image.projector"], taught["image"])])
+        loss = loss + DISTILL_FEATURES.weight * distance
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
     return {"loss": loss.item(), "pair": pair.item(), "log_scale": log_scale.grad.item(), "grads": grads}
@@ -87,7 +103,9 @@ def engine_of(name: str, micro_batches: int, stage: int, group: Collectives) -> 
     local = GLOBAL_BATCH // group.world_size
     recipe = Recipe(
         batch=BatchSection(GLOBAL_BATCH, -(-local // micro_batches), None if micro_batches == 1 else 2), optim=OPTIM,
-        loss=LossSection(**options), objective=ObjectiveSection(pair_weight, terms, heads=heads),
+        loss=LossSection(**options), objective=ObjectiveSection(
+            pair_weight, terms, heads=heads, teacher_temperature=TEACHER_TEMPERATURE if name == "distilled" else None,
+        ),
         train=TrainSection(seed=SEED, steps=10),
     )  # fmt: skip
     config = replace(SHALLOW, patch_dropout=dropout)

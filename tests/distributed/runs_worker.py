@@ -135,6 +135,14 @@ def main(out: str, folder: str) -> None:
     schedule = [f"model.init={runs.checkpoint('part', 6)}", "loss.temperature=scheduled", "loss.final_temperature=0.02"]
     runs.start("scheduled", "scheduled", "train.steps=4", *schedule)
     runs.start("scheduled again", "scheduled", "train.steps=4", *schedule, "--resume", runs.checkpoint("scheduled", 2))
+    # Students of that run's model: one that begins as it, and one that doesn't.
+    taught = [
+        f"objective.teacher={runs.checkpoint('part', 6)}",
+        "objective.terms=[{name: distill, between: [image, text]}]",
+    ]
+    runs.start("its teacher", "its_teacher", "train.steps=1", f"model.init={runs.checkpoint('part', 6)}", *taught)
+    runs.start("taught", "taught", "train.steps=2", *taught)
+    runs.start("taught on", "taught", "train.steps=3", *taught, "--resume", "auto")
     # Evaluations that fail.
     original = inputs_module.Evaluation
     for kind in ("on all ranks", "on one rank", "last"):

@@ -198,3 +198,12 @@ def test_a_disk_that_is_full_for_now_stops_no_run_before_its_end(results):
 
 def test_no_lock_stays_behind(folder, results):
     assert not list(Path(folder).glob("runs/*/run.lock*"))
+
+
+def test_a_teacher_beside_the_student_is_there_from_the_first_step_on_and_when_the_run_goes_on(results):
+    for case in ("its teacher", "taught", "taught on"):
+        for step in steps(succeeded(results[case])).values():
+            assert step["loss"] == pytest.approx(step["terms/pair"] + step["terms/distill_image_text"], rel=1e-6)
+    same = steps(results["its teacher"])[1]["terms/distill_image_text"]
+    others = [step["terms/distill_image_text"] for step in steps(results["taught on"]).values()]
+    assert len(others) == 3 and 0 <= same < min(others) / 20  # the student computes in bf16, the teacher in float32

@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dsclip.config.data_section import DataSection
 from dsclip.config.objective_section import VIEW_KEYS, ViewSection
 from dsclip.data.decoding.augment import IDENTITY, augments, draw_augmentation
 from dsclip.data.decoding.class_prompts import class_prompts
 from dsclip.data.decoding.repeat_words import repeat_words
-from dsclip.data.decoding.sample import RawSample, decode_image, read_captions, read_class, read_group, read_negatives
+from dsclip.data.decoding.sample import (
+    RawSample,
+    decode_image,
+    read_captions,
+    read_class,
+    read_group,
+    read_negatives,
+    read_teacher,
+)
 from dsclip.data.decoding.transforms import train_image
 
 if TYPE_CHECKING:  # it loads a decoder that a recipe may do without
@@ -34,6 +43,8 @@ class TrainSample(NamedTuple):
     augmentation: tuple[float, ...] | None
     texts: tuple[str, ...] = ()
     label: int | None = None
+    teacher: NDArray[np.float32] | None = None
+    """A teacher's features of the image and of the caption, [2, D]."""
 
 
 class Preparer:
@@ -41,10 +52,11 @@ class Preparer:
 
     def __init__(
         self, data: DataSection, image_size: int, seed: int, hard_negatives: bool, views: tuple[ViewSection, ...] = (),
-        classes: int = 0,
+        classes: int = 0, taught_passes: int | None = None,
     ):  # fmt: skip
-        """views: the further ones that a batch has, such as image_2 and text_2. classes: how many there are, where samples need one."""
-        self._classes = classes
+        """views: the further ones that a batch has, such as image_2 and text_2. classes: how many there are, where samples need one.
+        taught_passes: of the stored features of a teacher; later rounds show what the first ones showed, for which there are features."""
+        self._classes, self._taught_passes = classes, taught_passes
         self._data, self._image_size, self._seed, self._hard_negatives = data, image_size, seed, hard_negatives
         self._image_views, self._text_views = of_kind("image", views), of_kind("text", views)
         self._images = [data, *(_image_settings(data, view) for view in self._image_views)]
@@ -66,6 +78,8 @@ class Preparer:
         All randomness is that of (seed, round, sample id), see `order.Draw`, and of a further view's number and kind.
         """
         data = self._data
+        if self._taught_passes is not None:
+            round_ %= self._taught_passes
         name, captions = (
             (None, read_captions(raw, data.caption_key)) if self._prompts is None else self._prompts.of(raw)
         )
@@ -83,7 +97,8 @@ class Preparer:
             if self._augments:
                 drawn += draw_augmentation(self._images[index], generator) or IDENTITY
         texts = self._texts(captions, chosen, key)
-        return TrainSample(caption, raw.sample_id, group, negatives, tuple(drawn) or None, texts, label)
+        teacher = None if self._taught_passes is None else read_teacher(raw, round_)
+        return TrainSample(caption, raw.sample_id, group, negatives, tuple(drawn) or None, texts, label, teacher)
 
     def _crop(self, raw: RawSample, index: int, rng: np.random.Generator, image: torch.Tensor) -> None:
         if self._fast:

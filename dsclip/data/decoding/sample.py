@@ -18,7 +18,8 @@ from PIL import Image
 from dsclip.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MEMBER_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", "neg.txt")
+TEACHER = "teacher.npy"  # a teacher's features, see `read_teacher`
+MEMBER_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", "neg.txt", TEACHER)
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 IN_VECTOR = r"npy:(\d+)"  # a part's key that is a place in the sample's .npy
 _DECODE_JSON = json.JSONDecoder().decode
@@ -176,6 +177,19 @@ def read_label_set(raw: RawSample) -> tuple[int, ...] | None:
     if not isinstance(labels, list) or not all(type(label) is int and label >= 0 for label in labels):
         raise BadSample("unreadable labels")
     return tuple(sorted(set(labels)))
+
+
+def read_teacher(raw: RawSample, pass_: int) -> NDArray[np.float32]:
+    """The features of image and caption [2, D] that a teacher had of them in a pass over the data, of [passes, 2, D]. Raises BadSample."""
+    try:
+        stored = np.load(io.BytesIO(raw.members[TEACHER]), allow_pickle=False)
+    except KeyError as error:
+        raise BadSample("no features of a teacher") from error
+    except (ValueError, OSError, EOFError) as error:
+        raise BadSample("unreadable features of a teacher") from error
+    if stored.ndim != 3 or stored.shape[1] != 2 or pass_ >= len(stored) or stored.dtype.kind != "f":
+        raise BadSample("unreadable features of a teacher")
+    return np.asarray(stored[pass_], dtype=np.float32)
 
 
 def _vector(raw: RawSample) -> NDArray[Any]:

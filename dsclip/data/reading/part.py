@@ -34,3 +34,5 @@ class Part:
     """What each of the worker's streams has drawn of each data set."""
     report: LoadReport
     classes: NDArray[np.int64] | None = None
+    teacher: NDArray[np.float32] | None = None
+    """A teacher's features of image and caption, [p, 2, D]."""

@@ -57,6 +57,8 @@ class Settings:
     """The further ones of each sample, such as image_2 and text_2."""
     classes: int = 0
     """How many there are, where samples need one."""
+    taught_passes: int | None = None
+    """Of a teacher's features in the samples, see `Preparer`."""
 
     @property
     def images_per_sample(self) -> int:
@@ -111,6 +113,7 @@ class Worker:
             settings.hard_negatives,
             settings.views,
             settings.classes,
+            settings.taught_passes,
         )
         self._total = sum(settings.order.set_samples)
 
@@ -252,6 +255,7 @@ class Worker:
             drawn=[list(drawn) for drawn in self._drawn.values()],
             report=report,
             classes=np.array([s.label for s in samples]) if self._settings.classes else None,
+            teacher=None if self._settings.taught_passes is None else np.array([s.teacher for s in samples]),
         )
 
     def _judge_negatives(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from dsclip.data.sources.storage import LOCAL, MissingSource, SourceError, Storage, is_remote
 from dsclip.errors import UserError
@@ -29,11 +29,12 @@ class Entry(_Hash):
 
 
 class Labels(TypedDict, total=False):
-    """What a manifest may say beyond its shards. base: where they lie, if not beside it."""
+    """What a manifest may say beyond its shards. base: where they lie, if not beside it. teacher: whose features are in the samples, and of what."""
 
     classes: list[str] | None
     templates: list[str] | None
     base: str
+    teacher: dict[str, Any]
 
 
 class Manifest(Labels):

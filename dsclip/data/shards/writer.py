@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from webdataset import TarWriter
 
 from dsclip.data.shards.index_file import SUFFIX, to_bytes
-from dsclip.data.shards.manifest import Entry, write_manifest
+from dsclip.data.shards.manifest import Entry, Labels, write_manifest
 from dsclip.data.shards.tar_index import reader_of, scan
 from dsclip.files import on_disk, sha256, write_whole
 
@@ -25,10 +25,18 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, shard_size: int, *, classes: list[str] | None = None, templates: list[str] | None = None
+        self,
+        folder: Path,
+        shard_size: int,
+        *,
+        classes: list[str] | None = None,
+        templates: list[str] | None = None,
+        teacher: dict[str, Any] | None = None,
     ):
         self.folder, self._shard_size = Path(folder), shard_size
-        self._classes, self._templates = classes, templates
+        self._labels = Labels(classes=classes, templates=templates)
+        if teacher is not None:
+            self._labels["teacher"] = teacher
         self._entries: list[Entry] = []
         self._file: BinaryIO | None = None
         self._tar: TarWriter | None = None
@@ -87,4 +95,4 @@ class ShardWriter:
             self._close()
             return
         self._finish_shard()
-        write_manifest(self.folder, self._entries, {"classes": self._classes, "templates": self._templates})
+        write_manifest(self.folder, self._entries, self._labels)

@@ -1,0 +1,132 @@
+"""A teacher beside the student and one whose features are stored say the same; what doesn't fit is refused."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsclip.config import Recipe
+from dsclip.config.objective_section import ObjectiveSection, TermSection
+from dsclip.config.schema import DataSection, TrainSection
+from dsclip.convert import export_hf
+from dsclip.data import build_loader, load_tokenizer
+from dsclip.data.sources.storage import Storage
+from dsclip.datasets.demo import demo_once
+from dsclip.engine.loss_inputs import LossInputs
+from dsclip.engine.micro_batch import MicroBatcher
+from dsclip.errors import UserError
+from dsclip.model import resolve_preset
+from dsclip.train.prefetch import on_device
+from dsclip.train.teacher import open_teacher, taught_passes, with_teacher
+from tests.programs import run_program
+from tests.test_convert import SCALE, checkpoint_of, perturbed
+
+CPU = torch.device("cpu")
+PASSES, SAMPLES, BATCH, SIZE = 2, 24, 8, 32
+DRAWN = {"crop_scale": [0.5, 1.0], "flip": True, "color_jitter": [0.4, 0.4, 0.4, 0.1]}
+KEYS = [f"data.{key}={json.dumps(value)}" for key, value in DRAWN.items()]
+
+
+def config_of(data):
+    tokenizer = load_tokenizer(str(data / "tokenizer"))
+    tokens = dict(vocab_size=tokenizer.vocab_size, eot_token_id=tokenizer.eot_token_id)
+    return resolve_preset("demo", vision_layers=2, text_layers=1, image_size=SIZE, **tokens)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with `data`, `teacher`, and `stored`, which tools/reinforce_shards.py wrote."""
+    folder = tmp_path_factory.mktemp("teacher")
+    data = demo_once(folder / "data", SAMPLES, 4)
+    export_hf(checkpoint_of(perturbed(config_of(data)), data), folder / "teacher")
+    done = run_program(
+        "tools/reinforce_shards.py", folder / "teacher", folder / "stored", "--passes", PASSES, "--batch-size", 10, "--json",
+        f"data.train_shards={data / 'train'}", f"model.image_size={SIZE}", *KEYS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "out": str(folder / "stored"),
+        "samples": SAMPLES,
+        "without": 0,
+        "passes": PASSES,
+    }
+    return folder
+
+
+def recipe(place, teacher, shards, seed=0, **data):
+    terms = [TermSection("distill", ["image", "text"])]
+    section = DataSection(train_shards=str(place / shards), workers=0, **{**DRAWN, **data})
+    return Recipe(data=section, objective=ObjectiveSection(terms=terms, teacher=teacher), train=TrainSection(seed=seed))
+
+
+def batches(place, of, count):
+    loader = build_loader(
+        of.data, tokenizer=load_tokenizer(str(place / "data" / "tokenizer")), image_size=SIZE, context_length=16,
+        global_batch_size=BATCH, seed=of.train.seed, taught_passes=taught_passes(of, SIZE),
+    )  # fmt: skip
+    return list(itertools.islice(on_device(iter(loader), CPU), count))
+
+
+def test_what_is_stored_is_what_the_teacher_says_beside_the_student(place):
+    beside = recipe(place, str(place / "teacher"), "data/train")
+    teacher = open_teacher(str(place / "teacher"), CPU, 5)
+    online = list(teacher.teach(iter(batches(place, beside, PASSES * SAMPLES // BATCH))))
+    stored = batches(place, recipe(place, "stored", "stored"), PASSES * SAMPLES // BATCH)
+    for one, other in zip(online, stored, strict=True):
+        assert torch.equal(one.sample_ids, other.sample_ids) and torch.equal(one.images, other.images)
+        assert torch.equal(one.tokens, other.tokens)
+        for name in ("teacher_image", "teacher_text"):
+            torch.testing.assert_close(other.views[name], one.views[name], atol=2e-6, rtol=0)
+            torch.testing.assert_close(other.views[name].norm(dim=1), torch.ones(BATCH))
+
+
+def test_passes_beyond_the_stored_ones_show_the_crops_and_captions_that_there_are_features_of(place):
+    epoch = SAMPLES // BATCH
+    seen = batches(place, recipe(place, "stored", "stored"), (PASSES + 1) * epoch)
+    of = lambda part: {int(s): i for b in part for s, i in zip(b.sample_ids, b.views["teacher_image"], strict=True)}  # noqa: E731
+    first, second, third = (of(seen[k * epoch : (k + 1) * epoch]) for k in range(3))
+    assert all(torch.equal(third[s], first[s]) for s in first) and any(
+        not torch.equal(second[s], first[s]) for s in first
+    )
+
+
+def test_the_temperature_is_the_teachers_own_unless_one_is_given(place):
+    for teacher, shards in ((str(place / "teacher"), "data/train"), ("stored", "stored")):
+        of = recipe(place, teacher, shards)
+        assert with_teacher(of, SIZE, Storage()).objective.teacher_temperature == pytest.approx(1 / SCALE, rel=1e-5)
+        given = replace(of, objective=replace(of.objective, teacher_temperature=0.3))
+        assert with_teacher(given, SIZE, Storage()).objective.teacher_temperature == 0.3
+
+
+def test_features_of_other_crops_and_captions_are_refused(place):
+    for of, said in (
+        (recipe(place, "stored", "stored", seed=1), r"train\.seed=0, and this run has 1"),
+        (recipe(place, "stored", "stored", flip=False), r"data\.flip=True, and this run has False"),
+        (recipe(place, "stored", "data/train"), "says no teacher"),
+        (recipe(place, str(place / "nowhere"), "data/train"), "`objective.teacher`: .*no such file or folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            with_teacher(of, SIZE, Storage())
+    with pytest.raises(UserError, match="image_size=32, and this run has 64"):
+        with_teacher(recipe(place, "stored", "stored"), 64, Storage())
+
+
+def test_a_batch_without_the_teachers_features_is_refused(place):
+    of = recipe(place, str(place / "teacher"), "data/train")
+    inputs = LossInputs(of.loss, MicroBatcher(of, config_of(place / "data"), CPU, 0, 1), 16, False)
+    (batch,) = batches(place, of, 1)
+    with pytest.raises(UserError, match=r"needs batch.views\['teacher_image'\], 8 rows of features; it is missing"):
+        inputs.teacher(batch, 3)
+    wrong = replace(batch, views={"teacher_image": torch.zeros(7, 4)})
+    with pytest.raises(UserError, match=r"it is torch.float32 \(7, 4\)"):
+        inputs.teacher(wrong, 3)
+
+
+def test_a_teacher_of_another_image_size_is_shown_resized_pictures(place):
+    teacher = open_teacher(str(place / "teacher"), CPU, None)
+    grey = torch.full((2, 3, 48, 48), 128, dtype=torch.uint8)
+    image, _ = teacher.features(grey, ["a", "b"])
+    same, _ = teacher.features(grey[:, :, :SIZE, :SIZE], ["a", "b"])
+    torch.testing.assert_close(image, same, atol=1e-6, rtol=0)
