@@ -120,17 +120,17 @@ def test_what_can_not_be_distilled_is_refused():
     [
         ({"terms": [{"name": "distill", "between": ["image", "text"]}]}, "`objective.teacher` is not set"),
         (
-            {"terms": [{"name": "distill", "between": ["image", "text"], "duplicates": "mask"}]},
+            {"terms": [{"name": "distill", "between": ["image", "text"], "duplicates": "mask"}], "teacher": "x"},
             "gives distill `duplicates`",
         ),
         (
-            {"terms": [{"name": "distill_features", "between": ["image"], "temperature": 0.1}]},
+            {"terms": [{"name": "distill_features", "between": ["image"], "temperature": 0.1}], "teacher": "x"},
             "gives distill_features `temp",
         ),
         ({"teacher": "runs/big"}, "no term of `objective.terms` distils"),
         ({"teacher_temperature": 0.1}, "no term of `objective.terms` distils"),
     ],
 )
-def test_a_recipe_has_a_teacher_and_a_term_that_distils_or_neither(objective, said):
+def test_a_recipe_has_a_teacher_and_a_term_that_distils_or_neither_and_no_key_that_says_nothing(objective, said):
     with pytest.raises(UserError, match=said):
         build_recipe({"objective": objective}, "recipe")

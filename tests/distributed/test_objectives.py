@@ -9,7 +9,7 @@ from tests.distributed.launch import cases_of
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_objectives_with_further_views_are_exact(ranks, tmp_path):
     *cases, step = cases_of(objectives_worker, ranks, tmp_path)
-    assert len(cases) == 10
+    assert len(cases) == 12
     assert not [case for case in cases if any(value > 1e-5 for value in case["wrong"].values())]
     titles = ["pair", "contrast_image_image_2", "contrast_text_text_2", "contrast_text_2_image"]
     titles += ["contrast_image.projector_image_2.projector", "contrast_text_2.words_text"]
