@@ -120,6 +120,11 @@ def test_an_expression_that_is_found_nowhere_is_named(key):
         trained_part(resolve_preset("demo"), section(**{key: ["head", "blcoks"]}))
 
 
+def test_adapters_beside_weights_that_are_all_trained_are_refused():
+    with pytest.raises(UserError, match="`model.lora_full` matches every parameter: nothing would be frozen"):
+        trained_part(resolve_preset("demo"), section(lora_full=["."]))
+
+
 def test_a_rank_above_that_of_the_matrix_is_refused():
     assert trained_part(resolve_preset("demo"), section(lora_rank=128)).parameters
     with pytest.raises(

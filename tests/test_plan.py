@@ -178,6 +178,19 @@ def test_gradients_and_optimizer_are_those_of_what_is_trained(section, stage):
     assert part.peak_mb < everything.peak_mb and part.samples_per_second > everything.samples_per_second
 
 
+def test_what_goes_through_the_towers_beside_the_pairs_is_counted():
+    config, batch = resolve_preset("ViT-L-14"), BatchSection(256, checkpointing="none", accumulation="manual")
+    image, text = forward_flops(config)
+
+    def gflops(**loss):
+        work = Workload(loss=LossSection(**loss))
+        return estimate(config, batch, ds_config(batch, 1), 1, GPU, work).gflops_per_sample
+
+    assert gflops(hard_negatives="own") == pytest.approx(3 * (image + 2 * text) / 1e9)
+    assert gflops(queue_size=512, queue_momentum=0.9) == pytest.approx(4 * (image + text) / 1e9)
+    assert gflops(queue_size=512) == pytest.approx(3 * (image + text) / 1e9)
+
+
 def test_a_locked_layer_saves_nothing_and_is_computed_forward_alone():
     config, batch = resolve_preset("ViT-L-14"), BatchSection(256, checkpointing="none", accumulation="manual")
     settings = ds_config(batch, 1)

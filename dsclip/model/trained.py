@@ -25,7 +25,7 @@ def choose_trained(model: Clip, section: ModelSection, objective: ObjectiveSecti
     """Freezes what the section says, and adds its adapters and the objective's heads. Call it before the optimizer is built; under ZeRO-3 within
     `zero.Init`.
 
-    Raises UserError for an expression that matches nothing, where nothing would be locked, and for a head that can't have its name.
+    Raises UserError for an expression that matches nothing, where nothing would be locked or frozen, and for a head that can't have its name.
     """
     if section.lora_rank:
         _adapt(model, section)
@@ -37,6 +37,10 @@ def choose_trained(model: Clip, section: ModelSection, objective: ObjectiveSecti
 def _adapt(model: Clip, section: ModelSection) -> None:
     whole = _found("model.lora_full", section.lora_full, [name for name, _ in model.named_parameters()])
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and WITHOUT_FORWARD not in name}
+    if len(whole) == len(list(model.parameters())):
+        raise UserError(
+            "`model.lora_full` matches every parameter: nothing would be frozen. Leave out model.lora_rank to train everything"
+        )
     adapted = _found("model.lora_targets", section.lora_targets, list(layers))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in whole)

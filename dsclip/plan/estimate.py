@@ -94,6 +94,8 @@ def estimate(
     gathered, reduced = gathers * BF16 * parameters, reductions * wire * part.parameters
     forward, towers, layers, backward = operations(config, text_tokens, part, encoded)
     again = layers * recomputed(checkpointing, machine.device) + towers * (micro_batches - 1) / micro_batches
+    if loss.queue_momentum is not None:  # the average of the weights encodes each pair once more, without a graph
+        forward += sum(forward_flops(config, text_tokens))
     seconds = local * (forward + backward + again) / (machine.tflops * 1e12 * machine.efficiency)
     seconds += (gathered + reduced) / (machine.gigabytes_per_second * 1e9) if world_size > 1 else 0
     if checkpointing == "offload" and machine.device == "cuda":
@@ -134,7 +136,7 @@ def operations(
     has none. Layers count alike.
     """
     of_image, of_text = forward_flops(config, text_tokens)
-    forwards = (encoded.images * of_image, encoded.texts * of_text)
+    forwards = (encoded.images * of_image, (encoded.texts + encoded.hard) * of_text)
     layers = (config.vision_layers + 2, config.text_layers + 2)
     with_graph = [f * (1 - locked / n) for f, n, locked in zip(forwards, layers, part.locked, strict=True)]
     backward = sum(f * (1 + share) for f, share in zip(with_graph, part.shares, strict=True))
