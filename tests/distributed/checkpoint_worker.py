@@ -38,24 +38,26 @@ def refusal(engine, folder: Path) -> str:
         engine.close()
 
 
-def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives, loss: LossSection) -> dict:
-    """Six steps in one go against three, a checkpoint, and three more in a fresh engine."""
-    options = dict(micro_batches=2, chunks=2, patch_dropout=0.5, bf16=bf16, group=group, loss=loss)
-    whole = build(stage, **options)
-    expected = losses(whole, group, 6)
-    whole.close()
+def resume_case(
+    stage: int, bf16: bool, folder: Path, group: Collectives, loss: LossSection, *, first_of_all: bool
+) -> dict:
+    """Three steps, a checkpoint and three more, in the same engine and in a fresh one.
 
+    first_of_all: also compared with six steps without a checkpoint, and saved again and again until old ones go.
+    """
+    options = dict(micro_batches=2, chunks=2, patch_dropout=0.5, bf16=bf16, group=group, loss=loss)
     first = build(stage, **options)
-    seen = losses(first, group, 3)
+    begun = losses(first, group, 3)
     store = CheckpointStore(folder, keep=2, tokenizer=NoTokenizer())
     store.save(first, {"position": group.rank}, {})
     weights = {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in first.module.named_parameters()}
     scale = first.scalars.scale
+    expected = begun + losses(first, group, 6)
     first.close()
 
     second = build(stage, **options)
     manifest = load_checkpoint(second, find_checkpoint(folder), world_size=group.world_size)
-    seen += losses(second, group, 6)
+    seen = begun + losses(second, group, 6)
     load_checkpoint(second, find_checkpoint(folder), world_size=group.world_size)  # in place, as a run that goes back
     again = losses(second, group, 6)
     result = {
@@ -74,12 +76,17 @@ def resume_case(stage: int, bf16: bool, folder: Path, group: Collectives, loss: 
         result["names_equal"] = set(read.state_dict) == set(weights)
         result["scale_equal"] = read.logit_scale == scale
     group.barrier()
-    for _ in range(2):
+    if first_of_all:
+        for _ in range(2):
+            store.save(second, {}, {})
+            losses(second, group, second.step + 1)
         store.save(second, {}, {})
-        losses(second, group, second.step + 1)
-    store.save(second, {}, {})
-    result["kept"] = sorted(p.name for p in store.folder.iterdir())
+        result["kept"] = sorted(p.name for p in store.folder.iterdir())
     second.close()
+    if first_of_all:
+        undisturbed = build(stage, **options)
+        result["undisturbed"] = losses(undisturbed, group, 6)
+        undisturbed.close()
     return result
 
 
@@ -89,9 +96,10 @@ def main(out: str, folder: str) -> None:
     results = []
     for stage in (1, 2, 3):
         for bf16 in (False, True):
-            results.append(resume_case(stage, bf16, Path(folder) / f"{stage}-{bf16}", group, LossSection()))
+            where, alone = Path(folder) / f"{stage}-{bf16}", stage == 3 and bf16
+            results.append(resume_case(stage, bf16, where, group, LossSection(), first_of_all=alone))
     for stage in (1, 3):
-        results.append(resume_case(stage, True, Path(folder) / f"{stage}-queue", group, QUEUE))
+        results.append(resume_case(stage, True, Path(folder) / f"{stage}-queue", group, QUEUE, first_of_all=False))
     if group.rank == 0:
         Path(out).write_text(json.dumps(results))
     shutdown_distributed()

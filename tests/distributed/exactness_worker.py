@@ -197,9 +197,9 @@ def adamw_case(stage: int, group: Collectives, steps: int = 4) -> dict:
 
 def cases(group: Collectives) -> list[dict]:
     results = []
-    for stage, micro_batches, chunks, dropout, bf16 in itertools.product(
-        (1, 2, 3), (1, 3), (1, 2), (0.0, 0.5), (False, True)
-    ):
+    # Half of all combinations: any three of the four settings meet in every way, under each ZeRO stage.
+    for stage, micro_batches, chunks, dropout in itertools.product((1, 2, 3), (1, 3), (1, 2), (0.0, 0.5)):
+        bf16 = ((micro_batches == 3) + (chunks == 2) + (dropout > 0)) % 2 == 1
         case = dict(stage=stage, micro_batches=micro_batches, chunks=chunks, patch_dropout=dropout, bf16=bf16)
         results.append({"kind": "gradient", "ranks": group.world_size, **case, **gradient_case(case, group)})
     for stage, special in (

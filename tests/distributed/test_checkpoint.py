@@ -36,6 +36,7 @@ def test_resumed_losses_are_bit_identical(results):
         assert len(result["expected"]) == 6
         assert result["seen"] == result["expected"], f"ZeRO-{result['stage']}, bf16 {result['bf16']}"
         assert result["again"] == result["expected"][3:], "loaded into an engine that has trained on"
+    assert [r["undisturbed"] == r["expected"] for r in results if "undisturbed" in r] == [True], "saving changes it"
 
 
 def test_the_queue_and_its_momentum_encoder_change_the_loss_once_they_are_used(results):
@@ -55,7 +56,7 @@ def test_read_checkpoint_returns_the_float32_master_weights(results):
 
 
 def test_only_the_last_k_checkpoints_are_kept(results):
-    assert all(r["kept"] == ["step_00000007", "step_00000008"] for r in results)
+    assert [r["kept"] for r in results if "kept" in r] == [["step_00000007", "step_00000008"]]
 
 
 def test_half_written_checkpoints_are_never_chosen(saved, tmp_path):

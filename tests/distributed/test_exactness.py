@@ -1,5 +1,7 @@
 """The first test of all: a step equals the float64 single-process step on the whole global batch."""
 
+import itertools
+
 import pytest
 
 from tests.distributed import exactness_worker
@@ -25,10 +27,10 @@ def failures(results, wrong) -> list:
     return [case for case in results if wrong(case)]
 
 
-def test_every_combination_is_covered(results):
-    gradients = [r for r in results if r["kind"] == "gradient"]
-    keys = ("stage", "micro_batches", "chunks", "patch_dropout", "bf16")
-    assert len({tuple(r[k] for k in keys) for r in gradients}) == 3 * 2 * 2 * 2 * 2
+def test_any_three_settings_meet_in_every_way_under_each_stage(results):
+    plain = [r for r in results if r["kind"] == "gradient" and not r.get("special")]
+    for three in itertools.combinations(("micro_batches", "chunks", "patch_dropout", "bf16"), 3):
+        assert len({(r["stage"], *(r[key] for key in three)) for r in plain}) == 3 * 2**3, three
 
 
 def test_fp32_gradients_equal_float64_full_batch(results):
