@@ -110,15 +110,17 @@ def optimizer_numbers(engine, group) -> int:
     return sum(group.all_gather_object(sum(moments)))
 
 
-def locked_case(case: dict, group: Collectives, folder: Path) -> dict:
-    plain = {key: value for key, value in case.items() if key not in ("lock", "unlocked_layers", "lora", "full")}
-    everything = gradients(build(group, **plain), group)
+def locked_case(case: dict, everything: dict, group: Collectives, folder: Path) -> dict:
+    """everything: the gradients of the same run without lock and adapters."""
     ours = gradients(build(group, **case), group)
 
-    whole = build(group, **case)
-    start = whole_weights(whole)
-    frozen = [n for n, p in whole.module.named_parameters() if not p.requires_grad]
-    expected = losses(whole, group, 4)
+    first = build(group, **case)
+    start = whole_weights(first)
+    frozen = [n for n, p in first.module.named_parameters() if not p.requires_grad]
+    seen = losses(first, group, 2)
+    store = CheckpointStore(folder, keep=2, tokenizer=NoTokenizer())
+    store.save(first, {}, {"model": vars(first.recipe.model)})
+    weights = whole_weights(first)
     result = {
         "case": case,
         "gradient": relative(ours, expected_gradients(ours, everything, start)),
@@ -126,17 +128,10 @@ def locked_case(case: dict, group: Collectives, folder: Path) -> dict:
         "frozen": sorted({n.split(".")[0] for n in frozen}),
         "adapted": sorted({n.rpartition(".lora")[0] for n in ours if ".lora." in n}),
         "trained": sum(g.numel() for g in ours.values()),
-        "optimizer": optimizer_numbers(whole, group),
-        "expected": expected,
+        "moved": sorted(n for n in weights if not torch.equal(weights[n], start[n])) == sorted(ours),
+        "expected": seen + losses(first, group, 4),
+        "optimizer": optimizer_numbers(first, group),
     }
-    whole.close()
-
-    first = build(group, **case)
-    seen = losses(first, group, 2)
-    store = CheckpointStore(folder, keep=2, tokenizer=NoTokenizer())
-    store.save(first, {}, {"model": vars(first.recipe.model)})
-    weights = whole_weights(first)
-    result["moved"] = sorted(n for n in weights if not torch.equal(weights[n], start[n])) == sorted(ours)
     first.close()
     second = build(group, **case, other=True)  # so that frozen weights are right only if they were loaded
     result["others"] = not any(torch.equal(x, weights[n]) for n, x in whole_weights(second).items() if x.dim() > 1)
@@ -177,10 +172,16 @@ def cases(group: Collectives) -> list[dict]:
     with TemporaryDirectory() as own:
         found = [own]
         dist.broadcast_object_list(found)  # the ranks' one folder
-        results = [locked_case(case, group, Path(found[0]) / str(i)) for i, case in enumerate(CASES)]
+        results: list[dict] = []
+        unlocked: dict[tuple, dict] = {}  # gradients of the runs that train everything
+        for i, case in enumerate(CASES):
+            plain = {key: value for key, value in case.items() if key in ("stage", "bf16", "coalesce", "persisted")}
+            if (key := tuple(plain.items())) not in unlocked:
+                unlocked[key] = gradients(build(group, **plain), group)
+            results.append(locked_case(case, unlocked[key], group, Path(found[0]) / str(i)))
         for trained_part in (0, LORA):  # continued as a run that trains everything
-            everything = build(group, stage=1, bf16=True)
-            results.append({"refusal": refusal(everything, Path(found[0]) / str(trained_part))})
+            engine = build(group, stage=1, bf16=True)
+            results.append({"refusal": refusal(engine, Path(found[0]) / str(trained_part))})
         group.barrier()
     results.append({"once": [once_case(group, lock) for lock in ("image", "text")]})
     return results
