@@ -11,6 +11,7 @@ from dsclip.command_line import Parser
 from dsclip.distributed import launched_ranks, shutdown_distributed, take_slurm_ranks
 from dsclip.errors import RunStopped, UserError
 from dsclip.train.accelerate_launch import refuse_without_effect
+from dsclip.train.lost_reader import outlive_readers
 from dsclip.train.processes import launchers
 
 EXAMPLES = """examples:
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's large CPU tensors
     rank = code = 0
+    outlive_readers()
     try:
         take_slurm_ranks()
         launchers()  # now: one that ends while the run is built is noticed later

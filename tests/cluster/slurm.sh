@@ -7,42 +7,20 @@
 # on a cluster, over the loopback device. /etc/hosts knows the two names while it runs. docs/clusters.md shows what it prints.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ "$(id -u)" = 0 ] || { echo "slurm.sh starts slurm's daemons: run it as root" >&2; exit 2; }
-is_there() { for program; do command -v "$program" >/dev/null || return 1; done; }
-if ! is_there slurmctld slurmd sbatch munged; then
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null
-fi
-export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=$PWD
-place=$(mktemp -d)
+name=slurm.sh
+. tests/cluster/common.sh
+is_there slurmctld slurmd sbatch munged || install slurmctld slurmd slurm-client munge
 export SLURM_CONF=$place/slurm.conf
-mark="# dsclip test-cluster $$"
-daemons=()
 
 cleanup() {
     code=$?
-    [ "$code" = 0 ] || tail -n 30 "$place"/*.out "$place"/*.log 2>/dev/null || true
     scancel --user root 2>/dev/null || true
-    for pid in "${daemons[@]}"; do kill "$pid" 2>/dev/null || true; done
-    grep -v "$mark" /etc/hosts >"$place/hosts" || true
-    cat "$place/hosts" >/etc/hosts  # in place: a container's /etc/hosts is a mount
-    wait || true
-    [ "$code" = 0 ] && rm -rf "$place" || echo "slurm.sh failed; logs are in $place" >&2
+    ended "$code"
 }
 trap cleanup EXIT
 
-say() { echo "slurm.sh: $*"; }
-# until_true SECONDS COMMAND: waits for the command to succeed.
-until_true() {
-    local until=$((SECONDS + $1)); shift
-    until "$@"; do
-        [ "$SECONDS" -lt "$until" ] || { say "timed out: $*"; exit 1; }
-        sleep 1
-    done
-}
 state() { scontrol show job "$1" 2>/dev/null | grep -o 'JobState=[A-Z_]*' | cut -d= -f2; }
 is() { [ "$(state "$1")" = "$2" ]; }
-logged() { grep -q "$1" "$2" 2>/dev/null; }
 logged_twice() { [ "$(grep -c "$1" "$2" 2>/dev/null)" = 2 ]; }
 # ranks [PROCID]: process ids of the ranks' pythons, or of one rank and its data workers, the oldest first.
 ranks() {
@@ -97,8 +75,6 @@ both_idle() { [ "$(sinfo -h -t idle -o %D 2>/dev/null)" = 2 ]; }
 until_true 60 both_idle
 say "$(slurmctld -V), $(sinfo -h -o '%D nodes: %N')"
 
-tiny=(batch.global_batch_size=16 train.log_every=5 train.save_every=1000 "train.output=$place/runs"
-    eval.every_steps=1000 eval.zeroshot_shards=null eval.retrieval_shards=null eval.hard_negatives_shards=null)
 shape=(--nodes 2 --ntasks-per-node 1 --cpus-per-task 2)  # of every job: both nodes, whole
 send() { sbatch --parsable "${shape[@]}" --gpus-per-node 0 "$@"; }
 

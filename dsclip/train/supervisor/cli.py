@@ -16,6 +16,7 @@ from dsclip.config.train_section import TrainSection
 from dsclip.distributed import STOP_SIGNALS
 from dsclip.errors import RunStopped, UserError
 from dsclip.train.cli import parse_arguments
+from dsclip.train.lost_reader import outlive_readers
 from dsclip.train.supervisor.job import Job
 from dsclip.train.supervisor.journal import Journal, Record, is_done, last_step
 from dsclip.train.supervisor.policy import Decision, Policy
@@ -30,6 +31,7 @@ exit codes: 0 the run is done, 2 wrong input, 75 stopped by a signal and saved, 
 def main(argv: list[str] | None = None) -> None:
     """Supervises, and ends the process with a code that says how it went."""
     arguments = parse(argv)
+    outlive_readers()
     try:
         sys.exit(supervise(arguments))
     except UserError as error:
