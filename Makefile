@@ -1,6 +1,6 @@
 # make train   sets everything up and runs the main job: trains, evaluates and converts the demo
 # make test    sets everything up and runs the tests
-# make test-cluster    runs a SLURM cluster of two nodes on this machine and jobs on it, as root (docs/clusters.md)
+# make test-cluster    runs two hosts, then a SLURM cluster of two nodes, on this machine and jobs on them, as root (docs/clusters.md)
 # make lint    checks style, imports between layers, and types
 #
 # PYTHON=python3.12      another interpreter (3.10 or later)
@@ -49,6 +49,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-cluster: $(READY)
+	bash tests/cluster/hosts.sh
 	bash tests/cluster/slurm.sh
 
 lint: $(READY)

@@ -12,7 +12,7 @@ GONE = (errno.EPIPE, errno.EIO, errno.ESTALE)  # a pipe's reader, a terminal, a 
 
 def outlive_readers() -> None:
     """From now on lines for a reader that is gone are dropped: metrics.jsonl and TensorBoard have the numbers all the same."""
-    sys.stdout, sys.stderr = _Outliving(sys.stdout), _Outliving(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Outliving(sys.stdout), _Outliving(sys.stderr)
 
 
 class _Outliving:
