@@ -52,9 +52,12 @@ TESTS = {
     "dsclip/engine/loss_scalars": ["test_engine_negatives", "distributed/test_exactness", "distributed/test_checkpoint"],
     "dsclip/engine/momentum": ["test_engine_negatives", "distributed/test_checkpoint"],
     "dsclip/engine/quiet_deepspeed": ["distributed/test_gathers", "distributed/test_training"],
+    "dsclip/engine/replicas": ["test_engine_replicas"],
     "dsclip/engine/state": ["test_checkpoint_store"],
     "dsclip/engine/step_metrics": ["test_engine_reads", "test_engine_negatives", "test_train_watching", "distributed/test_nonfinite"],
     "dsclip/engine/whole_tensors": ["distributed/test_init", "distributed/test_exactness"],
+    "dsclip/train/guard": ["test_train_guard", "distributed/test_rollback"],
+    "dsclip/train/spike_rule": ["test_train_spike_rule"],
 }  # fmt: skip
 # In quick looks these run with the single rank that needs no launch.
 SINGLE = ("tests/distributed/test_exactness.py", "tests/distributed/test_negatives.py")
