@@ -151,6 +151,20 @@ class Collectives:
             decision = store.get(f"dsclip/decision/{number}").decode()
         return decision or None
 
+    def arrive(self, subject: str) -> None:
+        """This rank is done with the subject, which it says once."""
+        if self.world_size > 1:
+            dist.distributed_c10d._get_default_store().add(f"dsclip/arrived/{subject}", 1)
+
+    def all_arrived(self, subject: str) -> bool:
+        """Whether all ranks are done with the subject, the same on all of them. As `decide`; for a single rank, yes."""
+        if self.world_size == 1:
+            return True
+        here = 0
+        if self.rank == 0:
+            here = dist.distributed_c10d._get_default_store().add(f"dsclip/arrived/{subject}", 0)
+        return self.decide("all" if here == self.world_size else None, f"arrived {subject}") is not None
+
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.world_size > 1:

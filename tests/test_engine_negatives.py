@@ -13,6 +13,7 @@ from dsclip.engine.loss_scalars import LossScalars
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads
 from dsclip.model import resolve_preset
+from dsclip.saving import WriteNow
 from tests.distributed.launch import alone
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_a_queue_with_warm_up_steps_is_used_from_that_step():
 def test_a_queue_comes_back_from_disk(tmp_path):
     queue = FeatureQueue(LossSection(queue_size=3), (2,), (2,), CPU)
     push(queue, 1, 2, 3, 4)
-    state = queue.save(tmp_path)
+    state = queue.save(WriteNow(), tmp_path)
     again = FeatureQueue(LossSection(queue_size=3), (2,), (2,), CPU)
     again.load(tmp_path, state)
     push(queue, 5), push(again, 5)

@@ -16,6 +16,7 @@ from dsclip.datasets.demo import demo_once
 from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.momentum import MomentumEncoder
 from dsclip.model import Clip, resolve_preset
+from dsclip.saving import WriteNow
 from dsclip.weights.difference import write_difference
 from tests.test_convert import checkpoint_of, perturbed
 from tests.test_weights import TINY
@@ -31,13 +32,13 @@ def difference(model, out):
 
 def queue(model, out):
     out.mkdir()
-    FeatureQueue(LossSection(queue_size=3), (2,), (2,), CPU).save(out)
+    FeatureQueue(LossSection(queue_size=3), (2,), (2,), CPU).save(WriteNow(), out)
 
 
 def momentum(model, out):
     out.mkdir()
     ds_config = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}}
-    MomentumEncoder(Clip(model.config), model.config, ds_config, 0.9, CPU).save(out, 0)
+    MomentumEncoder(Clip(model.config), model.config, ds_config, 0.9, CPU).save(WriteNow(), out, 0)
 
 
 WRITERS = {

@@ -16,6 +16,7 @@ from dsclip.errors import UserError
 from dsclip.evaluate.cli import _parser, evaluate
 from dsclip.optim.average import PATTERN, WeightAverage
 from dsclip.optim.flat import FlatVector, Piece
+from dsclip.saving import WriteNow
 from tests.distributed.checkpoint_worker import NoTokenizer
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, ds_config, global_batch
 from tests.distributed.launch import alone
@@ -150,7 +151,7 @@ def test_it_is_read_by_any_number_of_ranks_in_any_stage(saved, loaded, tmp_path)
     for v in cut(*saved):
         for p in v.own:
             v.numbers.narrow(0, p.offset, p.numel).copy_(values[v.names[p.tensor]].narrow(0, p.start, p.numel))
-        state = WeightAverage([v], {}, 0.9).save(tmp_path, v.group.rank)
+        state = WeightAverage([v], {}, 0.9).save(WriteNow(), tmp_path, v.group.rank)
     assert len(list(tmp_path.glob(PATTERN))) == saved[0]
     found = {name: [] for name in values}
     for v in cut(*loaded):

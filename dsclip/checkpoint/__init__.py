@@ -2,9 +2,10 @@
 
 from dsclip.checkpoint.fits import check_fits
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, newest_checkpoint
+from dsclip.checkpoint.load import find_checkpoint, load_checkpoint, load_verified
 from dsclip.checkpoint.manifest import Manifest, read_manifest
 from dsclip.checkpoint.read import Checkpoint, read_checkpoint
-from dsclip.checkpoint.store import CheckpointStore, NoRoom, find_checkpoint, load_checkpoint, load_verified
+from dsclip.checkpoint.store import CheckpointStore, NoRoom, NotSaved
 
 __all__ = [
     "Checkpoint",
@@ -12,6 +13,7 @@ __all__ = [
     "Lineage",
     "Manifest",
     "NoRoom",
+    "NotSaved",
     "check_fits",
     "complete_checkpoints",
     "find_checkpoint",

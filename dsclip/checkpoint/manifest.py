@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, NoReturn, TypedDict
 
 import torch
@@ -22,6 +23,7 @@ from dsclip.distributed import Collectives
 from dsclip.engine.state import EngineState
 from dsclip.errors import UserError
 from dsclip.files import on_disk, sha256, write_whole
+from dsclip.saving.files import FileEntry
 
 MANIFEST = "dsclip.json"
 FORMAT = "dsclip-checkpoint-1"
@@ -33,13 +35,6 @@ ALLOWED_CLASSES = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
-
-
-class FileEntry(TypedDict):
-    """A file of the checkpoint: its size in bytes and the SHA-256 of its content, in hex."""
-
-    bytes: int
-    sha256: str
 
 
 class RunState(TypedDict):
@@ -82,13 +77,20 @@ def checkpoint_files(folder: Path) -> list[str]:
     return sorted(name for name in files if name != MANIFEST)
 
 
-def write_manifest(folder: Path, state: LaterRunState, group: Collectives) -> None:
-    """Collective. Ranks share the hashing; rank 0 writes the manifest, which makes the folder a checkpoint."""
+def write_manifest(
+    folder: Path, state: LaterRunState, group: Collectives, written: Mapping[str, FileEntry] = MappingProxyType({})
+) -> None:
+    """Collective. Rank 0 writes the manifest, which makes the folder a checkpoint.
+
+    written: files by their whole path that this rank has on the disk, hashed while they were written. Ranks share the hashing of
+    the others.
+    """
     # All ranks' listings together: over NFS a rank may not see yet what another node wrote, and each must hash its share
     # of the same list.
     names = sorted({name for listing in group.all_gather_object(checkpoint_files(folder)) for name in listing})
-    mine: dict[str, FileEntry] = {}
-    for name in names[group.rank :: group.world_size]:
+    mine = {Path(path).relative_to(folder).as_posix(): entry for path, entry in written.items()}
+    known = {name for part in group.all_gather_object(list(mine)) for name in part}
+    for name in [name for name in names if name not in known][group.rank :: group.world_size]:
         on_disk(folder / name)  # a manifest never outlives what it lists, power cuts included
         mine[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     entries = {name: entry for part in group.all_gather_object(mine) for name, entry in part.items()}

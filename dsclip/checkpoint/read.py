@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dsclip.checkpoint.load import find_checkpoint
 from dsclip.checkpoint.manifest import MANIFEST, verify
-from dsclip.checkpoint.store import find_checkpoint
 from dsclip.checkpoint.weights_alone import WEIGHTS, mapped_weights
 from dsclip.config.schema import ModelSection
 from dsclip.errors import UserError

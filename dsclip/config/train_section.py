@@ -50,6 +50,8 @@ and on without the batches that led to it."""
     """Steps between comparisons of what must be [equal on all ranks](training.md#ranks-that-differ): a difference ends the run; 0: never."""
     hang_timeout: NotNegative = 15.0
     """Minutes without progress after which ranks say where they are and the job ends; four times as many for its first step and for saving; 0: never."""
+    save_in_background: Literal["auto", "on", "off"] = "auto"
+    """Copy what is saved on the way to host memory and let a process of each rank write it while training goes on; `auto`: on a GPU."""
     keep_checkpoints: Positive = 3
     """The newest ones that stay."""
     compile: Literal["auto", "on", "off"] = "auto"

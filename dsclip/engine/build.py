@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from dsclip.engine.quiet_deepspeed import deepspeed
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig, Layer
 from dsclip.optim.build import build_optimizer
+from dsclip.saving import Files
 
 
 def init_distributed(timeout_minutes: float = 30) -> torch.device:
@@ -94,6 +97,18 @@ def initialize(model: Clip, ds_config: dict[str, Any], optim: OptimSection) -> d
         engine.enable_backward_allreduce = False
     _refuse_backward_without_forward(engine)
     return engine
+
+
+@contextmanager
+def saving_through(engine: deepspeed.DeepSpeedEngine, files: Files) -> Iterator[None]:
+    """Within it DeepSpeed gives what it saves to `files`, and drops no scripts for users to run: `tools/convert_hf.py` does their work
+    after verification."""
+    engine.checkpoint_engine.save = lambda state_dict, path: files.torch(state_dict, Path(path))
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        yield
+    finally:
+        del engine.checkpoint_engine.save, engine._copy_recovery_script
 
 
 def _refuse_backward_without_forward(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -19,7 +19,7 @@ from dsclip.config.deepspeed import resolve_persistence
 from dsclip.config.schema import Recipe
 from dsclip.data.batch import Batch
 from dsclip.distributed import Collectives
-from dsclip.engine.build import build_model, constructing, init_distributed, initialize
+from dsclip.engine.build import build_model, constructing, init_distributed, initialize, saving_through
 from dsclip.engine.consolidate import DEEPSPEED_TAG
 from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.finite import check_weights, finite_or, one_if_finite, skip_reason
@@ -48,6 +48,7 @@ from dsclip.optim.flat import flat_vectors
 from dsclip.optim.groups import group_settings, restore_settings, set_learning_rate
 from dsclip.optim.schedule import learning_rate
 from dsclip.plan.optimizer_state import STATE
+from dsclip.saving import Files
 
 
 class ContrastiveEngine:
@@ -274,26 +275,23 @@ class ContrastiveEngine:
             extra += self._average.bytes * self.group.world_size
         return saved_bytes(self.module.parameters(), STATE[self.recipe.optim.name]) + extra
 
-    def save(self, folder: Path) -> EngineState:
+    def save(self, folder: Path, files: Files) -> EngineState:
         """Writes the sharded weights and optimizer below `folder`; returns the rest of the state, ready for JSON.
 
         Collective. `dsclip.checkpoint` wraps this with a manifest and an atomic rename: prefer it. Raises UserError for
-        weights that are not finite.
+        weights that are not finite. What can't be written is noted by `files`.
         """
         scalars = [x for x in (self.scalars.log_scale, self.scalars.bias) if x is not None]
         check_weights([*self.module.parameters(), *scalars], self.group, self.device, self.step)
-        self.deepspeed.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
-        save_layout(folder, self._vectors, self.group.rank)
-        if self.group.rank == 0:
-            # A script that DeepSpeed drops for users to run; `tools/convert_hf.py` does its work after verification.
-            for script in folder.glob("zero_to_*.py"):
-                script.unlink()
-            if self.queue is not None:
-                self.queue.save(folder)
+        with saving_through(self.deepspeed, files):
+            self.deepspeed.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+        save_layout(files, folder, self._vectors, self.group.rank)
+        if self.queue is not None and self.group.rank == 0:
+            self.queue.save(files, folder)
         if self._momentum is not None:
-            self._momentum.save(folder, self.group.rank)
+            self._momentum.save(files, folder, self.group.rank)
         queue = None if self.queue is None else self.queue.state()
-        average = None if self._average is None else self._average.save(folder, self.group.rank)
+        average = None if self._average is None else self._average.save(files, folder, self.group.rank)
         return {"step": self.step, "scalars": self.scalars.state(), "queue": queue, "average": average}
 
     @property

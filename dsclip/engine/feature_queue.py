@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dsclip.config.schema import LossSection
 from dsclip.distributed import Collectives
 from dsclip.engine.state import QueueState
 from dsclip.errors import UserError
-from dsclip.files import permit_as_new
 from dsclip.losses.blocks import blocks
 from dsclip.plan.free_memory import free_bytes
+from dsclip.saving import Files
 
 FILE = "queue.safetensors"
 
@@ -89,10 +89,9 @@ class FeatureQueue:
         self._next = (self._next + total - dropped) % self.size
         self.filled = min(self.size, self.filled + total - dropped)
 
-    def save(self, folder: Path) -> QueueState:
+    def save(self, files: Files, folder: Path) -> QueueState:
         """Writes the features (call it on one rank) and returns the position for JSON."""
-        save_file(self._tensors, str(folder / FILE))
-        permit_as_new(folder / FILE)
+        files.tensors(self._tensors, folder / FILE)
         return self.state()
 
     def state(self) -> QueueState:

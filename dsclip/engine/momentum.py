@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dsclip.engine.build import build_model
 from dsclip.engine.quiet_deepspeed import deepspeed
 from dsclip.engine.state import Sharding
-from dsclip.files import permit_as_new
 from dsclip.model import Clip, ClipConfig, Layer
+from dsclip.saving import Files
 
 
 class MomentumEncoder:
@@ -81,11 +81,9 @@ class MomentumEncoder:
         """Of this rank's shards of the average, as `save` writes them."""
         return sum(4 * x.numel() for x in self._average)
 
-    def save(self, folder: Path, rank: int) -> None:
+    def save(self, files: Files, folder: Path, rank: int) -> None:
         """Writes this rank's shards of the average."""
-        path = folder / _file(rank)
-        save_file({str(i): x for i, x in enumerate(self._average)}, str(path))
-        permit_as_new(path)
+        files.tensors({str(i): x for i, x in enumerate(self._average)}, folder / _file(rank))
 
     def load(self, folder: Path, rank: int, written_by: Sharding | None = None) -> None:
         """Restores what `save` wrote on the same rank. A run that had no momentum encoder starts from its weights.

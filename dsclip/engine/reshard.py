@@ -19,8 +19,8 @@ from dsclip.engine.consolidate import DEEPSPEED_TAG, full_precision_weights, loa
 from dsclip.engine.quiet_deepspeed import deepspeed
 from dsclip.engine.state import LAYOUTS
 from dsclip.errors import UserError
-from dsclip.files import permit_as_new
 from dsclip.optim.flat import FlatVector, Piece
+from dsclip.saving import Files
 
 MASTER = "master"
 
@@ -35,11 +35,10 @@ class _Stretch(NamedTuple):
     offset: int
 
 
-def save_layout(folder: Path, vectors: list[FlatVector], rank: int) -> None:
+def save_layout(files: Files, folder: Path, vectors: list[FlatVector], rank: int) -> None:
     """Writes what this rank's vectors hold: for each, [tensor, start, numel, offset] of its pieces."""
-    path = folder / LAYOUTS.replace("*", f"{rank:05d}")
-    path.write_text(json.dumps([[(v.names[p.tensor], p.start, p.numel, p.offset) for p in v.own] for v in vectors]))
-    permit_as_new(path)
+    held = [[(v.names[p.tensor], p.start, p.numel, p.offset) for p in v.own] for v in vectors]
+    files.text(json.dumps(held), folder / LAYOUTS.replace("*", f"{rank:05d}"))
 
 
 class SavedOptimizer:

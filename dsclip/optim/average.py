@@ -10,12 +10,11 @@ from typing import Any, TypedDict
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dsclip.errors import UserError
-from dsclip.files import permit_as_new
 from dsclip.optim.flat import FlatVector
+from dsclip.saving import Files
 
 PATTERN = "ema_rank_*.safetensors"
 
@@ -68,13 +67,12 @@ class WeightAverage:
             for p in v.own
         }
 
-    def save(self, folder: Path, rank: int) -> AverageState:
+    def save(self, files: Files, folder: Path, rank: int) -> AverageState:
         """Writes this rank's part; returns the rest."""
         path = folder / PATTERN.replace("*", f"{rank:05d}")
         shapes = {v.names[p.tensor]: list(v.shapes[p.tensor]) for v in self._vectors for p in v.own}
         pieces = {name: x.contiguous() for name, x in self.pieces().items()}
-        save_file(pieces, str(path), metadata={"shapes": json.dumps(shapes)})
-        permit_as_new(path)
+        files.tensors(pieces, path, {"shapes": json.dumps(shapes)})
         return {"updates": self._updates, "scalars": {name: x.item() for name, x in self._of_scalars.items()}}
 
     def resume(self, folder: Path, state: AverageState | None) -> None:

@@ -116,7 +116,7 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         changes = advice(config, batch, ds_config, a.gpus, machine, work)
     result = {
         "model": recipe.model.name, "global_batch_size": batch.global_batch_size,
-        "fits": found.fits, "peak_mb": found.peak_mb, "parts": found.parts, "device": machine.device,
+        "fits": found.fits, "peak_mb": found.peak_mb, "parts": found.parts, "host_mb": found.host_mb, "device": machine.device,
         "memory_mb": 1e3 * (batch.memory_gb or machine.memory_gb), "parameters": parameter_counts(config)[0], "trained_parameters": trained.parameters,
         "micro_batch_size": found.micro_batch, "chunk_size": found.chunk, "checkpointing": found.checkpointing,
         "micro_batches": found.micro_batches, "gathers_per_step": found.gathers_per_step,
@@ -211,6 +211,11 @@ def table(result: dict[str, Any], found: Estimate, machine: Machine, ranks: int,
     lines += [f"  {name.replace('_', ' '):18} {size:12,.0f} MB" for name, size in found.parts.items() if size >= 0.5]
     limit = f"of {result['memory_mb']:,.0f} MB, {USABLE:.0%} of which a plan may use"
     lines += [f"  {'peak':18} {found.peak_mb:12,.0f} MB  {limit}", ""]
+    if found.host_mb:
+        lines[-1:] = [
+            f"  {'checkpoint copy':18} {found.host_mb:12,.0f} MB  of host memory, for saving in the background",
+            "",
+        ]
     gathers = f"{_count(found.gathers_per_step, 'all-gather')} of the parameters ({found.gathered_mb_per_step:,.0f} MB)"
     reductions = (
         f"{_count(found.reductions_per_step, 'reduction')} of the gradients ({found.reduced_mb_per_step:,.0f} MB)"

@@ -13,7 +13,7 @@ from dsclip.model import Clip, ClipConfig
 from dsclip.model.flops import forward_flops
 from dsclip.model.trained import TrainedPart, trained_part
 from dsclip.plan.machine import USABLE, Machine
-from dsclip.plan.memory import BF16, FP32, Encoded, activation_bytes, image_bytes, loss_bytes, state_bytes
+from dsclip.plan.memory import BF16, FP32, Encoded, activation_bytes, copy_bytes, image_bytes, loss_bytes, state_bytes
 from dsclip.plan.optimizer_state import kept_bytes, step_bytes
 from dsclip.plan.workload import PLAIN, Workload
 
@@ -44,6 +44,7 @@ class Estimate:
     gflops_per_sample: float
     recomputed_gflops_per_sample: float
     samples_per_second: float
+    host_mb: float = 0.0  # of a GPU's rank: the copy of a checkpoint that is written in the background
 
     @property
     def peak_mb(self) -> float:
@@ -80,12 +81,17 @@ def estimate(
     reduction = max(state.pop("reduction"), step_bytes(part.parameters / world_size, optim))
     at_work = max(working, losses.pop("loss_tiles"))
     activations = {"activations": saved, "working_set": at_work, "reduction": max(0, reduction - saved - at_work)}
+    copied = 0.0
+    if work.save_in_background == "on" or (work.save_in_background == "auto" and machine.device == "cuda"):
+        stage = ds_config["zero_optimization"]["stage"]
+        copied = copy_bytes(state, parameters, kept, losses["queue"], stage, world_size)
     sizes = {
         "process": machine.base_gb * 1e9,
         **state,
         "images": image_bytes(config, local * encoded.images),
         **losses,
         **activations,
+        **({"checkpoint_copy": copied} if copied and machine.device == "cpu" else {}),
     }
     parts = {name: size / 1e6 for name, size in sizes.items()}
 
@@ -104,6 +110,7 @@ def estimate(
     return Estimate(
         parts, sum(parts.values()) <= USABLE * machine.memory_gb * 1e3, micro_batch, chunk, checkpointing, micro_batches, gathers,
         reductions, gathered / 1e6, reduced / 1e6, (forward + backward) / 1e9, again / 1e9, batch.global_batch_size / seconds,
+        copied / 1e6 if machine.device == "cuda" else 0.0,
     )  # fmt: skip
 
 

@@ -200,6 +200,18 @@ def state_bytes(
     }
 
 
+def copy_bytes(
+    state: dict[str, float], parameters: int, kept: float, queue: float, stage: int, world_size: int
+) -> float:
+    """Of rank 0's copy of a checkpoint, in host memory: the weights, masters and moments (kept: of all ranks together), averages, queue.
+
+    state: from `state_bytes`, with the averages.
+    """
+    weights = BF16 * parameters / (world_size if stage == 3 else 1)
+    averages = state.get("weight_average", 0) + state.get("momentum_encoder", 0) * FP32 / (FP32 + BF16)
+    return weights + kept / world_size + averages + queue
+
+
 def loss_bytes(
     config: ClipConfig, batch: int, world_size: int, loss: LossSection, device: str, encoded: Encoded
 ) -> dict[str, float]:

@@ -13,7 +13,7 @@ class Workload:
     """What else makes a step larger or smaller; by default a plain one of AdamW's that trains all weights.
 
     further_views: those that the objective compares beside image and text. trained: what is trained, None: all. text_tokens:
-    of a chunk's longest caption, None: the context length.
+    of a chunk's longest caption, None: the context length. save_in_background: as of the recipe's train section.
     """
 
     loss: LossSection = field(default_factory=LossSection)
@@ -21,11 +21,13 @@ class Workload:
     optim: OptimSection = field(default_factory=OptimSection)
     trained: TrainedPart | None = None
     text_tokens: int | None = None
+    save_in_background: str = "off"
 
     @classmethod
     def of(cls, recipe: Recipe, trained: TrainedPart, text_tokens: int | None = None) -> Workload:
         """A recipe's. trained: by its model section."""
-        return cls(recipe.loss, recipe.objective.further_views, recipe.optim, trained, text_tokens)
+        saving = recipe.train.save_in_background
+        return cls(recipe.loss, recipe.objective.further_views, recipe.optim, trained, text_tokens, saving)
 
 
 PLAIN = Workload()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,9 +54,12 @@ class Guard:
     """Judges each step when the next one is queued, so that nothing waits for a device, and before a checkpoint."""
 
     def __init__(
-        self, settings: TrainSection, group: Collectives, folder: RunFolder, watch: Watch, state: Mapping[str, Any] | None
+        self, settings: TrainSection, group: Collectives, folder: RunFolder, watch: Watch, state: Mapping[str, Any] | None,
+        saved: Callable[[], None] = lambda: None,
     ):  # fmt: skip
-        """state: what `state` said when the checkpoint that the run continues was written."""
+        """state: what `state` said when the checkpoint that the run continues was written; saved: returns when no checkpoint is being
+        written any more, so that where the run goes back to doesn't depend on how fast a disk is."""
+        self._saved = saved
         self._settings, self._group, self._folder, self._watch = settings, group, folder, watch
         state = state or {}
         self._rule = SpikeRule(settings.spike_window, settings.spike_threshold, state.get("rule"))
@@ -93,6 +96,7 @@ class Guard:
             limit = self._settings.max_nonfinite_steps or 0
             why = f"steps {metrics.step - limit + 1} to {metrics.step} were not finite ({metrics.skip_reason})"
             if len(self._folder.lineage.skipped) < self._settings.max_rollbacks:  # otherwise the run saves and ends
+                self._saved()
                 self._go_back(why, metrics.step - limit + 1, metrics.step, otherwise="the run ends")
 
     def judge(self) -> None:
@@ -105,6 +109,7 @@ class Guard:
             return
         self._watch.spike(spike, self._batches(spike.first, spike.last))
         if self._settings.on_spike == "rollback":
+            self._saved()
             if len(self._folder.lineage.skipped) >= self._settings.max_rollbacks:
                 raise RunDiverged(
                     f"{spike}, and the run has gone back {self._settings.max_rollbacks} times already (train.max_rollbacks). Nothing is saved of "

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsclip.checkpoint import CheckpointStore, NoRoom
 from dsclip.config import Recipe
 from dsclip.data.batch import Batch
-from dsclip.distributed import Collectives
 from dsclip.errors import RunStopped
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.guard import Guard
 from dsclip.train.guarded_evaluation import evaluate
 from dsclip.train.prefetch import on_device
 from dsclip.train.records import EvaluationError, Results
+from dsclip.train.saving import Saving
 from dsclip.train.stop import StopSignals
 from dsclip.train.teacher import Teacher
 from dsclip.train.watch import Watch
@@ -43,7 +42,7 @@ def train(
     engine: ContrastiveEngine,
     batches: Iterator[Batch],
     evaluation: Evaluation,
-    store: CheckpointStore,
+    saving: Saving,
     watch: Watch,
     guard: Guard,
     data_state: dict[str, Any] | None = None,
@@ -58,30 +57,12 @@ def train(
     results: Results = {}
     errors: list[EvaluationError] = []
     metrics: StepMetrics | None = None
-    clock = SaveClock(settings.save_minutes, settings.log_every, engine.group)
     batches = on_device(batches, engine.device)
     if teacher is not None:
         batches = teacher.teach(batches)
     checkpoint: Path | None = None
     heart = watch.heart
     first_step = engine.step
-
-    def save() -> Path:
-        if data_state is None:
-            raise RuntimeError(f"step {engine.step}: the loader's batches don't say their position in the data")
-        heart.beat("saving", longer=True)
-        clock.restart()
-        counted, started = watch.counted(), time.monotonic()
-        folder = store.save(engine, data_state, asdict(recipe), {**counted, "guard": guard.state()})
-        watch.saved(engine.step, folder, time.monotonic() - started)
-        return folder
-
-    def save_on_the_way() -> Path | None:
-        try:
-            return save()
-        except NoRoom as error:
-            watch.message(f"step {engine.step}: NOT saved, and the run goes on: {error}")
-            return checkpoint
 
     def measure() -> Results:
         heart.beat("evaluating", longer=True)
@@ -104,16 +85,18 @@ def train(
 
             last, stop = engine.step == settings.steps, signals.agreed()
             ends = last or stop is not None or watch.fails()
-            due = _due(engine.step, settings.save_every) or clock.due(engine.step)
+            due = saving.due(engine.step)
             if stop is None and (
                 ends or due
             ):  # nothing of a spike is saved; who was asked to stop has no time to go back
                 guard.judge()
             # Saved before it is evaluated: an evaluation that fails must not cost the run.
             if ends:
-                checkpoint = save()
+                checkpoint = saving.save(data_state, guard.state())
             elif due:
-                checkpoint = save_on_the_way()
+                saving.save_on_the_way(data_state, guard.state())
+            else:
+                saving.look()
             if watch.fails():
                 watch.check_applied()
             if stop:
@@ -124,29 +107,7 @@ def train(
             if evaluation.due(engine.step, last):
                 results = measure()
     if checkpoint is None:  # resumed at the end: nothing left to train
-        checkpoint = store.find(engine.step) or save()
+        checkpoint = saving.found(engine.step) or saving.save(data_state, guard.state())
         results = measure()
     loss = None if metrics is None else metrics.loss
     return Outcome(engine.step, loss, results, errors, checkpoint)
-
-
-class SaveClock:
-    """Whether `minutes` have passed since the last checkpoint, by rank 0's clock; looked at every `every` steps."""
-
-    def __init__(self, minutes: float | None, every: int, group: Collectives):
-        self._minutes, self._every, self._group = minutes, every, group
-        self.restart()
-
-    def restart(self) -> None:
-        """A checkpoint was saved."""
-        self._since = time.monotonic()
-
-    def due(self, step: int) -> bool:
-        """Collective at every `every`-th step."""
-        if self._minutes is None or step % self._every:
-            return False
-        return self._group.broadcast_object(time.monotonic() - self._since >= 60 * self._minutes)
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

@@ -40,6 +40,7 @@ GROUPS = {
         "samples_per_second",
         "data_wait",
         "save_seconds",
+        "write_seconds",
         "start_seconds",
         "own_seconds",
         "own_seconds_slowest",

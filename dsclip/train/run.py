@@ -9,15 +9,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dsclip.checkpoint import CheckpointStore, load_verified, read_checkpoint
+from dsclip.checkpoint.store import ROOM
 from dsclip.command_line import say
 from dsclip.config import dump_recipe
+from dsclip.config.train_section import TrainSection
 from dsclip.convert import export_hf
 from dsclip.convert.hf import hf_class
 from dsclip.convert.init import load_init_once
 from dsclip.distributed import Collectives, check_one_job, launched_ranks
-from dsclip.errors import RunFailed, RunStopped
+from dsclip.errors import RunFailed, RunStopped, UserError
 from dsclip.plan import plan_recipe
 from dsclip.plan.estimate import Estimate
+from dsclip.saving import Background, available
 from dsclip.train.data_warnings import data_warnings
 from dsclip.train.dry_run import describe_estimate, describe_run
 from dsclip.train.guard import Guard, RollBack, without_skipped
@@ -26,6 +29,7 @@ from dsclip.train.loop import Outcome, train
 from dsclip.train.records import Summary, Totals
 from dsclip.train.resume import Resumed, keep_planned_sizes
 from dsclip.train.run_folder import RunFolder
+from dsclip.train.saving import Saving
 from dsclip.train.summary import console_summary, write_summary
 from dsclip.train.teacher import Teacher, teacher_of
 from dsclip.train.watch import Watch
@@ -105,8 +109,9 @@ def train_on(
 
     folder.claim(recipe, inputs.ds_config)
     store = CheckpointStore(
-        inputs.run_dir, recipe.train.keep_checkpoints, inputs.tokenizer, folder.lineage, folder.lock
-    )
+        inputs.run_dir, recipe.train.keep_checkpoints, inputs.tokenizer, folder.lineage, folder.lock,
+        background(recipe.train, engine),
+    )  # fmt: skip
     watch = Watch(inputs, engine, resumed)
     if went_back is not None:
         watch.went_back(engine.step, went_back.why, went_back.batches, len(folder.lineage.skipped))
@@ -119,11 +124,12 @@ def train_on(
     for line in (*folder.messages, *(of_a_launch if went_back is None else [])):
         watch.message(line)
 
-    guard = Guard(recipe.train, engine.group, folder, watch, resumed.guard)
+    saving = Saving(recipe, engine, store, watch)
+    guard = Guard(recipe.train, engine.group, folder, watch, resumed.guard, saving.wait)
     batches = without_skipped(iter(loader), folder.lineage)
     data_state = resumed.data_state_of(engine.group.rank, engine.group.world_size)
     try:
-        outcome = train(recipe, engine, batches, inputs.evaluation, store, watch, guard, data_state, teacher)
+        outcome = train(recipe, engine, batches, inputs.evaluation, saving, watch, guard, data_state, teacher)
     except RunStopped:
         watch.close()
         engine.close()
@@ -132,6 +138,7 @@ def train_on(
         watch.close()
         raise
     finally:
+        store.close()
         watch.flush()
     return watch, outcome
 
@@ -152,6 +159,17 @@ def build_engine(inputs: RunInputs) -> ContrastiveEngine:
     return ContrastiveEngine(
         inputs.recipe, inputs.ds_config, inputs.model, state_dict=weights, init_scale=scale, init_bias=bias
     )
+
+
+def background(settings: TrainSection, engine: ContrastiveEngine) -> Background | None:
+    """What writes the checkpoints on the way, if the recipe wants it and there will be any. Raises UserError where it can't be had."""
+    wanted = settings.save_in_background
+    never = settings.save_every is None and settings.save_minutes is None
+    if never or wanted == "off" or (wanted == "auto" and engine.device.type != "cuda"):
+        return None
+    if not available():
+        raise UserError("train.save_in_background=on needs Linux, for memory that processes share; set it to off")
+    return Background(round(engine.bytes_to_save() * ROOM / engine.group.world_size), engine.device)
 
 
 def finish(inputs: RunInputs, engine: ContrastiveEngine, watch: Watch, outcome: Outcome, planned_mb: float) -> None:

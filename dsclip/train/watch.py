@@ -214,11 +214,13 @@ class Watch:
         self._log.log(step, {}, evaluation_error=error)
         self.message(f"step {step}: the evaluation failed, and the run goes on: {error}")
 
-    def saved(self, step: int, folder: Path, seconds: float) -> None:
-        """A checkpoint is complete; seconds: that training stood still for it."""
+    def saved(self, step: int, folder: Path, seconds: float, writing_s: float | None = None) -> None:
+        """A checkpoint is complete; seconds: that training stood still for it; writing_s: that it was written in the background."""
         self.flush()
-        self._log.log(step, {"save_seconds": round(seconds, 3)})
-        self.message(f"step {step}: saved {folder}")
+        writing = {} if writing_s is None else {"write_seconds": round(writing_s, 3)}
+        self._log.log(step, {"save_seconds": round(seconds, 3), **writing})
+        aside = "" if writing_s is None else f", written in {writing_s:.1f} s while training went on"
+        self.message(f"step {step}: saved {folder}{aside}")
 
     def spike(self, spike: Spike, batches: tuple[int, int]) -> None:
         """A loss that jumped, to the log and above the progress line. batches: first and last of its steps'."""

@@ -2,16 +2,25 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from dsclip.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint, read_checkpoint
+from dsclip.checkpoint import (
+    CheckpointStore,
+    complete_checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    read_manifest,
+)
 from dsclip.config.schema import LossSection
 from dsclip.distributed import Collectives, shutdown_distributed
 from dsclip.engine.build import init_distributed
 from dsclip.errors import UserError
+from dsclip.saving import Background
 from tests.distributed.exactness_worker import build, global_batch, local_part
 
 # Full after the second step, used from the third: the checkpoint falls in between its first uses.
@@ -39,9 +48,16 @@ def refusal(engine, folder: Path) -> str:
 
 
 def resume_case(
-    stage: int, bf16: bool, folder: Path, group: Collectives, loss: LossSection, *, first_of_all: bool
+    stage: int,
+    bf16: bool,
+    folder: Path,
+    group: Collectives,
+    loss: LossSection,
+    background: Background,
+    *,
+    first_of_all: bool,
 ) -> dict:
-    """Three steps, a checkpoint and three more, in the same engine and in a fresh one.
+    """Three steps, a checkpoint in the background and three more, in the same engine and in a fresh one.
 
     first_of_all: also compared with six steps without a checkpoint, and saved again and again until old ones go.
     """
@@ -49,14 +65,21 @@ def resume_case(
     first = build(stage, **options)
     begun = losses(first, group, 3)
     store = CheckpointStore(folder, keep=2, tokenizer=NoTokenizer())
-    store.save(first, {"position": group.rank}, {})
+    at_once = read_manifest(store.save(first, {"position": group.rank}, {}))["files"]
     weights = {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in first.module.named_parameters()}
     scale = first.scalars.scale
-    expected = begun + losses(first, group, 6)
+    later = CheckpointStore(folder / "copied", keep=2, tokenizer=NoTokenizer(), background=background)
+    later.copy(first, {"position": group.rank}, {})
+    expected = begun + losses(first, group, 6)  # of which the copy knows nothing
+    looks = 0
+    while (finished := later.finish(group, wait=False)) is None:
+        looks += 1
+        assert not complete_checkpoints(later.folder), "no part is a checkpoint before all are"
+        time.sleep(0.01)
     first.close()
 
     second = build(stage, **options)
-    manifest = load_checkpoint(second, find_checkpoint(folder), world_size=group.world_size)
+    manifest = load_checkpoint(second, finished[0], world_size=group.world_size)
     seen = begun + losses(second, group, 6)
     load_checkpoint(second, find_checkpoint(folder), world_size=group.world_size)  # in place, as a run that goes back
     again = losses(second, group, 6)
@@ -69,6 +92,8 @@ def resume_case(
         "seen": seen,
         "again": again,
         "data": manifest["data"],
+        "same_files": manifest["files"] == at_once,
+        "looks": looks,
     }
     if group.rank == 0:
         read = read_checkpoint(folder)
@@ -94,12 +119,15 @@ def main(out: str, folder: str) -> None:
     init_distributed()
     group = Collectives.current()
     results = []
+    background = Background(1 << 20, torch.device("cpu"))
     for stage in (1, 2, 3):
         for bf16 in (False, True):
             where, alone = Path(folder) / f"{stage}-{bf16}", stage == 3 and bf16
-            results.append(resume_case(stage, bf16, where, group, LossSection(), first_of_all=alone))
+            results.append(resume_case(stage, bf16, where, group, LossSection(), background, first_of_all=alone))
     for stage in (1, 3):
-        results.append(resume_case(stage, True, Path(folder) / f"{stage}-queue", group, QUEUE, first_of_all=False))
+        where = Path(folder) / f"{stage}-queue"
+        results.append(resume_case(stage, True, where, group, QUEUE, background, first_of_all=False))
+    background.close()
     if group.rank == 0:
         Path(out).write_text(json.dumps(results))
     shutdown_distributed()

@@ -15,6 +15,7 @@ from dsclip.engine.build import init_distributed
 from dsclip.engine.contrastive import ContrastiveEngine
 from dsclip.errors import UserError
 from dsclip.losses import register, sigmoid
+from dsclip.saving import WriteNow
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, OPTIM, SEED, global_batch, local_part
 
 CONFIGS = sorted(p.stem for p in Path("ds_configs").glob("*.json"))
@@ -102,7 +103,7 @@ def refused_save(engine, group: Collectives) -> str:
     if group.rank == 1:
         shard[0] = INF
     try:
-        engine.save(Path("nothing is written"))
+        engine.save(Path("nothing is written"), WriteNow())
     except UserError as error:
         return str(error)
     return "saved"

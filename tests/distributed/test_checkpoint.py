@@ -39,6 +39,11 @@ def test_resumed_losses_are_bit_identical(results):
     assert [r["undisturbed"] == r["expected"] for r in results if "undisturbed" in r] == [True], "saving changes it"
 
 
+def test_a_checkpoint_that_is_written_in_the_background_has_the_files_of_one_that_is_written_at_once(results):
+    assert all(result["same_files"] for result in results)
+    assert sum(result["looks"] for result in results) > 0, "none was under way for a while"
+
+
 def test_the_queue_and_its_momentum_encoder_change_the_loss_once_they_are_used(results):
     plain, queue = (
         next(r["expected"] for r in results if r["stage"] == 3 and r["bf16"] and bool(r["queue"]) is used)

@@ -1,0 +1,122 @@
+"""What a checkpoint costs its training, beside a plain write of as many bytes to the same disk: `tools/bench_save.py`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsclip.bench.step import make_batch, ours
+from dsclip.checkpoint import CheckpointStore
+from dsclip.command_line import parser, run_tool, say
+from dsclip.config.schema import BatchSection
+from dsclip.data import load_tokenizer
+from dsclip.distributed import Collectives
+from dsclip.errors import UserError
+from dsclip.files import on_disk
+from dsclip.model import resolve_preset
+from dsclip.saving import Background
+
+EXAMPLE = "python tools/bench_save.py --preset ViT-B-32 --repeats 5 --folder /tmp/bench"
+PIECE = 1 << 24
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses, measures, prints, exits."""
+    p = parser("Measures how long training waits for a checkpoint, written at once and in the background.", EXAMPLE)
+    p.add_argument("--preset", default="ViT-B-32", help="model (default: ViT-B-32)")
+    p.add_argument("--ds_config", "--ds-config", default="zero3_bf16", help="DeepSpeed JSON (default: zero3_bf16)")
+    p.add_argument("--depth", type=float, default=1.0, help="share of both towers' layers (default: 1)")
+    p.add_argument("--repeats", type=int, default=5, help="of which the medians are printed (default: 5)")
+    p.add_argument("--folder", type=Path, required=True, help="where checkpoints are written; must not exist")
+    sys.exit(run_tool(_measure, p.parse_args(argv)))
+
+
+def _measure(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    if a.folder.exists():
+        raise UserError(f"{a.folder} exists already; choose another folder")
+    if a.repeats < 1 or not 0 < a.depth <= 1:
+        raise UserError(f"--repeats is {a.repeats} and --depth {a.depth}; give at least one, and a share above 0")
+    config = resolve_preset(a.preset)
+    depths = {f"{t}_layers": max(1, round(a.depth * getattr(config, f"{t}_layers"))) for t in ("vision", "text")}
+    engine = ours(replace(config, **depths), BatchSection(2), a.ds_config)
+    engine.train_step(make_batch(config, 2, 0))  # after which the optimizer has its moments
+    group, tokenizer = Collectives.current(), load_tokenizer("demo")
+    a.folder.mkdir(parents=True)
+    background = Background(engine.bytes_to_save(), engine.device)
+    stores = [
+        CheckpointStore(a.folder / name, 1, tokenizer, background=b)
+        for name, b in (("at once", None), ("copied", background))
+    ]
+    found: dict[str, list[float]] = {
+        name: [] for name in ("plain", "blocking", "copying", "committing", "writing", "stall")
+    }
+    size = 0
+    try:
+        for repeat in range(a.repeats + 1):  # the first one warms up: files, memory, imports
+            say(f"save {repeat} of {a.repeats}")
+            saved, blocking = _timed(lambda: stores[0].save(engine, {}, {}))
+            size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+            _, copying = _timed(lambda: stores[1].copy(engine, {}, {}))
+            if (written := background.written(wait=True)) is None or written.problem:
+                raise UserError(f"the checkpoint could not be written: {written}")
+            _, committing = _timed(lambda: stores[1].finish(group, wait=True))
+            plain = _plain(a.folder / "plain", size)
+            measured = (plain, blocking, copying, committing, written.seconds, copying + committing)
+            for values, value in zip(found.values(), measured, strict=True):
+                values.append(value)
+    finally:
+        stores[1].close()
+        shutil.rmtree(a.folder, ignore_errors=True)
+        engine.close()
+    first = {f"first_{name}_seconds": values[0] for name, values in found.items()}
+    seconds = {name: statistics.median(values[1:]) for name, values in found.items()}
+    ratios = {
+        "stall_over_blocking": statistics.median(s / b for s, b in zip(found["stall"][1:], found["blocking"][1:], strict=True)),
+        "writing_speed_over_plain": statistics.median(p / w for p, w in zip(found["plain"][1:], found["writing"][1:], strict=True)),
+    }  # fmt: skip
+    result = {"gb": size / 1e9, **{f"{name}_seconds": s for name, s in seconds.items()}, **first, **ratios}
+    rate = {name: size / 1e9 / s for name, s in seconds.items()}
+    text = (
+        f"{size / 1e9:.2f} GB, medians of {a.repeats}\n"
+        f"a plain write, on the disk  {seconds['plain']:8.3f} s  {rate['plain']:6.2f} GB/s\n"
+        f"saved at once               {seconds['blocking']:8.3f} s  {rate['blocking']:6.2f} GB/s\n"
+        f"written in the background   {seconds['writing']:8.3f} s  {rate['writing']:6.2f} GB/s, {ratios['writing_speed_over_plain']:.0%} of the plain write's speed\n"
+        f"training waits              {seconds['stall']:8.3f} s  {ratios['stall_over_blocking']:.1%} of a save at once: copying {seconds['copying']:.3f} s, "
+        f"making it a checkpoint {seconds['committing']:.3f} s"
+    )
+    return result, text
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What work() returns, and its seconds; with nothing left for the disk from before."""
+    os.sync()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+def _plain(path: Path, size: int) -> float:
+    """Seconds until so many random bytes are on the disk, which nobody hashes."""
+    piece = memoryview(os.urandom(PIECE))
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as file:
+            for start in range(0, size, PIECE):
+                file.write(piece[: size - start])
+        on_disk(path)
+
+    _, seconds = _timed(write)
+    path.unlink()
+    return seconds

@@ -1,0 +1,104 @@
+"""Memory of the host that two processes share, and that no file system shows: when both are gone, so is it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import UntypedStorage
+
+ALIGNMENT = 64  # of tensors' numbers, as torch's own allocator aligns them
+
+
+@dataclass
+class Segment:
+    """A part of the memory, mapped: bytes `start` to `start + len(memory)`, of which the first `used` are in use."""
+
+    start: int
+    memory: mmap.mmap
+    used: int = 0
+    allotted: bool = False
+
+    @property
+    def free(self) -> int:
+        """Bytes that are left."""
+        return len(self.memory) - self.used
+
+
+class SharedMemory:
+    """Storages one after the other, in memory that grows when it must and is used again after `clear`.
+
+    size: bytes to begin with, which whoever has the handle may `allot`; pinned: for a GPU, whose copies then need no detour.
+    """
+
+    def __init__(self, size: int, *, pinned: bool = False):
+        # Not in /dev/shm: a container has 64 MB there, and what is left after a crash stays until somebody finds it.
+        self.handle = os.memfd_create("dsclip-checkpoint")
+        self._pinned = pinned
+        self._segments: list[Segment] = []
+        os.truncate(self.handle, pages(size))
+        self._map(0, pages(size))
+
+    def reserve(self, size: int) -> None:
+        """Makes room for so many bytes beyond those in use. Raises OSError when there is no memory."""
+        if sum(segment.free for segment in self._segments) < size:
+            self._grow(pages(size))
+
+    def clear(self) -> None:
+        """Everything may be written over. Raises OSError when there is less memory than was asked for."""
+        for segment in self._segments:
+            if not segment.allotted:
+                allot(self.handle, segment.start, len(segment.memory))
+            segment.used, segment.allotted = 0, True
+
+    def take(self, size: int) -> tuple[int, UntypedStorage]:
+        """(place, a storage of so many bytes) that nothing else uses. Raises OSError when there is no memory."""
+        if not size:
+            return 0, UntypedStorage(0)
+        segment = next((s for s in self._segments if s.free >= size), None)
+        if segment is None:
+            self._grow(pages(size))
+            segment = self._segments[-1]
+        begin = segment.used
+        segment.used = min(len(segment.memory), -(-(begin + size) // ALIGNMENT) * ALIGNMENT)
+        numbers = torch.frombuffer(segment.memory, dtype=torch.uint8, offset=begin, count=size)
+        return segment.start + begin, numbers.untyped_storage()
+
+    def _grow(self, size: int) -> None:
+        start = os.fstat(self.handle).st_size
+        os.truncate(self.handle, start + size)
+        allot(self.handle, start, size)
+        self._map(start, size)
+
+    def _map(self, start: int, size: int) -> None:
+        memory = mmap.mmap(self.handle, size, offset=start)
+        if self._pinned:
+            _pin(memory)
+        self._segments.append(Segment(start, memory))
+
+
+def allot(handle: int, start: int, size: int) -> None:
+    """Gets the memory now. Raises OSError where there is none; without it, touching the memory would end the process."""
+    os.posix_fallocate(handle, start, size)
+
+
+def mapped(handle: int, place: int, size: int) -> UntypedStorage:
+    """The other process's look at a storage."""
+    page = place // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    memory = mmap.mmap(handle, place - page + size, offset=page)
+    return torch.frombuffer(memory, dtype=torch.uint8, offset=place - page, count=size).untyped_storage()
+
+
+def pages(size: int) -> int:
+    """Bytes of the whole pages that hold so many, at least one."""
+    return max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
+
+
+def _pin(memory: mmap.mmap) -> None:
+    """Lets the GPU write into the memory by itself while the host goes on. It stays pinned until the process ends."""
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    error = int(torch.cuda.cudart().cudaHostRegister(address, len(memory), 0))
+    if error:
+        raise OSError(f"{len(memory) / 1e9:.3g} GB of host memory can't be pinned (CUDA error {error})")

@@ -1,0 +1,205 @@
+"""Files that another process writes from copies: the same bytes, and the same words when they can't be written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsclip.files import sha256
+from dsclip.saving import Background, Problem, WriteNow
+from dsclip.saving.copied import HostCopies, tagged
+from dsclip.saving.shared_memory import SharedMemory, mapped
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def background():
+    started = Background(1 << 12, CPU)  # less than what is saved: the memory has to grow
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("a small file system can't be mounted here")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+class Hidden:
+    """Holds a tensor where no walk through containers finds it."""
+
+    def __init__(self):
+        self.tensor = torch.arange(7.0)
+
+
+def content() -> dict:
+    """All that a state may be: views of one storage, parameters, empty and whole tensors, shared objects."""
+    torch.manual_seed(0)
+    whole, name = torch.randn(1000, 10), "".join(["a", "b"])
+    shared, noted = [whole[3:5], {"again": whole.T}], torch.ones(2)
+    noted.ds_id = name
+    return {
+        "module": {"weight": torch.nn.Parameter(torch.randn(3, 4), requires_grad=False), "none": torch.empty(0)},
+        "views": (whole[2:4], whole[:, 1], whole), "shared": [shared, shared], "of another": torch.randn(4).bfloat16(),
+        "scalars": [torch.tensor(3), torch.tensor(1.5, requires_grad=True)], name: torch.Size([2, 3]), "same": [name, name],
+        "hidden": Hidden(), "large": torch.randint(0, 255, (1 << 20,), dtype=torch.uint8), 3: None, "empty": {}, "noted": noted,
+    }  # fmt: skip
+
+
+def give(files, folder: Path) -> None:
+    folder.mkdir()
+    files.torch(content(), folder / "state.pt")
+    tensors = {
+        "a": torch.arange(6.0).view(2, 3),
+        "b": torch.tensor(True),
+        "c": torch.ones(3).bfloat16(),
+        "e": torch.empty(0),
+    }
+    files.tensors(tensors, folder / "average.safetensors", {"shapes": "{}"})
+    files.text("naïve\n", folder / "layout.json")
+
+
+def test_what_the_process_writes_is_byte_for_byte_what_is_written_at_once(background, tmp_path):
+    now = WriteNow()
+    give(now, tmp_path / "now")
+    for launch in ("first", "with the same memory"):
+        files = background.files()
+        give(files, tmp_path / launch)
+        background.write(files)
+        found = background.written(wait=True)
+        assert found.problem is None and found.seconds > 0
+        expected = {Path(path).name: entry for path, entry in now.written().entries.items()}
+        assert {Path(path).name: entry for path, entry in found.entries.items()} == expected and len(expected) == 3
+        for path, entry in found.entries.items():
+            assert Path(path).read_bytes() == (tmp_path / "now" / Path(path).name).read_bytes(), path
+            assert entry == {"bytes": Path(path).stat().st_size, "sha256": sha256(Path(path))}
+    torch.save(content(), tmp_path / "torch.pt")
+    theirs, ours = (torch.load(p, weights_only=False) for p in (tmp_path / "torch.pt", tmp_path / "first" / "state.pt"))
+    assert torch.equal(theirs["views"][1], ours["views"][1]) and torch.equal(
+        theirs["hidden"].tensor, ours["hidden"].tensor
+    )
+
+
+def test_an_answer_that_comes_with_others_is_seen_by_who_doesnt_wait(background, tmp_path):
+    for name in ("a", "b"):
+        background.remove(tmp_path / "nothing")
+        files = background.files()
+        files.text(name, tmp_path / name)
+        background.write(files)
+        time.sleep(0.2)
+        end = time.monotonic() + 60
+        while background.written(wait=False) is None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_what_changes_after_the_copy_is_not_written(background, tmp_path):
+    weight, files = torch.zeros(1 << 20), background.files()
+    files.torch({"weight": weight}, tmp_path / "state.pt")
+    weight.fill_(1)
+    background.write(files)
+    weight.fill_(2)
+    assert background.written(wait=True).problem is None
+    assert torch.load(tmp_path / "state.pt")["weight"].abs().max() == 0
+
+
+def test_a_full_disk_is_told_in_the_same_words(background, small_disk):
+    now, files = WriteNow(), background.files()
+    now.torch(torch.zeros(1 << 20), small_disk / "state.pt")
+    files.torch(torch.zeros(1 << 20), small_disk / "state.pt")
+    background.write(files)
+    told = Problem(f"{small_disk / 'state.pt'} could not be written (No space left on device)", True)
+    assert now.written().problem == background.written(wait=True).problem == told
+    (small_disk / "state.pt").unlink()
+    now, files = WriteNow(), background.files()
+    now.tensors({"a": torch.zeros(1 << 20)}, small_disk / "a.safetensors")
+    files.tensors({"a": torch.zeros(1 << 20)}, small_disk / "a.safetensors")
+    background.write(files)
+    assert now.written().problem == background.written(wait=True).problem
+    assert now.written().problem.no_room
+
+
+def test_a_folder_that_is_gone_is_told_in_the_same_words(background, tmp_path):
+    now, files = WriteNow(), background.files()
+    for taker in (now, files):
+        taker.text("", tmp_path / "gone" / "layout.json")
+        taker.text("", tmp_path / "layout.json")  # nothing more is written after the first problem
+    background.write(files)
+    told = Problem(f"{tmp_path / 'gone' / 'layout.json'} could not be written (No such file or directory)")
+    assert now.written().problem == background.written(wait=True).problem == told
+    assert not (tmp_path / "layout.json").exists()
+
+
+def test_signals_that_stop_a_job_leave_it_writing_and_the_end_of_its_rank_ends_it(tmp_path):
+    code = f"""
+import os, signal, time, torch
+from pathlib import Path
+from dsclip.saving import Background
+background = Background(1 << 20, torch.device("cpu"))
+pid = background._process.pid
+files = background.files()
+files.text("x", Path({str(tmp_path)!r}) / "one")
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    os.kill(pid, number)
+background.write(files)
+print(pid, background.written(wait=True).problem, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    pid, problem = done.stdout.split()
+    assert problem == "None", done.stderr
+    end = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_copies_are_as_many_storages_with_the_same_views():
+    memory = SharedMemory(1 << 20)
+    whole = torch.arange(100.0)
+    state = {"a": whole[10:20], "b": [whole.view(10, 10).T, whole], "c": whole.clone()}
+    copies = HostCopies(memory, None)
+    found = copies.of(state)
+    assert len(copies.places) == 2 and torch.equal(found["b"][0], state["b"][0])
+    assert found["b"][0].stride() == (1, 10) and found["a"].storage_offset() == 10
+    seen = mapped(memory.handle, copies.places[found["a"].untyped_storage()._cdata], whole.nbytes)
+    assert torch.equal(torch.empty(0).set_(seen), whole)
+    found["b"][1][0] = 7
+    assert found["b"][0][0, 0] == 7 and torch.empty(0).set_(seen)[0] == 7 and whole[0] == 0
+
+
+def test_a_copy_says_where_the_numbers_were(tmp_path):
+    x = torch.arange(3.0)
+    with tagged({x.untyped_storage()._cdata: "cuda:1"}):
+        torch.save([x, torch.ones(2)], tmp_path / "x.pt")
+    torch.save([x, torch.ones(2)], tmp_path / "plain.pt")
+    assert b"cuda:1" in (tmp_path / "x.pt").read_bytes() and b"cuda" not in (tmp_path / "plain.pt").read_bytes()
+    assert torch.equal(torch.load(tmp_path / "x.pt", map_location="cpu")[0], x)
+
+
+def test_a_process_that_died_is_noticed_and_replaced_and_at_its_end_has_removed_folders(background, tmp_path):
+    process, files = background._process, background.files()
+    os.kill(process.pid, signal.SIGSTOP)
+    files.text("x", tmp_path / "one")
+    background.write(files)
+    assert background.written(wait=False) is None
+    process.kill()
+    problem = background.written(wait=True).problem
+    assert problem == Problem(f"the process that writes it ({process.pid}) was killed by SIGKILL")
+    files = background.files()
+    files.text("x", tmp_path / "two")
+    background.write(files)
+    assert background.written(wait=True).problem is None and (tmp_path / "two").read_text() == "x"
+    (tmp_path / "old" / "deepspeed").mkdir(parents=True)
+    background.remove(tmp_path / "old")
+    background.close()
+    assert not (tmp_path / "old").exists()
