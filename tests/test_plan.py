@@ -68,6 +68,17 @@ def test_further_views_take_what_as_many_more_samples_take(checkpointing):
     assert images.parts["features"] == pytest.approx(1.5 * plain.parts["features"])
 
 
+def test_the_copy_of_a_checkpoint_counts_where_it_lies():
+    numbers = parameter_counts(resolve_preset("ViT-B-32"))[0]
+    whole = 14 * numbers / 1e6  # bf16 weights, float32 masters and two moments
+    cpu, batch = replace(GPU, device="cpu"), BatchSection(64)
+    on, off = (plan("ViT-B-32", batch, machine=cpu, save_in_background=how)[1] for how in ("on", "auto"))
+    assert on.parts["checkpoint_copy"] == pytest.approx(whole) and on.host_mb == 0
+    assert on.peak_mb == pytest.approx(off.peak_mb + whole)
+    gpu, plain = (plan("ViT-B-32", batch, 4, save_in_background=how)[1] for how in ("auto", "off"))
+    assert gpu.host_mb == pytest.approx(whole / 4) and plain.host_mb == 0 and gpu.parts == plain.parts
+
+
 def test_where_everything_fits_nothing_is_cut_or_computed_again():
     batch, found = plan("ViT-B-32", BatchSection(256))
     assert (batch.micro_batch_size, batch.chunk_size, batch.checkpointing) == (None, None, "none")
