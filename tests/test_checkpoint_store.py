@@ -2,17 +2,27 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 
 import pytest
 
-from dsclip.checkpoint import CheckpointStore, NoRoom, find_checkpoint, load_checkpoint, read_checkpoint, read_manifest
+from dsclip.checkpoint import (
+    CheckpointStore,
+    NoRoom,
+    NotSaved,
+    find_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    read_manifest,
+)
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints
 from dsclip.config.schema import LossSection
 from dsclip.convert import load_init
 from dsclip.errors import UserError
 from dsclip.model.config import OF_THE_RUN
+from dsclip.saving import Background
 from tests.distributed.checkpoint_worker import NoTokenizer
 from tests.distributed.exactness_worker import CONFIG, GLOBAL_BATCH, build, global_batch
 from tests.distributed.launch import alone
@@ -124,6 +134,41 @@ def test_a_disk_that_is_too_full_is_found_before_anything_is_written(small_disk,
         store.save(engine, {"position": 0}, {})
     assert not list((small_disk / "checkpoints").iterdir())
     filler.unlink()
+    engine.close()
+
+
+def test_a_save_that_fails_says_the_same_in_the_background_and_leaves_nothing(
+    small_disk, group, monkeypatch, tmp_path_factory
+):
+    monkeypatch.setattr("dsclip.checkpoint.store.ROOM", 0)  # as if others had filled the disk after it was looked at
+    engine = build(1, **OPTIONS, group=group)
+    engine.train_step(global_batch(0))
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - engine.bytes_to_save() // 2))
+    background, said = Background(engine.bytes_to_save(), engine.device), []
+    for writing in (None, background):
+        store = CheckpointStore(small_disk, keep=2, tokenizer=NoTokenizer(), background=writing)
+        with pytest.raises(NoRoom) as refused:
+            if writing is None:
+                store.save(engine, {}, {})
+            else:
+                store.copy(engine, {}, {})
+                store.finish(group, wait=True)
+        said.append(str(refused.value))
+        assert not list((small_disk / "checkpoints").iterdir()) and store.under_way is None
+    assert said[0] == said[1]
+    store = CheckpointStore(tmp_path_factory.mktemp("large"), 2, NoTokenizer(), background=background)
+    os.kill(background._process.pid, signal.SIGSTOP)
+    store.copy(engine, {}, {})
+    background._process.kill()
+    with pytest.raises(
+        NotSaved, match=r"^the process that writes it \(\d+\) was killed by SIGKILL. The newest checkpoint is none"
+    ):
+        store.finish(group, wait=True)
+    assert not list(store.folder.iterdir())
+    store.copy(engine, {}, {})
+    folder, seconds = store.finish(group, wait=True)
+    assert store.find(1) == folder and seconds > 0
+    store.close()
     engine.close()
 
 
