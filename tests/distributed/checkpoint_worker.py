@@ -70,11 +70,12 @@ def resume_case(
     scale = first.scalars.scale
     later = CheckpointStore(folder / "copied", keep=2, tokenizer=NoTokenizer(), background=background)
     later.copy(first, {"position": group.rank}, {})
+    finished = later.finish(group, wait=False)
+    under_way = finished is None
     expected = begun + losses(first, group, 6)  # of which the copy knows nothing
-    looks = 0
-    while (finished := later.finish(group, wait=False)) is None:
-        looks += 1
+    while finished is None:
         assert not complete_checkpoints(later.folder), "no part is a checkpoint before all are"
+        finished = later.finish(group, wait=False)
         time.sleep(0.01)
     first.close()
 
@@ -93,7 +94,7 @@ def resume_case(
         "again": again,
         "data": manifest["data"],
         "same_files": manifest["files"] == at_once,
-        "looks": looks,
+        "under_way": under_way,
     }
     if group.rank == 0:
         read = read_checkpoint(folder)

@@ -41,7 +41,7 @@ def test_resumed_losses_are_bit_identical(results):
 
 def test_a_checkpoint_that_is_written_in_the_background_has_the_files_of_one_that_is_written_at_once(results):
     assert all(result["same_files"] for result in results)
-    assert sum(result["looks"] for result in results) > 0, "none was under way for a while"
+    assert any(result["under_way"] for result in results), "none was under way after it was copied"
 
 
 def test_the_queue_and_its_momentum_encoder_change_the_loss_once_they_are_used(results):
