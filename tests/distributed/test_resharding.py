@@ -8,6 +8,7 @@ import torch
 from dsclip.checkpoint import find_checkpoint, read_checkpoint, read_manifest
 from dsclip.checkpoint.fits import check_fits
 from dsclip.config.schema import DataSection, ModelSection, Recipe
+from dsclip.convert.source import open_source
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig
 from tests.distributed.exactness_worker import relative
@@ -65,6 +66,8 @@ def test_a_checkpoint_is_read_without_its_heads(average, runs):
     assert set(read.state_dict) == set(Clip(read.config).state_dict()) == set(whole["weights"]) - of_heads
     expected = whole["average" if average else "weights"]["text.head.projection.weight"]
     assert torch.equal(read.state_dict["text.head.projection.weight"].flatten(), expected.flatten())
+    (note,) = open_source(folder, average=average).notes(read.config)
+    assert "was trained with the heads pixels, words, which are left out" in note
 
 
 def test_what_cannot_be_placed_anew_is_refused_in_one_line(runs):
