@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -39,11 +40,8 @@ def planted(*, bad: tuple[int, ...] = (), nan: tuple[int, ...] = (), dies_at: in
             self.scalars.log_scale.data.fill_(math.log(5000))
         return original(self, batch, **options)
 
-    ContrastiveEngine.train_step = train_step
-    try:
+    with patch.object(ContrastiveEngine, "train_step", train_step):
         yield
-    finally:
-        ContrastiveEngine.train_step = original
 
 
 def first(runs: Runs, folder: Path, group: Collectives) -> None:

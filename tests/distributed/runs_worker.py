@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 import dsclip.train.inputs as inputs_module
 from dsclip import distributed
@@ -98,11 +99,8 @@ def signalled(rank: int, group: Collectives, number: signal.Signals, step: int):
             os.kill(os.getpid(), number)
         return original(self, batch, **options)
 
-    ContrastiveEngine.train_step = train_step
-    try:
+    with patch.object(ContrastiveEngine, "train_step", train_step):
         yield
-    finally:
-        ContrastiveEngine.train_step = original
 
 
 def main(out: str, folder: str) -> None:
