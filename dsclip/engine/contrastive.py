@@ -19,10 +19,9 @@ from dsclip.config.deepspeed import resolve_persistence
 from dsclip.config.schema import Recipe
 from dsclip.data.batch import Batch
 from dsclip.distributed import Collectives
-from dsclip.engine.build import build_model, constructing, init_distributed, initialize, saving_through
-from dsclip.engine.consolidate import DEEPSPEED_TAG
+from dsclip.engine.build import build_model, constructing, init_distributed, initialize
 from dsclip.engine.feature_queue import FeatureQueue
-from dsclip.engine.finite import check_weights, finite_or, one_if_finite, skip_reason
+from dsclip.engine.finite import finite_or, one_if_finite, skip_reason
 from dsclip.engine.gradient_sums import GradientSums
 from dsclip.engine.host_copy import HostCopy
 from dsclip.engine.locked_features import locked_features
@@ -30,9 +29,9 @@ from dsclip.engine.loss_inputs import LossInputs
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.engine.micro_batch import MicroBatch, MicroBatcher, split_gradients
 from dsclip.engine.momentum import MomentumEncoder
+from dsclip.engine.persistent import Persistent
 from dsclip.engine.replicas import check_replicas, replicated_state
-from dsclip.engine.reshard import load_resharded, save_layout
-from dsclip.engine.state import EngineState, Sharding, saved_bytes
+from dsclip.engine.state import EngineState, Sharding
 from dsclip.engine.step_metrics import StepMetrics, pulse_numbers, step_numbers
 from dsclip.errors import UserError
 from dsclip.losses import Pairs
@@ -45,9 +44,8 @@ from dsclip.model.trained import choose_trained
 from dsclip.objectives import ObjectiveGrads, build_objective
 from dsclip.optim.build import attach, optimizer_report, weight_average
 from dsclip.optim.flat import flat_vectors
-from dsclip.optim.groups import group_settings, restore_settings, set_learning_rate
+from dsclip.optim.groups import group_settings, set_learning_rate
 from dsclip.optim.schedule import learning_rate
-from dsclip.plan.optimizer_state import STATE
 from dsclip.saving import Files
 
 
@@ -93,9 +91,9 @@ class ContrastiveEngine:
         if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):
             compile_blocks(model)
         self.deepspeed = initialize(model, ds_config, recipe.optim)
-        self._vectors = flat_vectors(self.deepspeed.optimizer, model, recipe.optim)
-        attach(self.deepspeed.optimizer, self._vectors)
-        self._group_settings = group_settings(self.deepspeed.optimizer)
+        vectors = flat_vectors(self.deepspeed.optimizer, model, recipe.optim)
+        attach(self.deepspeed.optimizer, vectors)
+        of_groups = group_settings(self.deepspeed.optimizer)
         self.scalars = LossScalars(
             settings, recipe.optim, recipe.train.steps, self.device, has_bias=self.objective.loss.has_bias
         )
@@ -109,7 +107,10 @@ class ContrastiveEngine:
             self.queue = FeatureQueue(settings, *self._feature_shapes(), self.device)
         if settings.queue_momentum is not None:
             self._momentum = MomentumEncoder(model, config, ds_config, settings.queue_momentum, self.device)
-        self._average = weight_average(self._vectors, recipe.optim, self.scalars.named())
+        self._average = weight_average(vectors, recipe.optim, self.scalars.named())
+        self._persistent = Persistent(
+            self.group, vectors, of_groups, self.scalars, self.queue, self._momentum, self._average
+        )
 
     def _feature_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         config = self.config
@@ -268,12 +269,7 @@ class ContrastiveEngine:
 
     def bytes_to_save(self) -> int:
         """About what `save` writes, on all ranks together."""
-        extra = 0 if self.queue is None else self.queue.bytes
-        if self._momentum is not None:
-            extra += self._momentum.bytes * self.group.world_size
-        if self._average is not None:
-            extra += self._average.bytes * self.group.world_size
-        return saved_bytes(self.module.parameters(), STATE[self.recipe.optim.name]) + extra
+        return self._persistent.bytes_to_save(self.deepspeed, self.recipe.optim.name)
 
     def save(self, folder: Path, files: Files) -> EngineState:
         """Writes the sharded weights and optimizer below `folder`; returns the rest of the state, ready for JSON.
@@ -281,18 +277,7 @@ class ContrastiveEngine:
         Collective. `dsclip.checkpoint` wraps this with a manifest and an atomic rename: prefer it. Raises UserError for
         weights that are not finite. What can't be written is noted by `files`.
         """
-        scalars = [x for x in (self.scalars.log_scale, self.scalars.bias) if x is not None]
-        check_weights([*self.module.parameters(), *scalars], self.group, self.device, self.step)
-        with saving_through(self.deepspeed, files):
-            self.deepspeed.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
-        save_layout(files, folder, self._vectors, self.group.rank)
-        if self.queue is not None and self.group.rank == 0:
-            self.queue.save(files, folder)
-        if self._momentum is not None:
-            self._momentum.save(files, folder, self.group.rank)
-        queue = None if self.queue is None else self.queue.state()
-        average = None if self._average is None else self._average.save(files, folder, self.group.rank)
-        return {"step": self.step, "scalars": self.scalars.state(), "queue": queue, "average": average}
+        return self._persistent.save(self.deepspeed, folder, files, self.step)
 
     @property
     def sharding(self) -> Sharding:
@@ -305,22 +290,8 @@ class ContrastiveEngine:
         Collective; `folder` must have been verified.
         """
         self._measured = None
-        same = written_by == self.sharding
-        if same:
-            path, _ = self.deepspeed.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
-            if path is None:
-                raise UserError(f"DeepSpeed found no checkpoint in {folder}")
-            restore_settings(self.deepspeed.optimizer, self._group_settings)
-        else:
-            load_resharded(self.deepspeed.optimizer, self.module, self._vectors, folder)
         self.step = state["step"]
-        self.scalars.load_state(state["scalars"])
-        if self.queue is not None:
-            self.queue.load(folder, state["queue"])
-        if self._momentum is not None:
-            self._momentum.load(folder, self.group.rank, None if same else written_by)
-        if self._average is not None:
-            self._average.resume(folder, state.get("average"))
+        self._persistent.load(self.deepspeed, folder, state, None if written_by == self.sharding else written_by)
 
     def close(self) -> None:
         """Frees DeepSpeed's buffers and hooks; call it before `shutdown_distributed`."""
