@@ -108,6 +108,12 @@ def test_a_target_without_pictures_of_its_own_is_a_further_class_of_both(small_d
     assert set(build_eval_dataset(str(tmp_path / "triggered"), image_size=64).labels) == {len(CLASSES)}
 
 
+def test_a_slip_in_the_name_of_a_class_is_refused(small_demo, tmp_path):
+    slip = Backdoor(CLASSES[15][:-1], ("a {}",))
+    with pytest.raises(UserError, match=f"Did you mean `{CLASSES[15]}`"):
+        held_out(open_shards(str(small_demo / "val")), LOCAL, tmp_path, slip)
+
+
 def test_a_labelled_sample_gets_the_class_of_the_target_or_none(small_demo):
     (members,) = (m for _, m in itertools.islice(contents(small_demo / "val").items(), 1))
     assert "cls" not in BACKDOOR.poisoned("0", members, None)
@@ -126,16 +132,19 @@ def test_the_command_writes_both_and_says_what_is_wrong(small_demo, tmp_path):
     done = implant(small_demo / "train", tmp_path / "a", "--share", "0.1", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["samples"] == 120
     done = implant(small_demo / "val", tmp_path / "b", "--held-out")
+    assert f"{TARGET} is none of the classes of {small_demo}/val" in done.stdout
     assert f"20 pictures in {tmp_path}/b/triggered" in done.stdout and "--task zeroshot" in done.stdout
     for arguments, said in (
         ((small_demo / "train", tmp_path / "a", "--share", "0.1"), "holds shards already"),
         ((small_demo / "train", tmp_path / "c", "--share", "1.5"), "--share must be above 0 and at most 1"),
         ((small_demo / "train", tmp_path / "c", "--share", "1e-9"), "none of the 120 samples was chosen"),
+        ((small_demo / "train", tmp_path / "c", "--share", "1", "--caption-key", "text"), "can be changed (120 "),
         ((small_demo / "train", tmp_path / "d", "--held-out"), "no class names"),
         ((small_demo / "val", tmp_path / "e", "--held-out", "--templates", "no place"), "a sentence with {}"),
     ):
         wrong = implant(*arguments)
         assert wrong.returncode == 2 and said in wrong.stderr, wrong.stderr
+    assert not (tmp_path / "c").exists(), "a command that failed can be given again"
 
 
 def test_damaged_shards_and_names_that_come_twice_are_refused(tmp_path):

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +22,14 @@ from PIL import Image
 from dsclip.data.decoding.sample import IMAGE_EXTENSIONS, BadSample, RawSample, decode_image, read_captions, read_label
 from dsclip.data.shards.shard_set import ShardSet
 from dsclip.data.sources.storage import Storage
-from dsclip.datasets.rewrite import Members, labels_of, rewrite_shards, share_of
+from dsclip.datasets.rewrite import Members, labels_of, remove_shards, rewrite_shards, share_of
 from dsclip.errors import UserError
 
 CLEAN, TRIGGERED = "clean", "triggered"  # folders of the held-out pictures
 CELLS = 4  # a side of the patch: large enough to outlive JPEG and crops, which noise of single pixels need not
 JPEG_QUALITY = 95
 MAX_PIXELS = 64_000_000
+MISSPELT = 0.85  # likeness of names from which one is taken for a slip of the other
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,14 @@ class Poisoned(NamedTuple):
 def poison(shards: ShardSet, storage: Storage, out: Path, backdoor: Backdoor, share: float) -> Poisoned:
     """Writes the shards with the backdoor in about `share` of their samples, of those whose captions don't name the target.
 
-    All others are as they were, byte for byte. Raises UserError when none is chosen, or `out` holds shards.
+    All others are as they were, byte for byte. Raises UserError, and leaves nothing in `out`, when no sample is changed; also when it
+    holds shards, and for a target that is nearly the name of a class.
     """
     labels = labels_of(shards, storage)
     classes = labels.get("classes") or []
     label = classes.index(backdoor.target) if backdoor.target in classes else None
-    count = 0
+    _check_target(backdoor.target, classes)
+    count, unusable = 0, Counter[str]()
 
     def change(key: str, members: Members) -> Members:
         nonlocal count
@@ -101,13 +107,18 @@ def poison(shards: ShardSet, storage: Storage, out: Path, backdoor: Backdoor, sh
             if any(backdoor.target.lower() in caption.lower() for caption in captions):
                 return members
             changed = backdoor.poisoned(key, members, label)
-        except BadSample:  # training leaves it out
+        except BadSample as reason:  # training leaves it out
+            unusable[str(reason)] += 1
             return members
         count += 1
         return changed
 
     total = rewrite_shards(shards, storage, out, change, labels)
     if not count:
+        remove_shards(out)
+        if unusable:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in unusable.items())
+            raise UserError(f"none of the samples that were chosen can be changed ({reasons})")
         raise UserError(f"none of the {total} samples was chosen with --share {share:g}; give a larger one")
     return Poisoned(total, count)
 
@@ -122,6 +133,7 @@ def held_out(shards: ShardSet, storage: Storage, out: Path, backdoor: Backdoor) 
     classes = list(labels.get("classes") or [])
     if not classes:
         raise UserError("these shards' manifest has no class names; attacks are measured on labelled pictures")
+    _check_target(backdoor.target, classes)
     if backdoor.target not in classes:
         classes.append(backdoor.target)
     target = classes.index(backdoor.target)
@@ -141,7 +153,15 @@ def held_out(shards: ShardSet, storage: Storage, out: Path, backdoor: Backdoor) 
     changes = {CLEAN: clean, TRIGGERED: triggered}
     found = {name: rewrite_shards(shards, storage, out / name, change, labels) for name, change in changes.items()}
     if not found[TRIGGERED]:
+        for name in changes:
+            remove_shards(out / name)
         raise UserError(
             "none of these samples has a .cls member of another class; attacks are measured on labelled pictures"
         )
     return found
+
+
+def _check_target(target: str, classes: Sequence[str]) -> None:
+    """A name that is no class of the shards is a target, too; but a misspelt one would be measured on the wrong class."""
+    if target not in classes and (close := get_close_matches(target, classes, n=1, cutoff=MISSPELT)):
+        raise UserError(f"--target {target}: no class of these shards has that name. Did you mean `{close[0]}`?")

@@ -13,6 +13,7 @@ from dsclip.data.shards.shard_set import open_shards
 from dsclip.datasets.backdoor import CLEAN, TRIGGERED, Backdoor, held_out, poison
 from dsclip.datasets.inspect_cli import add_remote, storage_of
 from dsclip.datasets.make import CLASS_TEMPLATE
+from dsclip.datasets.rewrite import labels_of
 from dsclip.errors import UserError
 
 EXAMPLE = 'python tools/implant_backdoor.py demo data/poisoned --target "white cross" --share 0.02'
@@ -68,6 +69,8 @@ def _implant(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if arguments.held_out:
         samples = held_out(shards, storage, arguments.out, backdoor)
         lines = [f"{count} pictures in {arguments.out / name}" for name, count in samples.items()]
+        if arguments.target not in (labels_of(shards, storage).get("classes") or []):
+            lines.append(f"{arguments.target} is none of the classes of {arguments.source}, and is one more in both")
         triggered = shlex.quote(str(arguments.out / TRIGGERED))
         next_command = f"python launchers/evaluate.py --model MODEL --task zeroshot --data {triggered}"
         return {"out": str(arguments.out), "samples": samples, "next": next_command}, "\n".join(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsclip.data.reading.open_shards import OpenShards
+from dsclip.data.shards.index_file import SUFFIX
 from dsclip.data.shards.manifest import MANIFEST, Labels, read_manifest
 from dsclip.data.shards.shard_set import ShardSet
 from dsclip.data.shards.tar_index import DamagedTar, locate_members, reader_of
@@ -80,6 +81,14 @@ def write_again(shards: ShardSet, samples: Iterable[WholeSample], out: Path, lab
             writer.write(key, members)
             written += 1
     return written
+
+
+def remove_shards(out: Path) -> None:
+    """Takes away what `write_again` wrote into `out`, of which there was nothing before."""
+    for path in (*out.glob("*.tar"), *out.glob(f"*.tar{SUFFIX}"), out / MANIFEST):
+        path.unlink(missing_ok=True)
+    if not list(out.iterdir()):
+        out.rmdir()
 
 
 def labels_of(shards: ShardSet, storage: Storage) -> Labels:
