@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsclip.config.build import build_recipe
-from dsclip.config.objective_section import ObjectiveSection, TermSection
+from dsclip.config.objective_section import HeadSection, ObjectiveSection, TermSection
 from dsclip.config.schema import Recipe
 from dsclip.errors import UserError
 from dsclip.losses import Negatives, Pairs
 from dsclip.losses.group import ALONE
 from dsclip.objectives import Features, TeacherFeatures, build_objective
-from dsclip.objectives.distill import Distill, distill, distill_features
+from dsclip.objectives.distill import Distill, check_widths, distill, distill_features
 from tests import objective_reference as reference
 from tests.test_losses import CLOSE, unit
 from tests.thread_ranks import ThreadRanks
@@ -107,6 +107,12 @@ def test_what_can_not_be_distilled_is_refused():
         distill_features(TermSection("distill_features", ["image"]), Negatives())(features, group=ALONE)
     with pytest.raises(UserError, match=r"set objective\.teacher"):
         Distill(NAMES, None)(Features(student, torch.tensor(1.0)), group=ALONE)
+    tall = TermSection("distill_features", ["image", "text.tall"])
+    tall = ObjectiveSection(terms=[tall], heads=[HeadSection("tall", "projector", "text", 9)], teacher="x")
+    check_widths(tall, 9, 9)
+    for own, teacher_width, said in ((6, 9, "6 numbers of image with"), (7, 7, "9 numbers of text.tall with")):
+        with pytest.raises(UserError, match=said):
+            check_widths(tall, own, teacher_width)
     for make, between, said in (
         (distill, ["image"], r"give between: \[image, text\]"),
         (distill_features, ["image", "image_2"], "none of image_2"),
@@ -126,6 +132,14 @@ def test_what_can_not_be_distilled_is_refused():
         (
             {"terms": [{"name": "distill_features", "between": ["image"], "temperature": 0.1}], "teacher": "x"},
             "gives distill_features `temp",
+        ),
+        (
+            {"terms": [{"name": "distil", "between": ["image", "text"]}], "teacher": "x"},
+            "has `distil`, which does not distil. Did you mean `distill`",
+        ),
+        (
+            {"terms": [{"name": "distill", "between": ["image", "text"]}], "teacher": ""},
+            "`objective.teacher` is empty; name a model's folder there",
         ),
         ({"teacher": "runs/big"}, "no term of `objective.terms` distils"),
         ({"teacher_temperature": 0.1}, "no term of `objective.terms` distils"),

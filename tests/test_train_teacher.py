@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import shutil
+from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +15,15 @@ from dsclip.config.objective_section import ObjectiveSection, TermSection
 from dsclip.config.schema import DataSection, TrainSection
 from dsclip.convert import export_hf
 from dsclip.data import build_loader, load_tokenizer
+from dsclip.data.shards.manifest import MANIFEST
 from dsclip.data.sources.storage import Storage
 from dsclip.datasets.demo import demo_once
 from dsclip.engine.loss_inputs import LossInputs
 from dsclip.engine.micro_batch import MicroBatcher
 from dsclip.errors import UserError
+from dsclip.evaluate import IN_TRAINING
 from dsclip.model import resolve_preset
+from dsclip.train.inputs import read_inputs
 from dsclip.train.prefetch import on_device
 from dsclip.train.teacher import open_teacher, taught_passes, with_teacher
 from tests.programs import run_program
@@ -55,9 +61,26 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def student(place):
+    return config_of(place / "data")
+
+
+def reinforced(place, out, *keys, teacher="teacher", shards="data/train"):
+    """What tools/reinforce_shards.py says with one pass."""
+    return run_program(
+        "tools/reinforce_shards.py", place / teacher, out, "--passes", 1, "--json", f"data.train_shards={shards_of(place, shards)}",
+        f"model.image_size={SIZE}", *KEYS, *keys,
+    )  # fmt: skip
+
+
+def shards_of(place, names):
+    return str(place / names) if isinstance(names, str) else [str(place / name) for name in names]
+
+
 def recipe(place, teacher, shards, seed=0, **data):
     terms = [TermSection("distill", ["image", "text"])]
-    section = DataSection(train_shards=str(place / shards), workers=0, **{**DRAWN, **data})
+    section = DataSection(train_shards=shards_of(place, shards), workers=0, **{**DRAWN, **data})
     return Recipe(data=section, objective=ObjectiveSection(terms=terms, teacher=teacher), train=TrainSection(seed=seed))
 
 
@@ -92,15 +115,15 @@ def test_passes_beyond_the_stored_ones_show_the_crops_and_captions_that_there_ar
     )
 
 
-def test_the_temperature_is_the_teachers_own_unless_one_is_given(place):
+def test_the_temperature_is_the_teachers_own_unless_one_is_given(place, student):
     for teacher, shards in ((str(place / "teacher"), "data/train"), ("stored", "stored")):
         of = recipe(place, teacher, shards)
-        assert with_teacher(of, SIZE, Storage()).objective.teacher_temperature == pytest.approx(1 / SCALE, rel=1e-5)
+        assert with_teacher(of, student, Storage()).objective.teacher_temperature == pytest.approx(1 / SCALE, rel=1e-5)
         given = replace(of, objective=replace(of.objective, teacher_temperature=0.3))
-        assert with_teacher(given, SIZE, Storage()).objective.teacher_temperature == 0.3
+        assert with_teacher(given, student, Storage()).objective.teacher_temperature == 0.3
 
 
-def test_features_of_other_crops_and_captions_are_refused(place):
+def test_features_of_other_crops_and_captions_are_refused(place, student):
     for of, said in (
         (recipe(place, "stored", "stored", seed=1), r"train\.seed=0, and this run has 1"),
         (recipe(place, "stored", "stored", flip=False), r"data\.flip=True, and this run has False"),
@@ -108,9 +131,9 @@ def test_features_of_other_crops_and_captions_are_refused(place):
         (recipe(place, str(place / "nowhere"), "data/train"), "`objective.teacher`: .*no such file or folder"),
     ):
         with pytest.raises(UserError, match=said):
-            with_teacher(of, SIZE, Storage())
+            with_teacher(of, student, Storage())
     with pytest.raises(UserError, match="image_size=32, and this run has 64"):
-        with_teacher(recipe(place, "stored", "stored"), 64, Storage())
+        with_teacher(recipe(place, "stored", "stored"), replace(student, image_size=64), Storage())
 
 
 def test_a_batch_without_the_teachers_features_is_refused(place):
@@ -130,3 +153,113 @@ def test_a_teacher_of_another_image_size_is_shown_resized_pictures(place):
     image, _ = teacher.features(grey, ["a", "b"])
     same, _ = teacher.features(grey[:, :, :SIZE, :SIZE], ["a", "b"])
     torch.testing.assert_close(image, same, atol=1e-6, rtol=0)
+
+
+def renamed(folder, prefix):
+    """The folder, its shards called otherwise, as by hand: their manifest still lists the old names."""
+    for path in list(folder.glob("*.tar")):
+        path.rename(folder / f"{prefix}{path.name}")
+    return folder
+
+
+def copied(place, name, prefix="", change=lambda teacher: None):
+    """`stored` in a folder of this name, the names of its shards after a prefix, its manifest changed."""
+    folder = Path(shutil.copytree(place / "stored", place / name))
+    said = json.loads((folder / MANIFEST).read_text())
+    for entry in said["shards"]:
+        entry["name"] = prefix + entry["name"]
+    change(said["teacher"])
+    (renamed(folder, prefix) / MANIFEST).write_text(json.dumps(said))
+    return name
+
+
+def test_folders_whose_shards_are_called_the_same_are_refused(place, student):
+    both = ["stored", copied(place, "again")]
+    with pytest.raises(UserError, match=r"several of the training shards are called 00000\.tar.*Rename the shards"):
+        with_teacher(recipe(place, "stored", both), student, Storage())
+    with pytest.raises(UserError, match=r"called 00000\.tar"):
+        with_teacher(recipe(place, "stored", ["stored", "stored"]), student, Storage())
+    done = reinforced(place, place / "together", shards=["data/train", "data/val"])
+    assert done.returncode == 2 and "run tools/index_shards.py on their folders, and write them together" in done.stderr
+    assert not (place / "together").exists()
+
+
+def test_what_the_refusal_advises_is_what_the_teacher_says_beside_the_student(place):
+    folder = renamed(Path(shutil.copytree(place / "data" / "val", place / "renamed")), "val")
+    assert run_program("tools/index_shards.py", folder).returncode == 0
+    both = ["data/train", "renamed"]
+    done = reinforced(place, place / "one_set", shards=both)
+    assert done.returncode == 0, done.stderr
+    count = json.loads(done.stdout)["samples"] // BATCH
+    teacher = open_teacher(str(place / "teacher"), CPU, None)
+    online = list(teacher.teach(iter(batches(place, recipe(place, str(place / "teacher"), both), count))))
+    for shards in both:  # one by one: with names that differ that is the same
+        assert reinforced(place, place / "alone" / shards, shards=shards).returncode == 0
+    for written in ("one_set", [f"alone/{shards}" for shards in both]):
+        for one, other in zip(online, batches(place, recipe(place, "stored", written), count), strict=True):
+            assert torch.equal(one.sample_ids, other.sample_ids) and torch.equal(one.images, other.images)
+            torch.testing.assert_close(other.views["teacher_image"], one.views["teacher_image"], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("train.seed", 3), ("data.flip", False), ("passes", 1), ("width", 5), ("model", "runs/b")]
+)
+def test_folders_whose_manifests_say_otherwise_are_refused(place, student, key, value):
+    def change(teacher):
+        (teacher if key in teacher else teacher["drawn_by"])[key] = value
+
+    other = copied(place, f"other_{key}", "b", change)
+    with pytest.raises(
+        UserError, match=rf"in {place / other} are with {key}={value}, and those in {place / 'stored'} "
+    ):
+        with_teacher(recipe(place, "stored", ["stored", other]), student, Storage())
+
+
+def test_folders_that_say_the_same_are_taken_and_one_without_a_teacher_is_refused(place, student):
+    alike = copied(place, "alike", "c")
+    assert with_teacher(recipe(place, "stored", ["stored", alike]), student, Storage())
+    renamed(Path(shutil.copytree(place / "data" / "train", place / "plain")), "d")
+    with pytest.raises(UserError, match=rf"in {place / 'plain'} says no teacher"):
+        with_teacher(recipe(place, "stored", ["stored", "plain"]), student, Storage())
+
+
+def test_shards_that_were_renamed_since_have_no_teacher(place, student):
+    folder = renamed(place / copied(place, "since"), "e")
+    with pytest.raises(
+        UserError, match=r"the manifest beside .*e00000\.tar says nothing of it: it was added or renamed"
+    ):
+        with_teacher(recipe(place, "stored", "since"), student, Storage())
+    assert run_program("tools/index_shards.py", folder).returncode == 0
+    with pytest.raises(UserError, match="says no teacher"):
+        with_teacher(recipe(place, "stored", "since"), student, Storage())
+    assert run_program("tools/index_shards.py", place / copied(place, "indexed")).returncode == 0
+    assert with_teacher(recipe(place, "stored", "indexed"), student, Storage())
+
+
+@pytest.mark.parametrize("teacher", ["stored", "beside"])
+def test_a_width_that_does_not_fit_is_refused_before_the_run_has_a_folder(place, student, tmp_path, teacher):
+    keys = [
+        "objective.terms=[{name: distill_features, between: [image.projector]}]",
+        "objective.heads=[{name: projector, kind: projector, of: image, width: 8}]",
+        f"objective.teacher={'stored' if teacher == 'stored' else place / 'teacher'}",
+        f"data.train_shards={place / 'stored'}", f"data.tokenizer={place / 'data' / 'tokenizer'}", f"model.image_size={SIZE}",
+        "batch.global_batch_size=8", *(f"eval.{task}_shards={place / 'data' / 'val'}" for task in IN_TRAINING), f"train.output={tmp_path}", *KEYS,
+    ]  # fmt: skip
+    with pytest.raises(
+        UserError, match=f"the 8 numbers of image.projector with the teacher's {student.embed_dim}; give"
+    ):
+        read_inputs(Namespace(config="demo", ds_config="zero3_bf16", resume="none", overrides=keys))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tool_that_finds_no_usable_sample_writes_nothing(place):
+    done = reinforced(place, place / "nothing", "data.caption_key=foo")
+    assert done.returncode == 2
+    assert f"none of the {SAMPLES} samples (unreadable caption: {SAMPLES})" in done.stderr
+    assert not (place / "nothing").exists()
+
+
+def test_the_tool_names_its_argument(place):
+    done = reinforced(place, place / "nothing", teacher="nowhere")
+    assert done.returncode == 2
+    assert "TEACHER: " in done.stderr and "objective.teacher" not in done.stderr

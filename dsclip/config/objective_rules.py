@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dsclip.config.objective_section import (
+    DISTILLING,
     TOWERS,
     VIEW_KEYS,
     ObjectiveSection,
@@ -15,6 +16,7 @@ from dsclip.config.objective_section import (
     tower_of,
 )
 from dsclip.config.schema import Recipe
+from dsclip.errors import did_you_mean
 
 Holds = Iterator[tuple[bool, str]]
 # Whose features a term of dsclip's takes: those of heads of these kinds, and with None of a view itself; other terms take any.
@@ -49,6 +51,14 @@ def objective_rules(recipe: Recipe) -> Holds:
         objective.plugin is None or bool(objective.terms),
         f"`objective.plugin` {objective.plugin} registers terms, and `objective.terms` has none; name yours there",
     )
+    yield (
+        objective.teacher is None or bool(objective.teacher.strip()),
+        "`objective.teacher` is empty; name a model's folder there, or `stored`, or leave it out",
+    )
+    if objective.teacher is not None and not objective.distils:
+        hints = [(term.name, did_you_mean(term.name, list(DISTILLING))) for term in terms if term.name not in KEYS]
+        misspelt = next(((name, hint) for name, hint in hints if hint), ("", ""))
+        yield not misspelt[0], f"`objective.terms` has `{misspelt[0]}`, which does not distil.{misspelt[1]}"
     yield (
         objective.teacher is not None or not objective.distils,
         "`objective.terms` has a term that distils, and `objective.teacher` is not set; name a model's folder there, or `stored`",

@@ -67,11 +67,14 @@ def index_shards(
             "uncompressed tar files of webdataset samples"
         )
     try:
-        old = read_manifest([str(target / "x")]) or Labels()
+        before = read_manifest([str(target / "x")])
     except UserError:  # a damaged one gives way; the classes and templates of a labelled set go with it
-        old = Labels()
+        before = None
+    old: Labels = before or Labels()
+    known = {entry["name"] for entry in before["shards"]} if before else set()
     labels: Labels = {}
-    if "teacher" in old:
+    # A teacher's features are of the crops that a shard's name stands for: under a new name they are of none.
+    if "teacher" in old and {entry["name"] for entry in indexed.entries} <= known:
         labels["teacher"] = old["teacher"]
     if old.get("classes"):
         labels["classes"] = old["classes"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsclip.config.objective_section import TOWERS as TAUGHT
-from dsclip.config.objective_section import TermSection, tower_of, view_of
+from dsclip.config.objective_section import ObjectiveSection, TermSection, head_of, tower_of, view_of
 from dsclip.errors import UserError
 from dsclip.losses import Group, Negatives
 from dsclip.losses.tile_size import tile_shape
@@ -34,11 +34,7 @@ class DistillFeatures:
         values, grads = [], {}
         for name in self.names:
             student, target = _wide(features[name]), teacher.views[tower_of(name)]
-            if student.shape != target.shape:
-                raise UserError(
-                    f"objective.terms: `distill_features` compares the {student.shape[1]} numbers of {name} with the teacher's {target.shape[1]}; "
-                    f"give a head of kind: projector with width: {target.shape[1]}, or take `distill`, which compares similarities"
-                )
+            _check_width(name, student.shape[1], target.shape[1])
             difference = student - target.to(student.dtype)
             total = group.world_size * len(student)
             values.append(group.all_reduce_sum(difference.square().sum()) / total)
@@ -154,6 +150,23 @@ def distill_features(settings: TermSection, negatives: Negatives) -> DistillFeat
             f"objective.terms: a teacher has features of image and text, and none of {unknown}; leave it out of `distill_features`"
         )
     return DistillFeatures(tuple(settings.between))
+
+
+def check_widths(objective: ObjectiveSection, own: int, teacher: int) -> None:
+    """Raises UserError when `distill_features` compares features of another width than the teacher's. own: of the student's views."""
+    heads: dict[str | None, int] = {head.name: head.width for head in objective.heads}
+    for term in objective.terms:
+        if term.name == distill_features.__name__:
+            for name in term.between:
+                _check_width(name, heads.get(head_of(name), own), teacher)
+
+
+def _check_width(name: str, student: int, teacher: int) -> None:
+    if student != teacher:
+        raise UserError(
+            f"objective.terms: `distill_features` compares the {student} numbers of {name} with the teacher's {teacher}; "
+            f"give a head of kind: projector with width: {teacher}, or take `distill`, which compares similarities"
+        )
 
 
 def _teacher_of(features: Features) -> TeacherFeatures:

@@ -89,7 +89,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     )
     if recipe.model.init and recipe.model.preset == AUTO:  # written down: a model of that name may be another one later
         recipe = replace(recipe, model=replace(recipe.model, **_of_the_weights(model, recipe)))
-    recipe = with_teacher(recipe, model.image_size, storage)
+    recipe = with_teacher(recipe, model, storage)
     build_objective(recipe, model.embed_dim)
     check_fp8_shapes(model)
     check_rules(model, recipe.model, recipe.optim, recipe.objective)

@@ -7,6 +7,7 @@ will show, pass by pass: what is stored is what a teacher beside the student wou
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,6 +24,7 @@ from dsclip.data.decoding.sample import MEMBER_EXTENSIONS, TEACHER, BadSample, R
 from dsclip.data.shards.shard_set import ShardSet
 from dsclip.data.sources.storage import Storage
 from dsclip.datasets.rewrite import WholeSample, whole_samples
+from dsclip.errors import UserError
 from dsclip.train.teacher import Teacher
 
 
@@ -36,13 +38,24 @@ class _Shown(NamedTuple):
 
 @dataclass
 class Reinforcement:
-    """Gives samples with the teacher's features in them. without: how many have none, since training can't use them."""
+    """Gives samples with the teacher's features in them. unusable: how many have none, since training can't use them, by reason."""
 
     teacher: Teacher
     passes: int
     image_size: int
     samples_at_once: int
-    without: int = field(default=0, init=False)
+    unusable: Counter[str] = field(default_factory=Counter, init=False)
+
+    def check(self, data: DataSection, seed: int, shards: ShardSet, storage: Storage) -> None:
+        """Raises UserError when training can use no sample at all; the first that it can use ends the search."""
+        prepare = Preparer(data, self.image_size, seed, hard_negatives=False)
+        if not any(self._shown(prepare, sample, shards) for sample in whole_samples(shards, storage)):
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.unusable.most_common())
+            raise UserError(
+                f"training can use none of the {self.unusable.total()} samples ({reasons}), so there is nothing to write; see what is wrong "
+                "with tools/check_data.py"
+            )
+        self.unusable.clear()
 
     def samples(self, data: DataSection, seed: int, shards: ShardSet, storage: Storage) -> Iterator[WholeSample]:
         """All samples of the shards, in order, with a member of float32 [passes, 2, D]: of the image and of the caption of each pass."""
@@ -67,8 +80,8 @@ class Reinforcement:
             image = torch.empty(3, self.image_size, self.image_size, dtype=torch.uint8)
             try:
                 made = prepare(raw, number, image)
-            except BadSample:
-                self.without += 1
+            except BadSample as error:
+                self.unusable[str(error)] += 1
                 return []
             shown.append(_Shown(image, made.caption, made.augmentation))
         return shown

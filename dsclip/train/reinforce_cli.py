@@ -54,28 +54,35 @@ def _reinforce(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     storage = Storage(tuple(recipe.data.trusted_hosts), recipe.data.retries)
     recipe_data = with_class_prompts(recipe.data, storage)
     if recipe_data.weights is not None:
-        raise UserError("data.weights mixes several sets; write one after the other, each into a folder of its own")
+        raise UserError("`data.weights` mixes several sets, and stored features need one; leave `data.weights` out")
     config = starting_config(recipe.model.init, recipe.model.preset, **recipe.model.overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = open_teacher(arguments.teacher, device, None)
+    teacher = open_teacher(arguments.teacher, device, None, given_as="TEACHER")
     shards = open_shards(recipe_data.train_shards, storage)
+    if shards.twice:
+        raise UserError(
+            f"several of the shards are called {shards.twice}, and a name tells which crops the features are of. Rename shards until no two "
+            "are called the same, run tools/index_shards.py on their folders, and write them together"
+        )
     at_once = max(1, arguments.batch_size // arguments.passes)
     reinforcement = Reinforcement(teacher, arguments.passes, config.image_size, at_once)
+    reinforcement.check(recipe_data, recipe.train.seed, shards, storage)
     labels = labels_of(shards, storage)
     labels["teacher"] = {
-        "model": arguments.teacher, "scale": teacher.scale, "passes": arguments.passes,
+        "model": arguments.teacher, "scale": teacher.scale, "width": teacher.model.config.embed_dim, "passes": arguments.passes,
         "drawn_by": drawn_by(recipe_data, recipe.train.seed, config.image_size),
     }  # fmt: skip
     written = write_again(
         shards, reinforcement.samples(recipe_data, recipe.train.seed, shards, storage), arguments.out, labels
     )
     keys = f"data.train_shards={arguments.out} objective.teacher={STORED}"
-    without = f", {reinforcement.without} of them without, since training can't use them" * bool(reinforcement.without)
+    lost = reinforcement.unusable.total()
+    without = f", {lost} of them without, since training can't use them" * bool(lost)
     text = f"{written} samples in {arguments.out} with features of {arguments.passes} passes{without}\n\nTrain with: {keys}"
     result = {
         "out": str(arguments.out),
         "samples": written,
-        "without": reinforcement.without,
+        "without": lost,
         "passes": arguments.passes,
     }
     return result, text

@@ -13,16 +13,17 @@ from torch import Tensor
 from dsclip.config import Recipe
 from dsclip.config.data_section import DataSection
 from dsclip.config.objective_section import STORED
-from dsclip.convert.source import open_source
+from dsclip.convert.source import Source, open_source
 from dsclip.convert.streamed import loaded_clip
 from dsclip.convert.whole import check_tokenizer, tokenizer_of
 from dsclip.data.batch import OF_TEACHER, Batch
 from dsclip.data.decoding.tokenizer import Tokenizer
-from dsclip.data.shards.manifest import read_manifest
-from dsclip.data.shards.specification import resolve_shards
+from dsclip.data.shards.manifest import folder_of, manifests_beside
+from dsclip.data.shards.shard_set import named_shards
 from dsclip.data.sources.storage import Storage
 from dsclip.errors import UserError
-from dsclip.model import Clip
+from dsclip.model import Clip, ClipConfig
+from dsclip.objectives.distill import check_widths
 
 DRAWN_BY = (
     "caption_key", "crop_scale", "flip", "color_jitter", "color_jitter_probability", "grayscale", "decoder", "templates", "classnames",
@@ -67,17 +68,29 @@ class Teacher:
             yield replace(batch, views=batch.views | {f"{OF_TEACHER}image": image, f"{OF_TEACHER}text": text})
 
 
-def open_teacher(path: str, device: torch.device, chunk_size: int | None) -> Teacher:
-    """The model in a folder or of a name as `model.init` takes it, in bf16 on a GPU and in float32 on a CPU. Raises UserError."""
+def open_teacher(
+    path: str, device: torch.device, chunk_size: int | None, given_as: str = "`objective.teacher`"
+) -> Teacher:
+    """The model in a folder or of a name as `model.init` takes it, in bf16 on a GPU and in float32 on a CPU.
+
+    given_as: what messages call it. Raises UserError.
+    """
+    source, tokenizer, config = _read(path, given_as)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return Teacher(loaded_clip(config, source.weights(), device, dtype), tokenizer, device, chunk_size, source.scale)
+
+
+def _read(path: str, given_as: str) -> tuple[Source, Tokenizer, ClipConfig]:
     try:
+        if not path:
+            raise UserError("it is empty; name a model")
         source = open_source(path)
         tokenizer = tokenizer_of(source, None)
         config = source.config(tokenizer.eot_token_id)
         check_tokenizer(tokenizer, config, source)
     except UserError as error:
-        raise UserError(f"`objective.teacher`: {error}") from error
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return Teacher(loaded_clip(config, source.weights(), device, dtype), tokenizer, device, chunk_size, source.scale)
+        raise UserError(f"{given_as}: {error}") from error
+    return source, tokenizer, config
 
 
 def teacher_of(recipe: Recipe, device: torch.device) -> Teacher | None:
@@ -88,41 +101,43 @@ def teacher_of(recipe: Recipe, device: torch.device) -> Teacher | None:
     return open_teacher(str(path), device, recipe.batch.chunk_size or recipe.batch.micro_batch_size)
 
 
-def with_teacher(recipe: Recipe, image_size: int, storage: Storage) -> Recipe:
-    """The recipe with the teacher's temperature, its own where none is given. Raises UserError when there is no such teacher."""
+def with_teacher(recipe: Recipe, model: ClipConfig, storage: Storage) -> Recipe:
+    """The recipe with the teacher's temperature, its own where none is given. model: the student.
+
+    Raises UserError when there is no such teacher, or its features have a width that `distill_features` can't compare.
+    """
     objective = recipe.objective
     if objective.teacher is None:
         return recipe
-    scale = (
-        stored_by(recipe, image_size, storage)["scale"] if objective.teacher == STORED else _scale(objective.teacher)
-    )
+    if objective.teacher == STORED:
+        found = stored_by(recipe, model.image_size, storage)
+        scale, width = found["scale"], found.get("width")
+    else:
+        source, _, config = _read(objective.teacher, "`objective.teacher`")
+        scale, width = source.scale, config.embed_dim
+    if width is not None:  # manifests once didn't say it; the first step compares widths too
+        check_widths(objective, model.embed_dim, width)
     temperature = objective.teacher_temperature or 1 / scale
     return replace(recipe, objective=replace(objective, teacher_temperature=temperature))
-
-
-def _scale(path: str) -> float:
-    try:
-        return open_source(path).scale
-    except UserError as error:
-        raise UserError(f"`objective.teacher`: {error}") from error
 
 
 def stored_by(recipe: Recipe, image_size: int, storage: Storage) -> dict[str, Any]:
     """What the manifests of the training shards say of the teacher whose features are stored in them.
 
-    Raises UserError where they say nothing, or were written for other crops and captions than this run's.
+    Raises UserError where they say nothing or don't agree, or were written for other crops and captions than this run's.
     """
     if recipe.data.weights is not None:
         raise UserError(
             "`objective.teacher` is `stored`, which needs one set of training shards; leave out `data.weights`"
         )
-    manifest = read_manifest(resolve_shards(recipe.data.train_shards, storage), storage)
-    found = manifest.get("teacher") if manifest else None
-    if found is None:
+    shards = named_shards(recipe.data.train_shards, storage)
+    if shards.twice:
         raise UserError(
-            "`objective.teacher` is `stored`, and the manifest of the training shards says no teacher; write its features with "
-            "tools/reinforce_shards.py"
+            f"`objective.teacher` is `stored`, and several of the training shards are called {shards.twice}: crops and captions follow a "
+            "shard's name, so these would be others than the features are of. Rename the shards that they were written from until no two are "
+            "called the same, and write them anew together with tools/reinforce_shards.py"
         )
+    found = _agreed(shards.locations, storage)
     now = drawn_by(recipe.data, recipe.train.seed, image_size)
     if different := next((key for key, value in now.items() if found["drawn_by"].get(key) != value), None):
         raise UserError(
@@ -130,6 +145,40 @@ def stored_by(recipe: Recipe, image_size: int, storage: Storage) -> dict[str, An
             f"{now[different]}; take the same, or write them anew with tools/reinforce_shards.py"
         )
     return found
+
+
+def _agreed(shards: list[str], storage: Storage) -> dict[str, Any]:
+    """What the manifests of all folders say of the teacher. Raises UserError where they aren't the same, or leave a shard out."""
+    said: dict[str, dict[str, Any]] = {}
+    listed = set()
+    for folder, manifest in manifests_beside(shards, storage).items():
+        teacher = manifest.get("teacher") if manifest else None
+        if manifest is None or teacher is None:
+            raise UserError(
+                f"`objective.teacher` is `stored`, and the manifest of the training shards in {folder} says no teacher; write its features "
+                "with tools/reinforce_shards.py"
+            )
+        said[folder] = teacher
+        listed |= {(folder, entry["name"]) for entry in manifest["shards"]}
+    if unlisted := next((x for x in shards if (folder_of(x), x.rpartition("/")[2]) not in listed), None):
+        raise UserError(
+            f"`objective.teacher` is `stored`, and the manifest beside {unlisted} says nothing of it: it was added or renamed since; write the "
+            "shards anew with tools/reinforce_shards.py"
+        )
+    (first, found), *others = said.items()
+    for folder, teacher in others:
+        one, other = _flat(found), _flat(teacher)
+        if key := next((key for key in one | other if one.get(key) != other.get(key)), None):
+            raise UserError(
+                f"the teacher's features in {folder} are with {key}={other.get(key)}, and those in {first} with {one.get(key)}; write both "
+                "with the same, best as one set, with tools/reinforce_shards.py"
+            )
+    return found
+
+
+def _flat(teacher: dict[str, Any]) -> dict[str, Any]:
+    """By one key each."""
+    return {key: x for key, x in teacher.items() if key != "drawn_by"} | dict(teacher["drawn_by"])
 
 
 def taught_passes(recipe: Recipe, image_size: int) -> int | None:

@@ -47,7 +47,16 @@ class Manifest(Labels):
 
 def read_manifest(shards: list[str], storage: Storage = LOCAL) -> Manifest | None:
     """The manifest beside the first shard, or None."""
-    path = f"{folder_of(str(shards[0]))}/{MANIFEST}"
+    return _manifest_in(folder_of(str(shards[0])), storage)
+
+
+def manifests_beside(shards: list[str], storage: Storage = LOCAL) -> dict[str, Manifest | None]:
+    """Of each folder that has some of the shards, in their order; None where there is none."""
+    return {folder: _manifest_in(folder, storage) for folder in dict.fromkeys(map(folder_of, shards))}
+
+
+def _manifest_in(folder: str, storage: Storage) -> Manifest | None:
+    path = f"{folder}/{MANIFEST}"
     if not is_remote(path) and not os.path.isfile(path):
         return None
     try:

@@ -33,6 +33,11 @@ class ShardSet:
         """What messages call it: its folder and file."""
         return short_name(self.locations[shard])
 
+    @property
+    def twice(self) -> str | None:
+        """A file name that several of the shards have: their `identity` is another in a set of their own; None without one."""
+        return next((self.locations[shard].rpartition("/")[2] for shard in self.repeats), None)
+
     def identity(self, shard: int) -> str:
         """What the randomness of its samples depends on, wherever the set lies: its file's name.
 
