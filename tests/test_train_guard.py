@@ -1,15 +1,25 @@
 """Batches that a run leaves out, what is written of them, and what a guard remembers over a resume."""
 
 import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from dsclip.checkpoint import Lineage
+from dsclip.checkpoint.lineage import write_lineage
+from dsclip.config.schema import Recipe
 from dsclip.config.train_section import TrainSection
 from dsclip.data.batch import Batch, LoadReport
 from dsclip.distributed import Collectives
+from dsclip.engine.host_copy import HostCopy
+from dsclip.engine.step_metrics import StepMetrics
+from dsclip.errors import RunDiverged
 from dsclip.train.guard import Guard, RollBack, without_skipped
+from dsclip.train.run_folder import RunFolder
 from dsclip.train.spike_rule import SpikeRule
+from dsclip.train.watch import Watch
+from tests.test_train_run_folder import checkpoint
 
 
 def batch(number: int) -> Batch:
@@ -47,4 +57,78 @@ def test_a_step_that_was_saved_before_it_was_judged_is_judged_after_the_resume()
         guard.judge()
         after = guard.state()
         assert (after["unjudged"], after["rule"]["losses"][-1]) == (None, 1.25)
-        assert after["rule"]["deviating"] == [(12, True)] and len(after["rule"]["log_norms"]) == 10
+        assert [(step, loss) for step, loss, *_ in after["rule"]["deviating"]] == [(12, 1.25)] and len(after["rule"]["log_norms"]) == 10
+
+
+@pytest.fixture
+def guarded(tmp_path, capsys):
+    """What a guard does about steps, given as their losses, in a folder with checkpoints of these steps."""
+
+    def go(losses: dict[int, float | None], *saved: int, parent_step: int = 0, spiked_before: int = 0, **settings):
+        parent = {"run": "b", "step": parent_step, "path": "b", "sha256": ""} if parent_step else None
+        folder = RunFolder(tmp_path, "auto", Collectives.single())
+        folder.lineage = Lineage("a", parent=parent, skipped=((1, 1),) * spiked_before)
+        write_lineage(tmp_path, folder.lineage)
+        for step in saved:
+            checkpoint(tmp_path, step, {"run": "a", "branch": 1, "start": 0, "steps": []})
+        train = TrainSection(steps=100, log_every=1000, spike_window=10, **settings)
+        inputs = SimpleNamespace(recipe=Recipe(train=train), run_dir=tmp_path, ds_config={})
+        engine = SimpleNamespace(group=Collectives.single(), step=parent_step)
+        watch = Watch(inputs, engine, SimpleNamespace(counters=None, record=None, in_place=False))
+        guard = Guard(train, Collectives.single(), folder, watch, None)
+        numbers = ("accuracy_image_to_text", "accuracy_text_to_image", "log_scale", "masked_negatives", "hard_negatives")
+        try:
+            for step, loss in losses.items():
+                figures = HostCopy(
+                    {"loss": torch.tensor(loss or 0.0), "grad_norm": torch.tensor(1.0)}
+                    | dict.fromkeys(numbers, torch.zeros(()))
+                )
+                why = None if loss else "loss on 1 of 1 ranks"
+                metrics = StepMetrics(step, 1e-3, loss is None, why, 0, figures, pulse=figures)
+                watch.step(metrics, batch(step), 0.0, 0.1)
+                guard.step(metrics, batch(step))
+            guard.judge()
+        finally:
+            watch.close()
+            folder.release()
+        return capsys.readouterr().err
+
+    return go
+
+
+NONFINITE = {"on_nonfinite": "rollback", "max_nonfinite_steps": 3}
+
+
+def test_steps_that_are_not_finite_are_left_out_alone(guarded):
+    """They were skipped: the last checkpoint before them is whole."""
+    losses = {**dict.fromkeys(range(1, 6), 1.0), **dict.fromkeys((6, 7, 8), None)}
+    with pytest.raises(RollBack) as back:
+        guarded(losses, 2, 4, 6, **NONFINITE)
+    assert (back.value.before, back.value.batches, list(back.value.samples)) == (6, (6, 8), [6, 7, 8])
+
+
+def test_what_can_be_done_without_a_checkpoint_is_true(guarded):
+    losses = {**dict.fromkeys(range(1, 6), 1.0), **dict.fromkeys((6, 7, 8), None)}
+    said = guarded(losses, 6, **NONFINITE)
+    assert "no checkpoint from before step 6 is there" in said and "Lower train.save_every to have one" in said
+
+
+@pytest.mark.parametrize("begun", [0, 50])
+def test_a_run_that_begins_with_trouble_is_not_told_to_save_more(guarded, begun):
+    losses = dict.fromkeys(range(begun + 1, begun + 4), None)
+    said = guarded(losses, parent_step=begun, **NONFINITE)
+    assert f"None can be: the run began with step {begun + 1}" in said and "save_every" not in said
+
+
+def test_who_may_go_back_no_more_is_given_a_checkpoint_from_before_the_spike(guarded, tmp_path):
+    """Step 50 deviated first, alone, and was saved."""
+    losses = {**dict.fromkeys(range(30, 50), 1.0), 50: 4.0, 51: 4.0}
+    settings = {"on_spike": "rollback", "max_rollbacks": 1, "spiked_before": 1}
+    with pytest.raises(RunDiverged) as ended:
+        guarded(losses, 50, **settings)
+    assert "begin afresh in another folder with train.name=NAME" in str(ended.value)
+    for saved in (46, 40):  # the second is also from before what may have led to it
+        with pytest.raises(RunDiverged) as ended:
+            guarded(losses, saved, **settings)
+        assert str(ended.value).endswith(f"--resume {tmp_path}/checkpoints/step_{saved:08d}")
+        assert "auto" not in str(ended.value) and "Nothing is saved" not in str(ended.value)

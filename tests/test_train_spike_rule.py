@@ -59,7 +59,7 @@ def test_a_planted_jump_is_found_at_its_second_step_and_told_once(jump):
         losses[place : place + 30] += jump
         [spike] = spikes(losses)
         assert (spike.first, spike.last) == (place + 1, place + 2), "steps are counted from 1"
-        assert spike.loss == losses[place + 1] and spike.usual == pytest.approx(1.5, abs=0.02)
+        assert spike.worst in (place + 1, place + 2) and spike.loss == losses[spike.worst - 1] and spike.usual == pytest.approx(1.5, abs=0.02)
         assert f"steps {place + 1} to {place + 2}" in str(spike)
 
 
@@ -70,6 +70,22 @@ def test_a_norm_that_jumps_dates_the_beginning_and_is_no_spike_alone():
     losses[204:] = 3.0
     [spike] = spikes(losses, norms)
     assert (spike.first, spike.last) == (200, 205)
+
+
+def test_the_figures_are_those_of_the_step_whose_loss_deviates_most_also_after_a_resume():
+    losses, norms = np.full(300, 2.0), np.full(300, 0.5)
+    losses[210] = 9.0
+    losses[216], norms[216] = 2.01, 40.0  # deviates by its norm alone
+    [spike] = spikes(losses, norms)
+    assert (spike.first, spike.last, spike.worst, spike.loss, spike.usual) == (211, 217, 211, 9.0, 2.0)
+    assert spike.deviations == pytest.approx(350) and "steps 211 to 217: 9 in step 211, where 2 was usual" in str(spike)
+    rule = SpikeRule(WINDOW, THRESHOLD)
+    for step in range(1, 217):
+        rule.judge(step, losses[step - 1], norms[step - 1])
+    resumed = SpikeRule(WINDOW, THRESHOLD, json.loads(json.dumps(rule.state())))
+    assert resumed.judge(217, losses[216], norms[216]) == spike
+    earlier_version = rule.state() | {"deviating": [(211, True)]}
+    assert SpikeRule(WINDOW, THRESHOLD, earlier_version).judge(217, losses[216], norms[216]) is None
 
 
 def test_one_step_alone_is_none_and_so_are_two_that_lie_apart():

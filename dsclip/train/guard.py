@@ -24,7 +24,7 @@ from dsclip.distributed import Collectives
 from dsclip.engine.host_copy import HostCopy
 from dsclip.errors import RunDiverged
 from dsclip.train.run_folder import RunFolder
-from dsclip.train.spike_rule import LEAD, WITHIN, SpikeRule
+from dsclip.train.spike_rule import LEAD, WITHIN, Spike, SpikeRule
 from dsclip.train.watch import SKIPPED, Watch
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
@@ -94,10 +94,12 @@ class Guard:
             self._unjudged = metrics.step, metrics.pulse
         if self._settings.on_nonfinite == "rollback" and self._watch.fails():
             limit = self._settings.max_nonfinite_steps or 0
-            why = f"steps {metrics.step - limit + 1} to {metrics.step} were not finite ({metrics.skip_reason})"
+            first = metrics.step - limit + 1
+            why = f"steps {first} to {metrics.step} were not finite ({metrics.skip_reason})"
             if len(self._folder.lineage.skipped) < self._settings.max_rollbacks:  # otherwise the run saves and ends
                 self._saved()
-                self._go_back(why, metrics.step - limit + 1, metrics.step, otherwise="the run ends")
+                # They were skipped: nothing of them, or of what came before them, has to be undone.
+                self._go_back(why, first, metrics.step, otherwise="the run ends")
 
     def judge(self) -> None:
         """Judges the last step, if that is still to be done. Raises as `step`."""
@@ -111,19 +113,31 @@ class Guard:
         if self._settings.on_spike == "rollback":
             self._saved()
             if len(self._folder.lineage.skipped) >= self._settings.max_rollbacks:
-                raise RunDiverged(
-                    f"{spike}, and the run has gone back {self._settings.max_rollbacks} times already (train.max_rollbacks). Nothing is saved of "
-                    "these steps. Lower optim.lr or optim.beta2, or use optim.name=stable_adamw, raise train.max_rollbacks, and go on with "
-                    "--resume auto, or from an earlier checkpoint with --resume PATH"
-                )
-            self._go_back(str(spike), spike.first, spike.last, otherwise="the run goes on")
+                raise RunDiverged(self._too_often(spike))
+            self._go_back(str(spike), max(1, spike.first - LEAD), spike.last, otherwise="the run goes on")
 
-    def _go_back(self, why: str, first: int, last: int, *, otherwise: str) -> None:
-        before = max(1, first - LEAD)
-        if self._folder.step_before(before) is None:
+    def _too_often(self, spike: Spike) -> str:
+        """Collective. Checkpoints may be from within the spike: a first step that deviates is saved like any other."""
+        earlier = self._folder.checkpoint_before(spike.first - LEAD) or self._folder.checkpoint_before(spike.first)
+        advice = "Lower optim.lr or optim.beta2, or use optim.name=stable_adamw, raise train.max_rollbacks, and"
+        return f"{spike}, and the run has gone back {self._settings.max_rollbacks} times already (train.max_rollbacks). " + (
+            f"{advice} begin afresh in another folder with train.name=NAME: no checkpoint from before the spike is there"
+            if earlier is None
+            else f"{advice} go on from a checkpoint from before the spike with --resume {earlier}"
+        )
+
+    def _go_back(self, why: str, before: int, last: int, *, otherwise: str) -> None:
+        """To before step `before`, and on without the batches from there to step `last`."""
+        if self._folder.checkpoint_before(before) is None:
+            parent = self._folder.lineage.parent
+            begun = 0 if parent is None else parent["step"]
             self._watch.message(
                 f"step {last}: {why}; no checkpoint from before step {before} is there to go back to, so {otherwise}. "
-                "Lower train.save_every to have one, or raise train.keep_checkpoints"
+                + (
+                    "Lower train.save_every to have one, or raise train.keep_checkpoints"
+                    if before > begun + 1
+                    else f"None can be: the run began with step {begun + 1}. Lower optim.lr, raise optim.warmup_steps, or look at the data"
+                )
             )
             return
         first_batch, last_batch = self._batches(before, last)

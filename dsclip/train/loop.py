@@ -86,9 +86,8 @@ def train(
             last, stop = engine.step == settings.steps, signals.agreed()
             ends = last or stop is not None or watch.fails()
             due = saving.due(engine.step)
-            if stop is None and (
-                ends or due
-            ):  # nothing of a spike is saved; who was asked to stop has no time to go back
+            # A step is judged before it is saved; who was asked to stop has no time to go back.
+            if stop is None and (ends or due):
                 guard.judge()
             # Saved before it is evaluated: an evaluation that fails must not cost the run.
             if ends:

@@ -126,12 +126,12 @@ class RunFolder:
 
         self.resume, self.manifest = self._on_rank_0(lock)
 
-    def step_before(self, step: int) -> int | None:
-        """The step of the newest checkpoint of this run from before `step`; None where there is none."""
+    def checkpoint_before(self, step: int) -> Path | None:
+        """The newest checkpoint of this run from before `step`; None where there is none."""
 
-        def find() -> int | None:
+        def find() -> Path | None:
             found = newest_leading(self._run_dir, read_manifest, [], before=step)
-            return None if found is None else step_of(found[0])
+            return None if found is None else found[0]
 
         return self._on_rank_0(find)
 

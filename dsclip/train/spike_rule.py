@@ -22,28 +22,32 @@ LEAD = 8  # steps before the first that may have caused it: spikes come 1 to 8 s
 
 
 class RuleState(TypedDict):
-    """As a checkpoint holds it. deviating: steps of the last WITHIN, and whether by their loss."""
+    """As a checkpoint holds it. deviating: steps of the last WITHIN: step, loss, the usual one, deviations of the loss."""
 
     losses: list[float]
     log_norms: list[float]
-    deviating: list[tuple[int, bool]]
+    deviating: list[tuple[int, float, float, float]]
     told: bool
 
 
 @dataclass(frozen=True)
 class Spike:
-    """Steps first … last, of which the first deviated and the last decided it. usual: the median of the losses before."""
+    """Steps first … last, of which the first deviated and the last decided it.
+
+    worst: the one of them whose loss deviated most, by so many deviations. loss: its loss; usual: the median of those before it.
+    """
 
     first: int
     last: int
+    worst: int
     loss: float
     usual: float
     deviations: float
 
     def __str__(self) -> str:
         return (
-            f"the loss jumped in steps {self.first} to {self.last}: {self.loss:.4g}, where {self.usual:.4g} was usual "
-            f"({self.deviations:.3g} robust standard deviations)"
+            f"the loss jumped in steps {self.first} to {self.last}: {self.loss:.4g} in step {self.worst}, where {self.usual:.4g} was "
+            f"usual ({self.deviations:.3g} robust standard deviations)"
         )
 
 
@@ -57,7 +61,9 @@ class SpikeRule:
         self._window, self._threshold = window, threshold
         self._losses: deque[float] = deque(state["losses"] if state else (), maxlen=window)
         self._log_norms: deque[float] = deque(state["log_norms"] if state else (), maxlen=window)
-        self._deviating = [(step, by_loss) for step, by_loss in state["deviating"]] if state else []
+        # A step of which an earlier version kept no figures is forgotten.
+        known = [figures for figures in state["deviating"] if len(figures) == 4] if state else []
+        self._deviating = [(step, loss, usual, by_loss) for step, loss, usual, by_loss in known]
         self._told = state["told"] if state else False
 
     def state(self) -> RuleState:
@@ -80,14 +86,15 @@ class SpikeRule:
         self._losses.append(loss)
         if not math.isnan(log_norm):
             self._log_norms.append(log_norm)
-        self._deviating = [(s, which) for s, which in self._deviating if s > step - WITHIN]
+        self._deviating = [figures for figures in self._deviating if figures[0] > step - WITHIN]
         if by_loss > self._threshold or by_norm > self._threshold:
-            self._deviating.append((step, by_loss > self._threshold))
+            self._deviating.append((step, loss, usual, by_loss))
         self._told = self._told and bool(self._deviating)
-        if self._told or len(self._deviating) < 2 or not any(which for _, which in self._deviating):
+        of_loss = [figures for figures in self._deviating if figures[3] > self._threshold]
+        if self._told or len(self._deviating) < 2 or not of_loss:
             return None
         self._told = True
-        return Spike(self._deviating[0][0], step, loss, usual, by_loss)
+        return Spike(self._deviating[0][0], step, *max(of_loss, key=lambda figures: figures[3]))
 
 
 def deviations(x: float, before: Iterable[float], least: float) -> float:

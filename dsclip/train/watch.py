@@ -234,7 +234,7 @@ class Watch:
         )
         self._log.log(
             spike.last,
-            {"spike_from": spike.first, "spike_loss": spike.loss, "spike_usual": spike.usual, "spike_deviations": spike.deviations,
+            {"spike_from": spike.first, "spike_step": spike.worst, "spike_loss": spike.loss, "spike_usual": spike.usual, "spike_deviations": spike.deviations,
              "spike_batch_from": batches[0], "spike_batch_to": batches[1]},
         )  # fmt: skip
 
