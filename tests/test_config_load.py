@@ -72,6 +72,10 @@ def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
             "leaves out single batches, and with `data.order: stream`",
         ),
         ("train: {on_spike: rollback, keep_checkpoints: 1}", "set `train.keep_checkpoints` to 2 or more"),
+        (
+            "train: {on_spike: rollback, spike_window: 9999}",
+            "follows two steps after the first `train.spike_window` (9999), and `train.steps` is 10000",
+        ),
         ("train: {on_nonfinite: rollback, max_nonfinite_steps: null}", "which is null; give a number"),
         ("optim: {layer_decay: 0}", "`optim.layer_decay` is 0; it must be greater than 0"),
         ("optim: {rules: [{match: text, lr: 1}]}", "give a list of {match: REGULAR EXPRESSION, lr_scale: NUMBER"),

@@ -86,6 +86,18 @@ def test_the_summary_of_a_run_in_parts_is_true():
         assert shown in console and shown in text
 
 
+def test_the_summary_of_a_run_that_went_back_is_true():
+    run = SUMMARY | {
+        "launch": {"from_step": 0, "steps": 455, "seconds": 200.0}, "left_out_batches": [[11, 20], [18, 25]],
+        "spikes": [{"steps": [s, s + 1], "loss": 4.0, "usual": 2.0} for s in range(19, 26)],
+        "rollbacks": [{"step": 10, "batches": [11, 20], "why": "the loss jumped"}],
+    }  # fmt: skip
+    console, text = console_summary(run, Path("runs/demo")), markdown(run, Path("runs/demo"))
+    assert "Done: 400 steps. This launch went back, made 455 steps, and took 3m20s." in console
+    shown = ("to step 10: the loss jumped", "25 to 26 and 2 times before", "15 batches: 11 to 20, 18 to 25")
+    assert all(words in console and words in text for words in shown) and "resumed" not in console
+
+
 def test_only_keys_that_differ_are_shown_and_the_learning_rate_follows():
     was = load_recipe("demo", ["train.steps=100", "data.crop_scale=[0.5, 1.0]", "train.name=a"])
     old = {

@@ -23,7 +23,8 @@ from tests.test_train_run_folder import checkpoint
 
 
 def batch(number: int) -> Batch:
-    report = LoadReport(journal=[{"shard": f"{number}.tar", "what": "damaged", "detail": ""}] if number % 2 else [])
+    journal = [{"shard": f"{number}.tar", "what": "damaged", "detail": ""}] if number % 2 else []
+    report = LoadReport(captions=[str(number)], read=2, bad={"no caption": 1}, journal=journal, epoch=number / 10)
     return Batch(
         torch.zeros(1, 3, 2, 2), torch.zeros(1, 4), torch.tensor([number]), state={"batches": number}, report=report
     )
@@ -35,6 +36,8 @@ def test_batches_are_left_out_by_number_and_what_is_told_of_their_shards_is_kept
     assert [b.state["batches"] for b in found] == [1, 5, 6, 8, 9]
     journals = [[int(entry["shard"].split(".")[0]) for entry in b.report.journal] for b in found]
     assert journals == [[1], [3, 5], [], [7], [9]]
+    assert [b.report.read for b in found] == [2, 8, 2, 4, 2] and found[1].report.bad == {"no caption": 4}
+    assert (found[1].report.captions, found[1].report.epoch) == (["5"], 0.5), "of its own samples"
     assert [b.state["batches"] for b in without_skipped(map(batch, range(3)), Lineage("a"))] == [0, 1, 2]
 
 
@@ -43,6 +46,10 @@ def test_every_batch_that_is_left_out_has_a_line(tmp_path):
         RollBack("it jumped", 3, (first, first + 1), {first: None, first + 1: [7, 8]}).write(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "skipped_batches.jsonl").read_text().splitlines()]
     assert [(line["batch"], line["sample_ids"]) for line in lines] == [(5, None), (6, [7, 8]), (9, None), (10, [7, 8])]
+    RollBack("again", 3, (10, 11), {10: None, 11: [1]}).write(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "skipped_batches.jsonl").read_text().splitlines()]
+    assert [line["batch"] for line in lines] == [5, 6, 9, 10, 11], "each once"
+    assert lines[3] == {"batch": 10, "why": "it jumped", "sample_ids": [7, 8]}
 
 
 def test_a_step_that_was_saved_before_it_was_judged_is_judged_after_the_resume():
@@ -57,7 +64,9 @@ def test_a_step_that_was_saved_before_it_was_judged_is_judged_after_the_resume()
         guard.judge()
         after = guard.state()
         assert (after["unjudged"], after["rule"]["losses"][-1]) == (None, 1.25)
-        assert [(step, loss) for step, loss, *_ in after["rule"]["deviating"]] == [(12, 1.25)] and len(after["rule"]["log_norms"]) == 10
+        assert [(step, loss) for step, loss, *_ in after["rule"]["deviating"]] == [(12, 1.25)] and len(
+            after["rule"]["log_norms"]
+        ) == 10
 
 
 @pytest.fixture
@@ -74,9 +83,15 @@ def guarded(tmp_path, capsys):
         train = TrainSection(steps=100, log_every=1000, spike_window=10, **settings)
         inputs = SimpleNamespace(recipe=Recipe(train=train), run_dir=tmp_path, ds_config={})
         engine = SimpleNamespace(group=Collectives.single(), step=parent_step)
-        watch = Watch(inputs, engine, SimpleNamespace(counters=None, record=None, in_place=False))
+        watch = Watch(inputs, engine, SimpleNamespace(counters=None, record=None))
         guard = Guard(train, Collectives.single(), folder, watch, None)
-        numbers = ("accuracy_image_to_text", "accuracy_text_to_image", "log_scale", "masked_negatives", "hard_negatives")
+        numbers = (
+            "accuracy_image_to_text",
+            "accuracy_text_to_image",
+            "log_scale",
+            "masked_negatives",
+            "hard_negatives",
+        )
         try:
             for step, loss in losses.items():
                 figures = HostCopy(

@@ -19,7 +19,7 @@ from dsclip.checkpoint.store import CheckpointStore, remove_unfinished
 from dsclip.config import load_recipe
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
-from dsclip.train.metrics_log import SUPERSEDED, MetricsLog
+from dsclip.train.metrics_log import SUPERSEDED, MetricsLog, read_trouble
 from dsclip.train.run_folder import RunFolder, find_resume
 from dsclip.train.run_lock import LOCK, RunLock
 from tests.test_checkpoint_manifest import STATE
@@ -273,6 +273,39 @@ def test_an_interrupted_replacement_gives_the_old_checkpoint_back(tmp_path):
     (tmp_path / "checkpoints" / "step_00000004.tmp").mkdir()
     assert remove_unfinished(tmp_path / "checkpoints") == ["step_00000004.tmp"]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_who_goes_back_keeps_what_was_written_of_earlier_spikes_and_rollbacks(tmp_path):
+    """Twice: the second time to before the first, with and without a checkpoint to archive; then a resume after a kill."""
+    folder = RunFolder(tmp_path, "none", Collectives.single())
+    folder.claim(load_recipe("demo"), {})
+    for step in (10, 20, 30):
+        checkpoint(tmp_path, step, vars(folder.lineage) | {"steps": []})
+
+    def log(start: int, step: int, *spike: int, why: str = "") -> None:
+        log = MetricsLog(tmp_path, True, start)
+        if why:
+            log.log(start, {"rollbacks": 1, "skipped_from": 21, "skipped_to": 32}, rollback=why)
+        log.log(step, {"loss": 4.0})
+        if spike:
+            log.log(step, {"spike_from": spike[0], "spike_loss": 4.0, "spike_usual": 2.0})
+        log.close()
+
+    log(0, 32, 31)
+    folder.go_back(before=23, skipped=(21, 32))
+    folder.claim(load_recipe("demo"), {})  # archives step 30
+    log(20, 22, 21, why="it jumped")
+    folder.go_back(before=13, skipped=(11, 33))
+    (tmp_path / "checkpoints" / "step_00000020").rename(tmp_path / "elsewhere")
+    folder.claim(load_recipe("demo"), {})
+    log(10, 15, why="again")
+    log(10, 14)
+    folder.release()
+    spikes, rollbacks = read_trouble(tmp_path / "metrics.jsonl")
+    assert [spike["steps"] for spike in spikes] == [[31, 32], [21, 22]]
+    assert [(back["step"], back["why"]) for back in rollbacks] == [(20, "it jumped"), (10, "again")]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10] * 4 + [14] and lines[0]["of_step"] == 32
 
 
 def test_lines_that_a_resume_supersedes_are_put_aside(tmp_path):

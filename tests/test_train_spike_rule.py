@@ -59,7 +59,11 @@ def test_a_planted_jump_is_found_at_its_second_step_and_told_once(jump):
         losses[place : place + 30] += jump
         [spike] = spikes(losses)
         assert (spike.first, spike.last) == (place + 1, place + 2), "steps are counted from 1"
-        assert spike.worst in (place + 1, place + 2) and spike.loss == losses[spike.worst - 1] and spike.usual == pytest.approx(1.5, abs=0.02)
+        assert (
+            spike.worst in (place + 1, place + 2)
+            and spike.loss == losses[spike.worst - 1]
+            and spike.usual == pytest.approx(1.5, abs=0.02)
+        )
         assert f"steps {place + 1} to {place + 2}" in str(spike)
 
 

@@ -108,7 +108,7 @@ class Unarrived(HostCopy):
 def test_a_logged_step_is_written_when_the_next_one_is_queued(tmp_path):
     engine = SimpleNamespace(group=Collectives.single(), step=0)
     inputs = SimpleNamespace(recipe=Recipe(train=TrainSection(steps=4, log_every=2)), run_dir=tmp_path, ds_config={})
-    watch = Watch(inputs, engine, SimpleNamespace(counters=None, record=None, in_place=False))
+    watch = Watch(inputs, engine, SimpleNamespace(counters=None, record=None))
     batch = Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5), torch.arange(2), report=LoadReport(read=2))
 
     def step(number: int, loss: float) -> Unarrived:

@@ -142,6 +142,11 @@ def _between_keys(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         f"`train.{back}: rollback` goes back to a checkpoint before the trouble began, which may be the last but one; set `train.keep_checkpoints` to 2 or more",
     )
     yield (
+        train.on_spike != "rollback" or train.spike_window + 2 <= train.steps,
+        f"`train.on_spike: rollback` follows two steps after the first `train.spike_window` ({train.spike_window}), and `train.steps` is {train.steps}; "
+        "lower `train.spike_window`, or leave `train.on_spike` out",
+    )
+    yield (
         train.on_nonfinite == "stop" or train.max_nonfinite_steps is not None,
         "`train.on_nonfinite: rollback` follows so many steps in a row as `train.max_nonfinite_steps` says, which is null; give a number",
     )

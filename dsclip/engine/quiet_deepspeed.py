@@ -34,11 +34,13 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.*|deepspeed.*")
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor|_base).*")
 
+LOADS = "_load_legacy_checkpoint current_rank_sd[BASE_OPTIMIZER_STATE]"
 torch_backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that name is torch itself
 
 # ZeRO-1 prints the memory before and after each group of parameters, whatever `memory_breakdown` says.
 bf16_optimizer.see_memory_usage = lambda *_, **__: None
-
+# ZeRO-1 prints at every load that it loads; its other messages are for those who ask for them.
+bf16_optimizer.print = lambda *args, **options: None if args[:1] == (LOADS,) else print(*args, **options)
 
 # Its shared-memory collectives for CPUs serve inference alone, and cost a training a C++ compiler, a minute or two of
 # compiling on a fresh machine and 69 MB of shared memory a rank that nothing frees.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dsclip.data.batch import LoadReport
@@ -65,3 +66,13 @@ class Counters:
             "seconds": round(self._earlier_s + self.launch_seconds(), 1),
             "resumes": self._resumes,
         }
+
+
+@dataclass
+class Tally:
+    """What a launch has done since it began, at from_step: also the steps that it went back over. seconds: of its steps."""
+
+    counters: Counters
+    from_step: int
+    steps: int = 0
+    seconds: float = 0.0

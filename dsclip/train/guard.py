@@ -19,10 +19,11 @@ from torch import Tensor
 
 from dsclip.checkpoint import Lineage
 from dsclip.config.train_section import TrainSection
-from dsclip.data.batch import Batch
+from dsclip.data.batch import Batch, LoadReport, summed
 from dsclip.distributed import Collectives
 from dsclip.engine.host_copy import HostCopy
 from dsclip.errors import RunDiverged
+from dsclip.train.counters import Tally
 from dsclip.train.run_folder import RunFolder
 from dsclip.train.spike_rule import LEAD, WITHIN, Spike, SpikeRule
 from dsclip.train.watch import SKIPPED, Watch
@@ -35,19 +36,24 @@ if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
 class RollBack(Exception):
     """The run goes back to before step `before`, and never trains on batches first … last. Raised on all ranks alike.
 
-    samples: {batch: ids of its samples}, None for batches of an earlier launch.
+    samples: {batch: ids of its samples}, None for batches of an earlier launch; tally: of the launch until then.
     """
 
     why: str
     before: int
     batches: tuple[int, int]
     samples: dict[int, list[int] | None]
+    tally: Tally | None = None
 
     def write(self, run_dir: Path) -> None:
-        """A line for each batch that is left out, into the run's folder."""
-        with (run_dir / SKIPPED).open("a", encoding="utf-8") as file:
+        """A line for each batch that is left out and has none yet, into the run's folder."""
+        path = run_dir / SKIPPED
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        written = {json.loads(line)["batch"] for line in lines}
+        with path.open("a", encoding="utf-8") as file:
             for batch, ids in self.samples.items():
-                file.write(json.dumps({"batch": batch, "why": self.why, "sample_ids": ids}) + "\n")
+                if batch not in written:
+                    file.write(json.dumps({"batch": batch, "why": self.why, "sample_ids": ids}) + "\n")
 
 
 class Guard:
@@ -120,10 +126,13 @@ class Guard:
         """Collective. Checkpoints may be from within the spike: a first step that deviates is saved like any other."""
         earlier = self._folder.checkpoint_before(spike.first - LEAD) or self._folder.checkpoint_before(spike.first)
         advice = "Lower optim.lr or optim.beta2, or use optim.name=stable_adamw, raise train.max_rollbacks, and"
-        return f"{spike}, and the run has gone back {self._settings.max_rollbacks} times already (train.max_rollbacks). " + (
-            f"{advice} begin afresh in another folder with train.name=NAME: no checkpoint from before the spike is there"
-            if earlier is None
-            else f"{advice} go on from a checkpoint from before the spike with --resume {earlier}"
+        return (
+            f"{spike}, and the run has gone back {self._settings.max_rollbacks} times already (train.max_rollbacks). "
+            + (
+                f"{advice} begin afresh in another folder with train.name=NAME: no checkpoint from before the spike is there"
+                if earlier is None
+                else f"{advice} go on from a checkpoint from before the spike with --resume {earlier}"
+            )
         )
 
     def _go_back(self, why: str, before: int, last: int, *, otherwise: str) -> None:
@@ -159,14 +168,16 @@ def _together(of_ranks: list[list[int] | None]) -> list[int] | None:
 def without_skipped(batches: Iterator[Batch], lineage: Lineage) -> Iterator[Batch]:
     """The batches but those that the run leaves out, which are read and dropped: what follows is where it would be without that.
 
-    What their shards were journaled for goes with the next one.
+    What was read for them, and journaled of their shards, is counted with the next one.
     """
-    journal: list[dict[str, str]] = []
+    dropped: list[LoadReport] = []
     for batch in batches:
         if batch.state is not None and lineage.skips(batch.state["batches"]):
-            journal += batch.report.journal
+            dropped.append(batch.report)
             continue
-        if journal:
-            batch = replace(batch, report=replace(batch.report, journal=[*journal, *batch.report.journal]))
-            journal = []
+        if dropped:
+            own = batch.report
+            both = summed([*dropped, own])
+            both = replace(both, captions=own.captions, queue_depth=own.queue_depth, epoch=own.epoch)
+            batch, dropped = replace(batch, report=both), []
         yield batch

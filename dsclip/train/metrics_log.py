@@ -7,13 +7,14 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dsclip.files import write_whole
+from dsclip.train.records import RollbackRecord, SpikeRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter  # importing it takes a second, on rank 0 alone
@@ -134,3 +135,45 @@ def drop_entries_after(path: Path, step: int) -> list[str]:
     if dropped:
         write_whole(path, "".join(left))
     return dropped
+
+
+def keep_trouble(path: Path, step: int) -> None:
+    """Dates the lines of spikes and rollbacks after `step` back to it, their own step in `of_step`: a run that goes back keeps them."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    write_whole(path, "".join(_dated_back(line, step) + "\n" for line in lines))
+
+
+def _dated_back(line: str, step: int) -> str:
+    entry = _trouble(line)
+    if entry is None or entry["step"] <= step:
+        return line
+    return json.dumps({"of_step": entry["step"], **entry, "step": step})
+
+
+def _trouble(line: str) -> dict[str, Any] | None:
+    """What a line says if it is of a spike or a rollback."""
+    if '"spike_from"' not in line and '"rollback"' not in line:
+        return None
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except ValueError:  # cut short by a crash
+        return None
+    return entry
+
+
+def read_trouble(path: Path) -> tuple[list[SpikeRecord], list[RollbackRecord]]:
+    """The spikes and the rollbacks of a run, in the order in which they came."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    spikes: list[SpikeRecord] = []
+    rollbacks: list[RollbackRecord] = []
+    for entry in filter(None, map(_trouble, lines)):
+        step = entry.get("of_step", entry["step"])
+        if "rollback" in entry:
+            batches = [entry["skipped_from"], entry["skipped_to"]]
+            rollbacks.append({"step": step, "batches": batches, "why": entry["rollback"]})
+        else:
+            steps = [entry["spike_from"], step]
+            spikes.append({"steps": steps, "loss": entry["spike_loss"], "usual": entry["spike_usual"]})
+    return spikes, rollbacks

@@ -49,6 +49,22 @@ class EvaluationError(TypedDict):
     error: str
 
 
+class SpikeRecord(TypedDict):
+    """A loss that jumped in steps [first, last]. usual: what it was before."""
+
+    steps: list[int]
+    loss: float
+    usual: float
+
+
+class RollbackRecord(TypedDict):
+    """The run went back to this step, and on without batches [first, last]."""
+
+    step: int
+    batches: list[int]
+    why: str
+
+
 class Summary(Totals):
     """`summary.json`. model: the preset. eval_data: {task: shards}; eval_names: {task: its data, and whether they are training pairs}."""
 
@@ -65,3 +81,6 @@ class Summary(Totals):
     checkpoint: str
     hf_export: str | None
     planned_memory_gb: float
+    spikes: list[SpikeRecord]
+    rollbacks: list[RollbackRecord]
+    left_out_batches: list[list[int]]

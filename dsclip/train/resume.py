@@ -25,13 +25,10 @@ Sections = dict[str, dict[str, Any]]  # of a recipe, as a manifest holds it
 
 
 class Resumed:
-    """The manifest of the checkpoint that a run continues, None for one that starts afresh, and what the recipe changes against it.
+    """The manifest of the checkpoint that a run continues, None for one that starts afresh, and what the recipe changes against it."""
 
-    in_place: the run went back to it, in the same processes.
-    """
-
-    def __init__(self, manifest: Manifest | None, recipe: Recipe, *, in_place: bool = False):
-        self.manifest, self._recipe, self.in_place = manifest, recipe, in_place
+    def __init__(self, manifest: Manifest | None, recipe: Recipe):
+        self.manifest, self._recipe = manifest, recipe
         self.changes = changed_keys(manifest["recipe"], recipe) if manifest else {}
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from dsclip.train.dry_run import describe_estimate, describe_run
 from dsclip.train.guard import Guard, RollBack, without_skipped
 from dsclip.train.inputs import RunInputs, make_loader, read_inputs
 from dsclip.train.loop import Outcome, train
+from dsclip.train.metrics_log import read_trouble
 from dsclip.train.records import Summary, Totals
 from dsclip.train.resume import Resumed, keep_planned_sizes
 from dsclip.train.run_folder import RunFolder
@@ -86,7 +88,7 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
             went_back.write(inputs.run_dir)
         inputs = replace(inputs, resume=folder.resume, init=None)
     watch.check_applied()
-    finish(inputs, engine, watch, outcome, estimate.peak_mb)
+    finish(inputs, engine, watch, outcome, estimate.peak_mb, folder.lineage.skipped)
 
 
 def train_on(
@@ -104,7 +106,7 @@ def train_on(
     recipe, manifest = inputs.recipe, folder.manifest
     if inputs.resume and manifest:
         load_verified(engine, inputs.resume, manifest, world_size=engine.group.world_size)
-    resumed = Resumed(manifest, recipe, in_place=went_back is not None)
+    resumed = Resumed(manifest, recipe)
     loader = make_loader(inputs, engine.group, resumed.data_state)
 
     folder.claim(recipe, inputs.ds_config)
@@ -112,7 +114,7 @@ def train_on(
         inputs.run_dir, recipe.train.keep_checkpoints, inputs.tokenizer, folder.lineage, folder.lock,
         background(recipe.train, engine),
     )  # fmt: skip
-    watch = Watch(inputs, engine, resumed)
+    watch = Watch(inputs, engine, resumed, went_back.tally if went_back else None)
     if went_back is not None:
         watch.went_back(engine.step, went_back.why, went_back.batches, len(folder.lineage.skipped))
     of_a_launch = [
@@ -134,8 +136,9 @@ def train_on(
         watch.close()
         engine.close()
         raise
-    except RollBack:
+    except RollBack as back:
         watch.close()
+        back.tally = watch.tally
         raise
     finally:
         store.close()
@@ -172,18 +175,24 @@ def background(settings: TrainSection, engine: ContrastiveEngine) -> Background 
     return Background(round(engine.bytes_to_save() * ROOM / engine.group.world_size), engine.device)
 
 
-def finish(inputs: RunInputs, engine: ContrastiveEngine, watch: Watch, outcome: Outcome, planned_mb: float) -> None:
-    """The HuggingFace export and the summary, by rank 0; the others wait. Raises RunFailed when the last evaluation failed."""
+def finish(
+    inputs: RunInputs, engine: ContrastiveEngine, watch: Watch, outcome: Outcome, planned_mb: float,
+    left_out: Sequence[tuple[int, int]],
+) -> None:  # fmt: skip
+    """The HuggingFace export and the summary, by rank 0; the others wait. Raises RunFailed when the last evaluation failed.
+
+    left_out: the first and last batches that the run left out, each time that it went back.
+    """
     group, totals = engine.group, watch.totals()
     engine.close()
     if group.rank == 0:
         if inputs.recipe.train.export_hf:
             checkpoint = read_checkpoint(outcome.checkpoint)
-            left_out = checkpoint.logit_bias is not None and hf_class(checkpoint.config) == "CLIPModel"
+            no_bias = checkpoint.logit_bias is not None and hf_class(checkpoint.config) == "CLIPModel"
             heads = f", without the heads {', '.join(checkpoint.heads)}, which are for training alone" * bool(
                 checkpoint.heads
             )
-            without = ", without the loss's bias, which CLIPModel has no place for" * left_out
+            without = ", without the loss's bias, which CLIPModel has no place for" * no_bias
             watch.message(f"converting {outcome.checkpoint} to a HuggingFace folder{without}{heads}")
             export_hf(
                 checkpoint,
@@ -193,7 +202,7 @@ def finish(inputs: RunInputs, engine: ContrastiveEngine, watch: Watch, outcome: 
                 overwrite=True,
             )
         watch.close()
-        summary = summarise(inputs, outcome, totals, planned_mb)
+        summary = summarise(inputs, outcome, totals, planned_mb, left_out)
         write_summary(inputs.run_dir, summary)
         print(console_summary(summary, inputs.run_dir))
     group.barrier()
@@ -204,9 +213,12 @@ def finish(inputs: RunInputs, engine: ContrastiveEngine, watch: Watch, outcome: 
         )
 
 
-def summarise(inputs: RunInputs, outcome: Outcome, totals: Totals, planned_mb: float) -> Summary:
-    """The content of `summary.json`. planned_mb: the memory of a rank by the plan, in 10⁶ bytes."""
+def summarise(
+    inputs: RunInputs, outcome: Outcome, totals: Totals, planned_mb: float, left_out: Sequence[tuple[int, int]]
+) -> Summary:
+    """The content of `summary.json`. planned_mb: the memory of a rank by the plan, in 10⁶ bytes; left_out: as for `finish`."""
     recipe = inputs.recipe
+    spikes, rollbacks = read_trouble(inputs.run_dir / "metrics.jsonl")
     return {
         "model": recipe.model.name,
         "train_shards": recipe.data.train_shards,
@@ -221,5 +233,8 @@ def summarise(inputs: RunInputs, outcome: Outcome, totals: Totals, planned_mb: f
         "checkpoint": str(outcome.checkpoint),
         "hf_export": str(inputs.run_dir / "hf") if recipe.train.export_hf else None,
         "planned_memory_gb": planned_mb / 1e3,
+        "spikes": spikes,
+        "rollbacks": rollbacks,
+        "left_out_batches": [list(pair) for pair in left_out],
         **totals,
     }

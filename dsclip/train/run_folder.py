@@ -20,7 +20,7 @@ from dsclip.config import Recipe, dump_recipe
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.files import sha256
-from dsclip.train.metrics_log import drop_entries_after
+from dsclip.train.metrics_log import drop_entries_after, keep_trouble
 from dsclip.train.run_lock import LOCK, RunLock
 from dsclip.train.supervisor.journal import JOURNAL, RECORD
 
@@ -166,6 +166,11 @@ class RunFolder:
             write_lineage(self._run_dir, lineage)  # first: from here on the later ones are none of this run's
             if later:
                 self.messages.append(_archive(self._run_dir, later, step))
+            metrics = self._run_dir / "metrics.jsonl"
+            if self._skip is not None:
+                keep_trouble(metrics, step)
+            if later:
+                drop_entries_after(metrics, step)
             (self._run_dir / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
             (self._run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
             return lineage
@@ -200,7 +205,7 @@ def _say(text: str) -> None:
 
 
 def _archive(run_dir: Path, later: list[Path], step: int) -> str:
-    """Moves what a rewind to `step` leaves behind to `archive/branch_K`, laid out like a run; returns a line about it."""
+    """Moves what a rewind to `step` leaves behind to `archive/branch_K`, laid out like a run, with all curves; returns a line about it."""
     number = 1
     while (target := run_dir / ARCHIVE / f"branch_{number}_after_step_{step:08d}").exists():
         number += 1
@@ -215,6 +220,5 @@ def _archive(run_dir: Path, later: list[Path], step: int) -> str:
     for name in ("summary.json", "summary.md", "hf"):
         if (run_dir / name).exists():
             (run_dir / name).rename(target / name)
-    drop_entries_after(run_dir / "metrics.jsonl", step)
     steps = ", ".join(str(step_of(c)) for c in later)
     return f"rewound to step {step}: the later checkpoints (step {steps}) and their curves were moved to {target}"

@@ -10,6 +10,8 @@ from dsclip.evaluate.results.intervals import table
 from dsclip.files import write_whole
 from dsclip.train.records import Resume, Summary
 
+SPIKES_SHOWN = 5  # the last; all are in summary.json
+
 
 def write_summary(run_dir: Path, summary: Summary) -> None:
     """Writes both files."""
@@ -63,6 +65,7 @@ def markdown(summary: Summary, run_dir: Path) -> str:
         ("bad samples", ", ".join(f"{n} {r}" for r, n in summary.get("bad_samples", {}).items()) or "none"),
         *(("evaluation failed", f"step {e['step']}: {e['error']}") for e in summary.get("evaluation_errors", ())),
         *(("resumed", _resumed(r)) for r in summary.get("resumes", ())),
+        *_trouble(summary),
         *result_rows(summary),
         ("checkpoint", f"`{summary['checkpoint']}`"),
         ("HuggingFace folder", f"`{summary['hf_export']}`" if summary["hf_export"] else "not written"),
@@ -79,15 +82,18 @@ def _memory(summary: Summary) -> str:
 
 def _done(summary: Summary) -> str:
     text = f"Done: {summary['steps']} steps"
-    if not summary.get("resumes"):
+    launch = summary.get("launch")
+    if launch and launch["steps"] != summary["steps"] - launch["from_step"]:
+        return f"{text}. This launch went back, made {launch['steps']} steps, and took {format_seconds(launch['seconds'])}."
+    if not launch or not summary.get("resumes"):
         return f"{text} in {format_seconds(summary['seconds'])}."
-    launch = summary["launch"]
     return f"{text}, {launch['steps']} of them in this launch, which took {format_seconds(launch['seconds'])}."
 
 
 def _notes(summary: Summary) -> list[str]:
     """What went wrong or changed on the way."""
     notes = [f"  resumed     {_resumed(r)}" for r in summary.get("resumes", ())]
+    notes += [f"  {name:<11} {what}" for name, what in _trouble(summary)]
     if summary.get("skipped_steps"):
         notes.append(f"  skipped     {summary['skipped_steps']} steps, because something in them was not finite")
     if bad := summary.get("bad_samples"):
@@ -95,6 +101,23 @@ def _notes(summary: Summary) -> list[str]:
     return notes + [
         f"  evaluation  failed at step {e['step']}: {e['error']}" for e in summary.get("evaluation_errors", ())
     ]
+
+
+def _trouble(summary: Summary) -> list[tuple[str, str]]:
+    """(what, more of it) of spikes, rollbacks and what they left out."""
+    spikes, left_out = summary.get("spikes", []), summary.get("left_out_batches", [])
+    rows = [("went back", f"to step {r['step']}: {r['why']}") for r in summary.get("rollbacks", ())]
+    if spikes:
+        more = f" and {len(spikes) - SPIKES_SHOWN} times before" * (len(spikes) > SPIKES_SHOWN)
+        rows.append(("loss jumped", "in steps " + _ranges([s["steps"] for s in spikes[-SPIKES_SHOWN:]]) + more))
+    if left_out:
+        count = len({batch for first, last in left_out for batch in range(first, last + 1)})
+        rows.append(("left out", f"{count} batches: {_ranges(left_out)}"))
+    return rows
+
+
+def _ranges(pairs: list[list[int]]) -> str:
+    return ", ".join(f"{first} to {last}" for first, last in pairs)
 
 
 def _resumed(resume: Resume) -> str:

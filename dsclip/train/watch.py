@@ -22,7 +22,7 @@ from dsclip.data.shards.overlap import ALL, PART
 from dsclip.errors import RunDiverged
 from dsclip.evaluate.results.intervals import table
 from dsclip.files import sha256
-from dsclip.train.counters import Counters
+from dsclip.train.counters import Counters, Tally
 from dsclip.train.hangs import Heart
 from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.progress import Progress
@@ -58,7 +58,8 @@ RankLog = tuple[list[dict[str, str]], bytes, OwnTime]
 class Watch:
     """Collects each step's metrics and passes them on. `step` is collective where it logs (counts are summed)."""
 
-    def __init__(self, inputs: RunInputs, engine: ContrastiveEngine, resumed: Resumed):
+    def __init__(self, inputs: RunInputs, engine: ContrastiveEngine, resumed: Resumed, tally: Tally | None = None):
+        """tally: what this launch did before it went back, None before it has."""
         self._group, self._settings = engine.group, inputs.recipe.train
         self._global_batch = inputs.recipe.batch.global_batch_size
         shown = self._group.rank == 0
@@ -67,14 +68,13 @@ class Watch:
         self._window = Window()
         self._stragglers = Stragglers()
         self.heart = Heart(self._settings.hang_timeout)
-        self._counters = Counters(self._group, resumed.counters, resumed.record)
-        self._start_step, self._in_place = engine.step, resumed.in_place
+        self.tally = tally or Tally(Counters(self._group, resumed.counters, resumed.record), engine.step)
+        self._counters = self.tally.counters
         self._journal: list[dict[str, str]] = []
         self._journal_path = inputs.run_dir / "data_journal.jsonl"
         self._skipped_in_a_row = 0
         self._memory_gb: float | None = None  # before evaluation and conversion add theirs
-        self._seconds = 0.0
-        self._steps = 0
+        self._steps = 0  # since the launch began or last went back
         self._start_seconds: float | None = None  # from the start of this process to the end of its first step
         self._unwritten: Callable[[], None] | None = None  # the logged step whose numbers may still be computed
         if shown:
@@ -99,9 +99,10 @@ class Watch:
         window.waited_s += waited_s
         window.decoded += report.read
         window.decoding_s += report.seconds
-        self._seconds += seconds
+        self.tally.seconds += seconds
+        self.tally.steps += 1
         self._steps += 1
-        if self._steps == 1 and not self._in_place:
+        if self.tally.steps == 1:
             self._start_seconds = time.time() - psutil.Process().create_time()
         if metrics.skipped and not self._skipped_in_a_row:
             self.message(f"step {metrics.step}: skipped, not finite: {metrics.skip_reason}")
@@ -273,12 +274,13 @@ class Watch:
 
     def totals(self) -> Totals:
         """Collective. What the summary says about the run as a whole, and about this launch."""
+        tally = self.tally
         return {
-            "samples_per_second": self._steps * self._global_batch / self._seconds if self._seconds else None,
+            "samples_per_second": tally.steps * self._global_batch / tally.seconds if tally.seconds else None,
             "memory_gb": self._memory_gb,
             "launch": {
-                "from_step": self._start_step,
-                "steps": self._steps,
+                "from_step": tally.from_step,
+                "steps": tally.steps,
                 "seconds": round(self._counters.launch_seconds(), 1),
             },
             **self.counted(),

@@ -67,7 +67,13 @@ def test_a_spike_is_left_behind_with_its_batches(folder, results, in_order):
     assert {line["batch"]: digest(line["sample_ids"]) for line in lines} == {b: in_order[b] for b in range(11, 21)}
     [event] = [m for m in results["back"]["metrics"] if "rollbacks" in m]
     assert (event["step"], event["rollbacks"], event["skipped_from"], event["skipped_to"]) == (10, 1, 11, 20)
-    assert results["back"]["summary"]["resumes"] == [{"step": 10, "changes": {}}]
+    summary = results["back"]["summary"]
+    assert summary["resumes"] == [] and summary["left_out_batches"] == [[11, 20]]
+    [spike], [back] = summary["spikes"], summary["rollbacks"]
+    assert (spike["steps"], back["step"], back["batches"]) == ([19, 20], 10, [11, 20]) and back["why"] in said
+    assert summary["launch"]["from_step"] == 0 and summary["launch"]["steps"] == 36
+    assert summary["samples_read"] == 16 * (20 + 10 + 16), "also what it went back over, and what it left out"
+    assert "Done: 26 steps. This launch went back, made 36 steps" in said
     assert read_manifest(folder / "runs" / "back" / "checkpoints" / "step_00000026")["lineage"]["skipped"] == [[11, 20]]
 
 
