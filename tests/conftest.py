@@ -1,7 +1,8 @@
-"""Shared by all tests: one thread, and one copy of the demo data set for the whole run, whoever asks first."""
+"""Shared by all tests: one thread, one copy of the demo data set for the whole run, whoever asks first, and a disk that is soon full."""
 
 import fcntl
 import os
+import subprocess
 
 import pytest
 
@@ -38,3 +39,12 @@ def tokenizer(demo):
     from dsclip.data import load_tokenizer
 
     return load_tokenizer("demo")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("a small file system can't be mounted here")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)

@@ -79,6 +79,13 @@ def test_bench_loss_shows_that_a_ring_of_ranks_takes_less_memory():
     assert done.returncode == 2 and "--ranks is 3" in json.loads(done.stdout)["error"]
 
 
+def test_bench_save_shows_that_training_waits_for_a_copy_and_the_commit_alone(tmp_path):
+    done = run_program(*f"tools/bench_save.py --preset demo --repeats 1 --folder {tmp_path}/saved --json".split())
+    result = json.loads(done.stdout)
+    assert result["gb"] > 0.09 and not (tmp_path / "saved").exists(), "8 M parameters of 14 bytes, more or less"
+    assert result["stall_seconds"] == pytest.approx(result["copying_seconds"] + result["committing_seconds"])
+
+
 def test_bench_captions_counts_the_tokens_of_both_ways():
     found = captions.measure("demo", batch=64, chunk_size=16, repeats=1)
     assert found["needed_tokens"] <= found["sorted"]["tokens_per_caption"] < found["unsorted"]["tokens_per_caption"]

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -113,15 +112,6 @@ def test_another_model_is_refused_but_not_for_how_it_is_trained(saved, group):
     with pytest.raises(UserError, match="holds another model: layer_norm_eps differ"):
         load_checkpoint(engine, find_checkpoint(saved[0]), world_size=1)
     engine.close()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
-        pytest.skip("a small file system can't be mounted here")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_disk_that_is_too_full_is_found_before_anything_is_written(small_disk, group):

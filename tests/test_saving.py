@@ -25,15 +25,6 @@ def background():
     started.close()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
-        pytest.skip("a small file system can't be mounted here")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
-
-
 class Hidden:
     """Holds a tensor where no walk through containers finds it."""
 
