@@ -27,13 +27,13 @@ recipe:
   data: {tokenizer: demo, workers: 0}
   batch: {global_batch_size: 16}
   optim: {warmup_steps: 0}
-  train: {log_every: 1, save_every: 1, export_hf: false, output: OUTPUT}
+  train: {log_every: 1, save_every: 1, keep_checkpoints: 99, export_hf: false, output: OUTPUT}
   eval: {batch_size: 32, max_samples: 32, zeroshot_shards: demo:val}
 axes:
   model:
     calm: {optim.lr: 1e-3}
     wild: {optim.lr: 1e30}
-  samples: {s: {samples_seen: 96, demo_samples: 64}}
+  samples: {s: {samples_seen: 320, demo_samples: 64}}
 """
 WIDTHS = """
 name: widths
@@ -91,10 +91,10 @@ def test_a_sweep_that_was_killed_goes_on_and_gives_the_table_of_one_that_was_not
 
 def test_a_run_that_diverged_is_marked_and_no_point(stopped):
     states, runs, _, _, grid = stopped
-    assert (states["wild_s"]["status"], states["wild_s"]["reason"]) == ("diverged", "its loss is not finite at step 6")
+    assert (states["wild_s"]["status"], states["wild_s"]["reason"]) == ("diverged", "its loss is not finite at step 11")
     table = read_csv(runs / "points.csv")
     assert {p.run for p in table.points} == {"calm_s"} and {p.data_samples for p in table.points} == {64}
-    assert [(left.run, left.reason) for left in table.left_out] == [("wild_s", "its loss is not finite at step 6")]
+    assert [(left.run, left.reason) for left in table.left_out] == [("wild_s", "its loss is not finite at step 11")]
     folders = read_runs(runs)
     assert {p.error for p in folders.points} == {p.error for p in table.points}
     assert [left.run for left in folders.left_out] == ["wild_s"]

@@ -150,7 +150,7 @@ def test_a_run_killed_at_a_random_step_continues_bit_for_bit(demo, tmp_path):
     assert len(whole) == 6 and len({h for _, h in whole.values()}) == 6
     assert all(m["data_queue_depth"] >= 0 and m["bad_samples"] > 0 for m in logged[2:])
     assert logged[-1]["epoch"] == pytest.approx(6 * 32 / 44)
-    step, rank, parts = random.randint(1, 4), random.randint(0, 1), tmp_path / "parts"
+    step, rank, parts = random.randint(1, 3), random.randint(0, 1), tmp_path / "parts"
     saved = parts / "checkpoints" / f"step_{step:08d}"
     assert deepspeed_with_a_killed_rank(*options, "train.name=parts", rank=rank, once=saved) != 0
     assert saved.is_dir() and not (parts / "summary.json").exists(), f"rank {rank} was killed after step {step}"
