@@ -25,7 +25,7 @@ from dsclip.evaluate import IN_TRAINING
 from dsclip.model import resolve_preset
 from dsclip.train.inputs import read_inputs
 from dsclip.train.prefetch import on_device
-from dsclip.train.teacher import open_teacher, taught_passes, with_teacher
+from dsclip.train.teacher import STORED, find_teacher, open_teacher, stored_by
 from tests.programs import run_program
 from tests.test_convert import SCALE, checkpoint_of, perturbed
 
@@ -85,16 +85,17 @@ def recipe(place, teacher, shards, seed=0, **data):
 
 
 def batches(place, of, count):
+    passes = stored_by(of, SIZE, Storage())["passes"] if of.objective.teacher == STORED else None
     loader = build_loader(
         of.data, tokenizer=load_tokenizer(str(place / "data" / "tokenizer")), image_size=SIZE, context_length=16,
-        global_batch_size=BATCH, seed=of.train.seed, taught_passes=taught_passes(of, SIZE),
+        global_batch_size=BATCH, seed=of.train.seed, taught_passes=passes,
     )  # fmt: skip
     return list(itertools.islice(on_device(iter(loader), CPU), count))
 
 
 def test_what_is_stored_is_what_the_teacher_says_beside_the_student(place):
     beside = recipe(place, str(place / "teacher"), "data/train")
-    teacher = open_teacher(str(place / "teacher"), CPU, 5)
+    teacher = open_teacher(str(place / "teacher")).load(CPU, 5)
     online = list(teacher.teach(iter(batches(place, beside, PASSES * SAMPLES // BATCH))))
     stored = batches(place, recipe(place, "stored", "stored"), PASSES * SAMPLES // BATCH)
     for one, other in zip(online, stored, strict=True):
@@ -118,9 +119,11 @@ def test_passes_beyond_the_stored_ones_show_the_crops_and_captions_that_there_ar
 def test_the_temperature_is_the_teachers_own_unless_one_is_given(place, student):
     for teacher, shards in ((str(place / "teacher"), "data/train"), ("stored", "stored")):
         of = recipe(place, teacher, shards)
-        assert with_teacher(of, student, Storage()).objective.teacher_temperature == pytest.approx(1 / SCALE, rel=1e-5)
+        assert find_teacher(of, student, Storage()).temperate(of).objective.teacher_temperature == pytest.approx(
+            1 / SCALE, rel=1e-5
+        )
         given = replace(of, objective=replace(of.objective, teacher_temperature=0.3))
-        assert with_teacher(given, student, Storage()).objective.teacher_temperature == 0.3
+        assert find_teacher(given, student, Storage()).temperate(given).objective.teacher_temperature == 0.3
 
 
 def test_features_of_other_crops_and_captions_are_refused(place, student):
@@ -131,9 +134,9 @@ def test_features_of_other_crops_and_captions_are_refused(place, student):
         (recipe(place, str(place / "nowhere"), "data/train"), "`objective.teacher`: .*no such file or folder"),
     ):
         with pytest.raises(UserError, match=said):
-            with_teacher(of, student, Storage())
+            find_teacher(of, student, Storage())
     with pytest.raises(UserError, match="image_size=32, and this run has 64"):
-        with_teacher(recipe(place, "stored", "stored"), replace(student, image_size=64), Storage())
+        find_teacher(recipe(place, "stored", "stored"), replace(student, image_size=64), Storage())
 
 
 def test_a_batch_without_the_teachers_features_is_refused(place):
@@ -148,7 +151,7 @@ def test_a_batch_without_the_teachers_features_is_refused(place):
 
 
 def test_a_teacher_of_another_image_size_is_shown_resized_pictures(place):
-    teacher = open_teacher(str(place / "teacher"), CPU, None)
+    teacher = open_teacher(str(place / "teacher")).load(CPU, None)
     grey = torch.full((2, 3, 48, 48), 128, dtype=torch.uint8)
     image, _ = teacher.features(grey, ["a", "b"])
     same, _ = teacher.features(grey[:, :, :SIZE, :SIZE], ["a", "b"])
@@ -176,9 +179,9 @@ def copied(place, name, prefix="", change=lambda teacher: None):
 def test_folders_whose_shards_are_called_the_same_are_refused(place, student):
     both = ["stored", copied(place, "again")]
     with pytest.raises(UserError, match=r"several of the training shards are called 00000\.tar.*Rename the shards"):
-        with_teacher(recipe(place, "stored", both), student, Storage())
+        find_teacher(recipe(place, "stored", both), student, Storage())
     with pytest.raises(UserError, match=r"called 00000\.tar"):
-        with_teacher(recipe(place, "stored", ["stored", "stored"]), student, Storage())
+        find_teacher(recipe(place, "stored", ["stored", "stored"]), student, Storage())
     done = reinforced(place, place / "together", shards=["data/train", "data/val"])
     assert done.returncode == 2 and "run tools/index_shards.py on their folders, and write them together" in done.stderr
     assert not (place / "together").exists()
@@ -191,7 +194,7 @@ def test_what_the_refusal_advises_is_what_the_teacher_says_beside_the_student(pl
     done = reinforced(place, place / "one_set", shards=both)
     assert done.returncode == 0, done.stderr
     count = json.loads(done.stdout)["samples"] // BATCH
-    teacher = open_teacher(str(place / "teacher"), CPU, None)
+    teacher = open_teacher(str(place / "teacher")).load(CPU, None)
     online = list(teacher.teach(iter(batches(place, recipe(place, str(place / "teacher"), both), count))))
     for shards in both:  # one by one: with names that differ that is the same
         assert reinforced(place, place / "alone" / shards, shards=shards).returncode == 0
@@ -212,15 +215,15 @@ def test_folders_whose_manifests_say_otherwise_are_refused(place, student, key, 
     with pytest.raises(
         UserError, match=rf"in {place / other} are with {key}={value}, and those in {place / 'stored'} "
     ):
-        with_teacher(recipe(place, "stored", ["stored", other]), student, Storage())
+        find_teacher(recipe(place, "stored", ["stored", other]), student, Storage())
 
 
 def test_folders_that_say_the_same_are_taken_and_one_without_a_teacher_is_refused(place, student):
     alike = copied(place, "alike", "c")
-    assert with_teacher(recipe(place, "stored", ["stored", alike]), student, Storage())
+    assert find_teacher(recipe(place, "stored", ["stored", alike]), student, Storage())
     renamed(Path(shutil.copytree(place / "data" / "train", place / "plain")), "d")
     with pytest.raises(UserError, match=rf"in {place / 'plain'} says no teacher"):
-        with_teacher(recipe(place, "stored", ["stored", "plain"]), student, Storage())
+        find_teacher(recipe(place, "stored", ["stored", "plain"]), student, Storage())
 
 
 def test_shards_that_were_renamed_since_have_no_teacher(place, student):
@@ -228,12 +231,12 @@ def test_shards_that_were_renamed_since_have_no_teacher(place, student):
     with pytest.raises(
         UserError, match=r"the manifest beside .*e00000\.tar says nothing of it: it was added or renamed"
     ):
-        with_teacher(recipe(place, "stored", "since"), student, Storage())
+        find_teacher(recipe(place, "stored", "since"), student, Storage())
     assert run_program("tools/index_shards.py", folder).returncode == 0
     with pytest.raises(UserError, match="says no teacher"):
-        with_teacher(recipe(place, "stored", "since"), student, Storage())
+        find_teacher(recipe(place, "stored", "since"), student, Storage())
     assert run_program("tools/index_shards.py", place / copied(place, "indexed")).returncode == 0
-    assert with_teacher(recipe(place, "stored", "indexed"), student, Storage())
+    assert find_teacher(recipe(place, "stored", "indexed"), student, Storage())
 
 
 @pytest.mark.parametrize("teacher", ["stored", "beside"])

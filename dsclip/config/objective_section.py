@@ -183,6 +183,10 @@ class ObjectiveSection:
         """The tower that a head belongs to, also by way of a projector."""
         return head.of if head.of in TOWERS else next((x.of for x in self.heads if x.name == head.of), head.of)
 
+    def width_of(self, feature: str, embedding: int) -> int:
+        """Numbers of a feature. embedding: of those of projections, the model's embedding width."""
+        return next((head.width for head in self.heads if head.name == head_of(feature)), embedding)
+
     def heads_of(self, tower: str) -> tuple[HeadSection, ...]:
         """Those of a tower, in their order."""
         return tuple(head for head in self.heads if self.tower_of_head(head) == tower)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -134,8 +135,13 @@ class MicroBatcher:
         ids = joined([rows.sample_ids, *(view_ids(rows.sample_ids, int(view[-1])) for view in image_views)])
         visible = self._visible_patches(ids, step)
         hard_owner = self.to_device(hard_owner)
-        columns = HeadColumns.of(self.recipe.objective, self.config.embed_dim)
-        return MicroBatch(images, captions, hard_owner, visible, len(rows), ids.cpu(), texts.cpu(), views, columns)
+        return MicroBatch(
+            images, captions, hard_owner, visible, len(rows), ids.cpu(), texts.cpu(), views, self._columns
+        )
+
+    @cached_property
+    def _columns(self) -> HeadColumns:
+        return HeadColumns.of(self.recipe.objective, self.config.embed_dim)
 
     def to_device(self, x: Tensor) -> Tensor:
         """x on the device, without waiting for the copy."""

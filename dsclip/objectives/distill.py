@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsclip.config.objective_section import TOWERS as TAUGHT
-from dsclip.config.objective_section import ObjectiveSection, TermSection, head_of, tower_of, view_of
+from dsclip.config.objective_section import ObjectiveSection, TermSection, tower_of, view_of
 from dsclip.errors import UserError
 from dsclip.losses import Group, Negatives
 from dsclip.losses.tile_size import tile_shape
@@ -154,11 +154,10 @@ def distill_features(settings: TermSection, negatives: Negatives) -> DistillFeat
 
 def check_widths(objective: ObjectiveSection, own: int, teacher: int) -> None:
     """Raises UserError when `distill_features` compares features of another width than the teacher's. own: of the student's views."""
-    heads: dict[str | None, int] = {head.name: head.width for head in objective.heads}
     for term in objective.terms:
         if term.name == distill_features.__name__:
             for name in term.between:
-                _check_width(name, heads.get(head_of(name), own), teacher)
+                _check_width(name, objective.width_of(name, own), teacher)
 
 
 def _check_width(name: str, student: int, teacher: int) -> None:

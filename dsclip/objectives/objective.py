@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from dsclip.config.objective_section import ObjectiveSection, head_of
+from dsclip.config.objective_section import ObjectiveSection
 from dsclip.config.schema import Recipe
 from dsclip.errors import UserError
 from dsclip.losses import (
@@ -133,8 +133,7 @@ def build_objective(recipe: Recipe, width: int) -> Objective:
 
 def _check_widths(each: WeightedTerm, objective: ObjectiveSection, width: int) -> None:
     """What a contrast multiplies must be equally wide."""
-    of_heads: dict[str | None, int] = {head.name: head.width for head in objective.heads}
-    widths = [of_heads.get(head_of(name), width) for name in each.uses]
+    widths = [objective.width_of(name, width) for name in each.uses]
     if isinstance(each.term, Contrast) and len(set(widths)) > 1:
         found = " and ".join(f"{name} {x} wide" for name, x in zip(each.uses, widths, strict=True))
         raise UserError(

@@ -126,8 +126,9 @@ class HashedFile:
         try:
             while len(view):
                 count = self._file.write(view[:PIECE]) or 0
-                # Which begins to write the pages out, and drops those that are: nobody reads them soon.
-                os.posix_fadvise(self._file.fileno(), self._bytes, count, os.POSIX_FADV_DONTNEED)
+                # Begins to write the pages out, and drops those that are: nobody reads them soon.
+                if hasattr(os, "posix_fadvise"):  # macOS hasn't
+                    os.posix_fadvise(self._file.fileno(), self._bytes, count, os.POSIX_FADV_DONTNEED)
                 self._bytes += count
                 view = view[count:]
         except OSError as error:

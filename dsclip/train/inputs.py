@@ -31,7 +31,7 @@ from dsclip.train.class_prompts import with_class_prompts
 from dsclip.train.evaluation import Evaluation
 from dsclip.train.resume import check_length
 from dsclip.train.run_folder import find_resume
-from dsclip.train.teacher import taught_passes, with_teacher
+from dsclip.train.teacher import Taught, find_teacher
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class RunInputs:
     model: ClipConfig
     trained: TrainedPart
     """What of it is trained."""
+    taught: Taught | None
+    """By whom it is, where the objective has a teacher."""
     tokenizer: Tokenizer
     run_dir: Path
     resume: Path | None
@@ -89,7 +91,8 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
     )
     if recipe.model.init and recipe.model.preset == AUTO:  # written down: a model of that name may be another one later
         recipe = replace(recipe, model=replace(recipe.model, **_of_the_weights(model, recipe)))
-    recipe = with_teacher(recipe, model, storage)
+    taught = find_teacher(recipe, model, storage)
+    recipe = recipe if taught is None else taught.temperate(recipe)
     build_objective(recipe, model.embed_dim)
     check_fp8_shapes(model)
     check_rules(model, recipe.model, recipe.optim, recipe.objective)
@@ -103,7 +106,7 @@ def read_inputs(arguments: argparse.Namespace) -> RunInputs:
             raise UserError(f"{error}. Set train.export_hf=false to train it all the same") from error
     init = None if resume else recipe.model.init
     evaluation = Evaluation(recipe, model, tokenizer)
-    return RunInputs(recipe, ds_config, model, trained, tokenizer, run_dir, resume, init, evaluation)
+    return RunInputs(recipe, ds_config, model, trained, taught, tokenizer, run_dir, resume, init, evaluation)
 
 
 def make_loader(inputs: RunInputs, group: Collectives, state: dict[str, Any] | None) -> Loader:
@@ -121,7 +124,7 @@ def make_loader(inputs: RunInputs, group: Collectives, state: dict[str, Any] | N
         hard_negatives=recipe.loss.hard_negatives != "none",
         views=recipe.objective.view_settings,
         classes=recipe.objective.classes,
-        taught_passes=taught_passes(recipe, inputs.model.image_size),
+        taught_passes=None if inputs.taught is None else inputs.taught.passes,
         state=state,
     )
 

@@ -57,7 +57,7 @@ def _reinforce(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise UserError("`data.weights` mixes several sets, and stored features need one; leave `data.weights` out")
     config = starting_config(recipe.model.init, recipe.model.preset, **recipe.model.overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = open_teacher(arguments.teacher, device, None, given_as="TEACHER")
+    teacher = open_teacher(arguments.teacher, given_as="TEACHER").load(device, None)
     shards = open_shards(recipe_data.train_shards, storage)
     if shards.twice:
         raise UserError(

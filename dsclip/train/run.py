@@ -33,7 +33,7 @@ from dsclip.train.resume import Resumed, keep_planned_sizes
 from dsclip.train.run_folder import RunFolder
 from dsclip.train.saving import Saving
 from dsclip.train.summary import console_summary, write_summary
-from dsclip.train.teacher import Teacher, teacher_of
+from dsclip.train.teacher import Teacher
 from dsclip.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -73,7 +73,9 @@ def train_in(folder: RunFolder, inputs: RunInputs) -> None:
 
     engine = build_engine(inputs)
     inputs = replace(inputs, ds_config=engine.ds_config)
-    teacher = teacher_of(recipe, engine.device)
+    teacher = None
+    if inputs.taught is not None and inputs.taught.beside is not None:
+        teacher = inputs.taught.beside.load(engine.device, recipe.batch.chunk_size or recipe.batch.micro_batch_size)
     went_back: RollBack | None = None
     while True:
         try:

@@ -68,19 +68,23 @@ class Teacher:
             yield replace(batch, views=batch.views | {f"{OF_TEACHER}image": image, f"{OF_TEACHER}text": text})
 
 
-def open_teacher(
-    path: str, device: torch.device, chunk_size: int | None, given_as: str = "`objective.teacher`"
-) -> Teacher:
-    """The model in a folder or of a name as `model.init` takes it, in bf16 on a GPU and in float32 on a CPU.
+@dataclass(frozen=True)
+class OpenTeacher:
+    """A teacher whose weights are still on the disk."""
 
-    given_as: what messages call it. Raises UserError.
-    """
-    source, tokenizer, config = _read(path, given_as)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return Teacher(loaded_clip(config, source.weights(), device, dtype), tokenizer, device, chunk_size, source.scale)
+    source: Source
+    tokenizer: Tokenizer
+    config: ClipConfig
+
+    def load(self, device: torch.device, chunk_size: int | None) -> Teacher:
+        """In bf16 on a GPU and in float32 on a CPU."""
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = loaded_clip(self.config, self.source.weights(), device, dtype)
+        return Teacher(model, self.tokenizer, device, chunk_size, self.source.scale)
 
 
-def _read(path: str, given_as: str) -> tuple[Source, Tokenizer, ClipConfig]:
+def open_teacher(path: str, given_as: str = "`objective.teacher`") -> OpenTeacher:
+    """The model in a folder or of a name as `model.init` takes it. given_as: what messages call it. Raises UserError."""
     try:
         if not path:
             raise UserError("it is empty; name a model")
@@ -90,35 +94,44 @@ def _read(path: str, given_as: str) -> tuple[Source, Tokenizer, ClipConfig]:
         check_tokenizer(tokenizer, config, source)
     except UserError as error:
         raise UserError(f"{given_as}: {error}") from error
-    return source, tokenizer, config
+    return OpenTeacher(source, tokenizer, config)
 
 
-def teacher_of(recipe: Recipe, device: torch.device) -> Teacher | None:
-    """The teacher that runs beside the student; None without one, and for one whose features are stored."""
-    path = recipe.objective.teacher
-    if path in (None, STORED):
-        return None
-    return open_teacher(str(path), device, recipe.batch.chunk_size or recipe.batch.micro_batch_size)
+@dataclass(frozen=True)
+class Taught:
+    """What is known of a run's teacher before the run begins.
+
+    scale: its logit scale; beside: the model, None where its features are stored; passes: over the data that these are of, None
+    beside a model.
+    """
+
+    scale: float
+    beside: OpenTeacher | None = None
+    passes: int | None = None
+
+    def temperate(self, recipe: Recipe) -> Recipe:
+        """The recipe with the teacher's temperature, its own where none is given."""
+        temperature = recipe.objective.teacher_temperature or 1 / self.scale
+        return replace(recipe, objective=replace(recipe.objective, teacher_temperature=temperature))
 
 
-def with_teacher(recipe: Recipe, model: ClipConfig, storage: Storage) -> Recipe:
-    """The recipe with the teacher's temperature, its own where none is given. model: the student.
+def find_teacher(recipe: Recipe, model: ClipConfig, storage: Storage) -> Taught | None:
+    """The recipe's teacher, opened once for the whole run: a checkpoint is verified by that. model: the student.
 
     Raises UserError when there is no such teacher, or its features have a width that `distill_features` can't compare.
     """
     objective = recipe.objective
     if objective.teacher is None:
-        return recipe
+        return None
     if objective.teacher == STORED:
         found = stored_by(recipe, model.image_size, storage)
-        scale, width = found["scale"], found.get("width")
+        taught, width = Taught(found["scale"], passes=int(found["passes"])), found.get("width")
     else:
-        source, _, config = _read(objective.teacher, "`objective.teacher`")
-        scale, width = source.scale, config.embed_dim
+        beside = open_teacher(objective.teacher)
+        taught, width = Taught(beside.source.scale, beside), beside.config.embed_dim
     if width is not None:  # manifests once didn't say it; the first step compares widths too
         check_widths(objective, model.embed_dim, width)
-    temperature = objective.teacher_temperature or 1 / scale
-    return replace(recipe, objective=replace(objective, teacher_temperature=temperature))
+    return taught
 
 
 def stored_by(recipe: Recipe, image_size: int, storage: Storage) -> dict[str, Any]:
@@ -179,14 +192,6 @@ def _agreed(shards: list[str], storage: Storage) -> dict[str, Any]:
 def _flat(teacher: dict[str, Any]) -> dict[str, Any]:
     """By one key each."""
     return {key: x for key, x in teacher.items() if key != "drawn_by"} | dict(teacher["drawn_by"])
-
-
-def taught_passes(recipe: Recipe, image_size: int) -> int | None:
-    """So many passes over the training shards have stored features of a teacher; None where the run uses none."""
-    if recipe.objective.teacher != STORED:
-        return None
-    storage = Storage(tuple(recipe.data.trusted_hosts), recipe.data.retries)
-    return int(stored_by(recipe, image_size, storage)["passes"])
 
 
 def drawn_by(data: DataSection, seed: int, image_size: int) -> dict[str, Any]:
