@@ -29,8 +29,9 @@ class Broken:
 
 
 class Said(list):
-    def evaluation_failed(self, step, error):
-        self.append((step, error))
+    def event(self, step, text, *, evaluation_error):
+        assert text == f"step {step}: the evaluation failed, and the run goes on: {evaluation_error}"
+        self.append((step, evaluation_error))
 
 
 def test_an_evaluation_error_of_a_single_rank_run_is_reported(capsys):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsclip.bench.depth import cut
 from dsclip.checkpoint.manifest import LaterRunState, write_manifest
 from dsclip.command_line import parser, run_tool, say
 from dsclip.config.schema import OptimSection
@@ -53,14 +54,10 @@ def main(argv: list[str] | None = None) -> None:
 def _measure(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if a.folder.exists():
         raise UserError(f"{a.folder} exists already; choose another folder")
-    if a.ranks < 1 or not 0 < a.depth <= 1:
-        raise UserError(f"--ranks is {a.ranks} and --depth {a.depth}; give at least one rank, and a share above 0")
-    config = resolve_preset(a.preset)
+    if a.ranks < 1:
+        raise UserError(f"--ranks is {a.ranks}; give at least one rank")
     tokenizer = load_tokenizer("demo")
-    config = replace(
-        config, vision_layers=max(1, round(a.depth * config.vision_layers)), text_layers=max(1, round(a.depth * config.text_layers)),
-        eot_token_id=tokenizer.eot_token_id,
-    )  # fmt: skip
+    config = replace(cut(resolve_preset(a.preset), a.depth), eot_token_id=tokenizer.eot_token_id)
     say(f"writing a checkpoint of {a.ranks} ranks")
     checkpoint = a.folder / "step_00000001"
     numbers = write_zero3(checkpoint, config, a.ranks)

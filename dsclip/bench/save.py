@@ -9,12 +9,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsclip.bench.depth import cut
 from dsclip.bench.step import make_batch, ours
 from dsclip.checkpoint import CheckpointStore
 from dsclip.command_line import parser, run_tool, say
@@ -44,11 +44,10 @@ def main(argv: list[str] | None = None) -> None:
 def _measure(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if a.folder.exists():
         raise UserError(f"{a.folder} exists already; choose another folder")
-    if a.repeats < 1 or not 0 < a.depth <= 1:
-        raise UserError(f"--repeats is {a.repeats} and --depth {a.depth}; give at least one, and a share above 0")
-    config = resolve_preset(a.preset)
-    depths = {f"{t}_layers": max(1, round(a.depth * getattr(config, f"{t}_layers"))) for t in ("vision", "text")}
-    engine = ours(replace(config, **depths), BatchSection(2), a.ds_config)
+    if a.repeats < 1:
+        raise UserError(f"--repeats is {a.repeats}; give at least one")
+    config = cut(resolve_preset(a.preset), a.depth)
+    engine = ours(config, BatchSection(2), a.ds_config)
     engine.train_step(make_batch(config, 2, 0))  # after which the optimizer has its moments
     group, tokenizer = Collectives.current(), load_tokenizer("demo")
     a.folder.mkdir(parents=True)

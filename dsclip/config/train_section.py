@@ -58,3 +58,8 @@ and on without the batches that led to it."""
     """torch.compile of the blocks and of the images' embedding; `auto`: on a GPU."""
     export_hf: bool = True
     """Convert the last checkpoint to a HuggingFace folder."""
+
+
+def saves_in_background(setting: str, device: str) -> bool:
+    """Whether checkpoints on the way are written while training goes on. setting: `save_in_background`; device: cuda or cpu."""
+    return setting == "on" or (setting == "auto" and device == "cuda")

@@ -9,6 +9,7 @@ import torch
 
 from dsclip.config.deepspeed import DsConfig, resolve_persistence
 from dsclip.config.schema import BatchSection, ModelSection
+from dsclip.config.train_section import saves_in_background
 from dsclip.model import Clip, ClipConfig
 from dsclip.model.flops import forward_flops
 from dsclip.model.trained import TrainedPart, trained_part
@@ -82,7 +83,7 @@ def estimate(
     at_work = max(working, losses.pop("loss_tiles"))
     activations = {"activations": saved, "working_set": at_work, "reduction": max(0, reduction - saved - at_work)}
     copied = 0.0
-    if work.save_in_background == "on" or (work.save_in_background == "auto" and machine.device == "cuda"):
+    if saves_in_background(work.save_in_background, machine.device):
         stage = ds_config["zero_optimization"]["stage"]
         copied = copy_bytes(state, parameters, kept, losses["queue"], stage, world_size)
     sizes = {

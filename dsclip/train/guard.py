@@ -26,10 +26,17 @@ from dsclip.errors import RunDiverged
 from dsclip.train.counters import Tally
 from dsclip.train.run_folder import RunFolder
 from dsclip.train.spike_rule import LEAD, WITHIN, Spike, SpikeRule
-from dsclip.train.watch import SKIPPED, Watch
+from dsclip.train.watch import Watch
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
     from dsclip.engine.step_metrics import StepMetrics
+
+SKIPPED = "skipped_batches.jsonl"  # in the run's folder
+ADVICE = {
+    "rollback": "",
+    "warn": ". To go back to before it: train.on_spike=rollback, or a checkpoint with --resume PATH; against the next: a lower optim.lr or "
+    "optim.beta2, or optim.name=stable_adamw",
+}
 
 
 @dataclass(eq=False)
@@ -54,6 +61,17 @@ class RollBack(Exception):
             for batch, ids in self.samples.items():
                 if batch not in written:
                     file.write(json.dumps({"batch": batch, "why": self.why, "sample_ids": ids}) + "\n")
+
+    def tell(self, watch: Watch, step: int, run_dir: Path, count: int, most: int) -> None:
+        """The run goes on from this step, for the `count`-th time of at most `most`."""
+        first, last = self.batches
+        watch.event(
+            step,
+            f"{self.why}: went back to step {step}, and on without batches {first} to {last}, whose sample ids are in "
+            f"{run_dir / SKIPPED} (time {count} of at most {most})",
+            {"rollbacks": count, "skipped_from": first, "skipped_to": last},
+            rollback=self.why,
+        )
 
 
 class Guard:
@@ -115,12 +133,21 @@ class Guard:
         spike = self._rule.judge(step, numbers["loss"].item(), numbers["grad_norm"].item())
         if spike is None:
             return
-        self._watch.spike(spike, self._batches(spike.first, spike.last))
+        self._tell(spike)
         if self._settings.on_spike == "rollback":
             self._saved()
             if len(self._folder.lineage.skipped) >= self._settings.max_rollbacks:
                 raise RunDiverged(self._too_often(spike))
             self._go_back(str(spike), max(1, spike.first - LEAD), spike.last, otherwise="the run goes on")
+
+    def _tell(self, spike: Spike) -> None:
+        first, last = self._batches(spike.first, spike.last)
+        self._watch.event(
+            spike.last,
+            f"step {spike.last}: {spike}, in batches {first} to {last}{ADVICE[self._settings.on_spike]}",
+            {"spike_from": spike.first, "spike_step": spike.worst, "spike_loss": spike.loss, "spike_usual": spike.usual,
+             "spike_deviations": spike.deviations, "spike_batch_from": first, "spike_batch_to": last},
+        )  # fmt: skip
 
     def _too_often(self, spike: Spike) -> str:
         """Collective. Checkpoints may be from within the spike: a first step that deviates is saved like any other."""

@@ -43,7 +43,8 @@ def evaluate(evaluation: Evaluation, engine: ContrastiveEngine, watch: Watch) ->
     problem = "; ".join(f"{text} (ranks {', '.join(map(str, ranks))})" for text, ranks in by_text.items())
     if len(by_text) == 1 and len(by_text[next(iter(by_text))]) == len(said):
         problem = next(iter(by_text))
-    watch.evaluation_failed(engine.step, problem)
+    text = f"step {engine.step}: the evaluation failed, and the run goes on: {problem}"
+    watch.event(engine.step, text, evaluation_error=problem)
     return {}, problem
 
 

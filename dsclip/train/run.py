@@ -13,7 +13,7 @@ from dsclip.checkpoint import CheckpointStore, load_verified, read_checkpoint
 from dsclip.checkpoint.store import ROOM
 from dsclip.command_line import say
 from dsclip.config import dump_recipe
-from dsclip.config.train_section import TrainSection
+from dsclip.config.train_section import TrainSection, saves_in_background
 from dsclip.convert import export_hf
 from dsclip.convert.hf import hf_class
 from dsclip.convert.init import load_init_once
@@ -118,7 +118,7 @@ def train_on(
     )  # fmt: skip
     watch = Watch(inputs, engine, resumed, went_back.tally if went_back else None)
     if went_back is not None:
-        watch.went_back(engine.step, went_back.why, went_back.batches, len(folder.lineage.skipped))
+        went_back.tell(watch, engine.step, inputs.run_dir, len(folder.lineage.skipped), recipe.train.max_rollbacks)
     of_a_launch = [
         *([str(inputs.trained)] if inputs.trained.parameters < inputs.trained.of else []),
         *resumed.describe(inputs.resume, engine.sharding),
@@ -168,9 +168,8 @@ def build_engine(inputs: RunInputs) -> ContrastiveEngine:
 
 def background(settings: TrainSection, engine: ContrastiveEngine) -> Background | None:
     """What writes the checkpoints on the way, if the recipe wants it and there will be any. Raises UserError where it can't be had."""
-    wanted = settings.save_in_background
     never = settings.save_every is None and settings.save_minutes is None
-    if never or wanted == "off" or (wanted == "auto" and engine.device.type != "cuda"):
+    if never or not saves_in_background(settings.save_in_background, engine.device.type):
         return None
     if not available():
         raise UserError("train.save_in_background=on needs Linux, for memory that processes share; set it to off")

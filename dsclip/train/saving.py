@@ -40,7 +40,7 @@ class Saving:
         self.wait()
         started = time.monotonic()
         folder = self._store.save(self._engine, *self._what(data_state, guard))
-        self._watch.saved(self._engine.step, folder, time.monotonic() - started)
+        self._saved(self._engine.step, folder, time.monotonic() - started)
         return folder
 
     def save_on_the_way(self, data_state: dict[str, Any] | None, guard: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ class Saving:
         self._stood_s += time.monotonic() - started
         if found is not None:
             folder, writing_s = found
-            self._watch.saved(step, folder, self._stood_s, writing_s)
+            self._saved(step, folder, self._stood_s, writing_s)
 
     def _what(
         self, data_state: dict[str, Any] | None, guard: dict[str, Any]
@@ -95,6 +95,12 @@ class Saving:
             raise RuntimeError(f"step {self._engine.step}: the loader's batches don't say their position in the data")
         self._clock.restart()
         return data_state, self._recipe, {**self._watch.counted(), "guard": guard}
+
+    def _saved(self, step: int, folder: Path, stood_s: float, writing_s: float | None = None) -> None:
+        """stood_s: that training stood still for it; writing_s: that it was written in the background."""
+        writing = {} if writing_s is None else {"write_seconds": round(writing_s, 3)}
+        aside = "" if writing_s is None else f", written in {writing_s:.1f} s while training went on"
+        self._watch.event(step, f"step {step}: saved {folder}{aside}", {"save_seconds": round(stood_s, 3), **writing})
 
     def _not_saved(self, step: int, error: NotSaved) -> None:
         self._watch.message(f"step {step}: NOT saved, and the run goes on: {error}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +28,6 @@ from dsclip.train.metrics_log import MetricsLog
 from dsclip.train.progress import Progress
 from dsclip.train.records import Counts, Results, Totals
 from dsclip.train.resume import Resumed
-from dsclip.train.spike_rule import Spike
 from dsclip.train.stragglers import OwnTime, Stragglers
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from dsclip.engine.step_metrics import StepMetrics
     from dsclip.train.inputs import RunInputs
 
-SKIPPED = "skipped_batches.jsonl"  # in the run's folder
 SKIPPED_AT_THE_END = 10  # steps; a run that ends with as many skipped in a row has diverged
 
 
@@ -209,43 +207,11 @@ class Watch:
             )
             self.message(f"step {step}: {task} on {names[task]}: {shown}")
 
-    def evaluation_failed(self, step: int, error: str) -> None:
-        """An evaluation that gave no results, to the log and above the progress line."""
+    def event(self, step: int, text: str, scalars: Mapping[str, float] = MappingProxyType({}), **words: str) -> None:
+        """What happened after a step beside the training, to the log and in a line above the progress bar."""
         self.flush()
-        self._log.log(step, {}, evaluation_error=error)
-        self.message(f"step {step}: the evaluation failed, and the run goes on: {error}")
-
-    def saved(self, step: int, folder: Path, seconds: float, writing_s: float | None = None) -> None:
-        """A checkpoint is complete; seconds: that training stood still for it; writing_s: that it was written in the background."""
-        self.flush()
-        writing = {} if writing_s is None else {"write_seconds": round(writing_s, 3)}
-        self._log.log(step, {"save_seconds": round(seconds, 3), **writing})
-        aside = "" if writing_s is None else f", written in {writing_s:.1f} s while training went on"
-        self.message(f"step {step}: saved {folder}{aside}")
-
-    def spike(self, spike: Spike, batches: tuple[int, int]) -> None:
-        """A loss that jumped, to the log and above the progress line. batches: first and last of its steps'."""
-        advice = {
-            "rollback": "",
-            "warn": ". To go back to before it: train.on_spike=rollback, or a checkpoint with --resume PATH; against the next: a lower optim.lr or "
-            "optim.beta2, or optim.name=stable_adamw",
-        }
-        self.message(
-            f"step {spike.last}: {spike}, in batches {batches[0]} to {batches[1]}{advice[self._settings.on_spike]}"
-        )
-        self._log.log(
-            spike.last,
-            {"spike_from": spike.first, "spike_step": spike.worst, "spike_loss": spike.loss, "spike_usual": spike.usual, "spike_deviations": spike.deviations,
-             "spike_batch_from": batches[0], "spike_batch_to": batches[1]},
-        )  # fmt: skip
-
-    def went_back(self, step: int, why: str, skipped: tuple[int, int], count: int) -> None:
-        """The run goes on from this step, without some batches, for the `count`-th time."""
-        self._log.log(step, {"rollbacks": count, "skipped_from": skipped[0], "skipped_to": skipped[1]}, rollback=why)
-        self.message(
-            f"{why}: went back to step {step}, and on without batches {skipped[0]} to {skipped[1]}, whose sample ids are in "
-            f"{self._journal_path.with_name(SKIPPED)} (time {count} of at most {self._settings.max_rollbacks})"
-        )
+        self._log.log(step, dict(scalars), {}, **words)
+        self.message(text)
 
     def picture(self, tag: str, image: NDArray[np.uint8], step: int) -> None:
         """A uint8 picture [H, W, 3] for TensorBoard's image tab."""
