@@ -92,7 +92,7 @@ def test_a_containers_limit_counts_also_above_its_own_group(tmp_path, version):
 
 
 def test_towers_of_a_hundred_thousand_layers_are_refused_at_once():
-    started = time.monotonic()
+    started = time.process_time()
     arguments = argparse.Namespace(
         preset="ViT-B-32", config=None, ds_config="zero3_bf16", gpus=1, batch=None, micro_batch=None, chunk_size=None,
         checkpointing=None, gpu="H100", memory_gb=None, peak_tflops=None, efficiency=None, bandwidth=None, text_tokens=None,
@@ -101,4 +101,4 @@ def test_towers_of_a_hundred_thousand_layers_are_refused_at_once():
     )  # fmt: skip
     with pytest.raises(UserError, match="`model.vision_layers` is 100000"):
         plan(arguments)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2

@@ -141,9 +141,11 @@ def test_a_supervised_run_that_is_killed_at_random_ends_as_if_nothing_had_been(d
     with (tmp_path / "output").open("w") as output:
         supervisor = start(command, stdout=output)
         try:
-            for kill_after in sorted(rng.sample(range(1, 20), 2)):
-                wait_for(lambda after=kill_after: last_step(run) >= after, supervisor)
-                [trainer] = psutil.Process(supervisor.pid).children()
+            launches = psutil.Process(supervisor.pid)
+            for kill_after in sorted(rng.sample(range(1, 14), 2)):
+                # that step may be there already while the supervisor waits before its next launch
+                wait_for(lambda after=kill_after: last_step(run) >= after and launches.children(), supervisor)
+                [trainer] = launches.children()
                 trainer.kill()
                 trainer.wait()
             code = supervisor.wait(timeout=300)

@@ -172,7 +172,7 @@ def _launched(arguments, once: Path, timeout_s: float) -> Iterator[tuple[subproc
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen, timeout_s: float = 240) -> None:
+def wait_for(happened: Callable[[], object], process: subprocess.Popen, timeout_s: float = 240) -> None:
     """Until something has happened while a process runs."""
     end = time.monotonic() + timeout_s
     while not happened():
@@ -182,7 +182,11 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen, timeout_s:
 
 def rank_process(launcher: int, rank: int) -> psutil.Process:
     """A rank of a launcher's; the launcher sets RANK for ranks alone, and a rank's own workers inherit it."""
-    ranks = [p for p in psutil.Process(launcher).children(recursive=True) if p.environ().get("RANK") == str(rank)]
+    ranks = []
+    for process in psutil.Process(launcher).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # some helper of a library's that has just ended
+            if process.environ().get("RANK") == str(rank):
+                ranks.append(process)
     return min(ranks, key=lambda p: p.pid)
 
 

@@ -37,8 +37,10 @@ def test_a_supervised_job_with_a_stopped_rank_says_where_it_is_and_is_started_ag
     with (tmp_path / "output").open("w") as output:
         supervisor = start(command, stdout=output, PATH=LAUNCHER_PATH)
         try:
+            wait_for(lambda: last_step(run) >= 1, supervisor)
+            victim = rank_process(supervisor.pid, 1)  # looked up early: that takes as long as some steps
             wait_for(lambda: last_step(run) >= 12, supervisor)
-            rank_process(supervisor.pid, 1).send_signal(signal.SIGSTOP)
+            victim.send_signal(signal.SIGSTOP)
             code = supervisor.wait(timeout=600)
         finally:
             if supervisor.poll() is None:

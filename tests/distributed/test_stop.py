@@ -56,7 +56,7 @@ def test_a_signal_before_the_first_step_ends_a_rank_with_the_code_for_again(demo
     try:
         until(lambda: listens(port) if "waits" in while_it else catches(process.pid, number), process)
         process.send_signal(number)
-        said = process.communicate(timeout=20)[0]
+        said = process.communicate(timeout=60)[0]
     finally:
         process.kill()
     assert process.returncode == 75, said
