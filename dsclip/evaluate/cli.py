@@ -28,9 +28,8 @@ from dsclip.evaluate.progress import EvaluationProgress
 from dsclip.evaluate.results.protocol import whole_protocol
 from dsclip.evaluate.results.record import result_of, write_result
 from dsclip.evaluate.results.report import markdown, text
-from dsclip.evaluate.suites.cli import NONE, check_choice, evaluate_suite, feature_cache
+from dsclip.evaluate.suites.cli import NONE, add_suite_options, check_choice, evaluate_suite, feature_cache
 from dsclip.evaluate.suites.report import suite_markdown, suite_text
-from dsclip.evaluate.suites.suite import suite_names
 from dsclip.evaluate.tasks.corrupted import Corrupted
 from dsclip.evaluate.tasks.task import Task
 
@@ -77,8 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--ema", action="store_true", help="of a checkpoint: the moving average of its weights (optim.ema)")
     p.add_argument("--task", choices=list(TASKS))
-    p.add_argument("--suite", help=f"many tasks in one go: {', '.join(suite_names())}, or a YAML file")
-    p.add_argument("--data-root", type=Path, help="with --suite: where its sets are (default: this folder)")
+    add_suite_options(p)
     p.add_argument(
         "--feature-cache",
         help="folder where features are kept and looked for, or `none` (default: none; with --suite features/ below DSCLIP_CACHE)",
@@ -150,9 +148,14 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     device, group = _join_ranks(arguments)
     offloads = arguments.device_map is not None and arguments.offload_folder is None
     with TemporaryDirectory(prefix="dsclip-offload-") if offloads else nullcontext("") as temporary:
-        model = open_model(_wanted(arguments), device, group, Path(temporary))
+        wanted = _wanted(arguments)
+        model = open_model(wanted, device, group, Path(temporary))
         if arguments.suite is not None:
-            return evaluate_suite(arguments, model, group)
+
+            def open_other(run: Path) -> OpenedModel:
+                return open_model(replace(wanted, model=str(run), tokenizer=None), device, group, Path(temporary))
+
+            return evaluate_suite(arguments, model, group, open_other)
         if arguments.feature_cache not in (None, NONE):
             store = feature_cache(arguments, model, group, in_suite=False)
             model = replace(model, embedder=replace(model.embedder, store=store))

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dsclip.child import run_child
 from dsclip.config import Grid, GridRun, dump_recipe, load_recipe
 from dsclip.datasets.demo import demo_once
 from dsclip.errors import RunStopped, UserError
 from dsclip.files import write_whole
-from dsclip.scaling.child import run_child
 from dsclip.scaling.points import named_size
 from dsclip.scaling.runs import divergence, gmacs_per_sample, run_rows
 

@@ -60,7 +60,8 @@ def _row(row: Mapping[str, Any]) -> list[str]:
     count = next((metrics[name] for name in ("samples", "images") if name in metrics), "")
     value = "not reported" if row["value"] is None else f"{row['value']:.2%}"
     interval = f"{between[0]:.2%} – {between[1]:.2%}" if between else ""
-    return [data_name(row["name"], row["training_pairs"]), row["task"], row["main"], value, interval, str(count)]
+    task = row["task"] + ", fine-tuned" * ("fine_tuned" in row)
+    return [data_name(row["name"], row["training_pairs"]), task, row["main"], value, interval, str(count)]
 
 
 def _left_out(result: Mapping[str, Any]) -> Sequence[str]:

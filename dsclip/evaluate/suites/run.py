@@ -21,7 +21,7 @@ from dsclip.evaluate.progress import EvaluationProgress
 from dsclip.evaluate.results.intervals import CI95
 from dsclip.evaluate.results.protocol import task_protocol, whole_protocol
 from dsclip.evaluate.results.record import read_result, result_of, write_result
-from dsclip.evaluate.suites.suite import Entry, Suite, file_name, present_entries
+from dsclip.evaluate.suites.suite import Entry, Suite, file_name
 from dsclip.evaluate.tasks.corrupted import Corrupted
 from dsclip.evaluate.tasks.registry import TASKS, measure_task
 from dsclip.evaluate.tasks.task import Task
@@ -54,10 +54,10 @@ def run_suite(
     """{"suite", "title", "model", "entries": [{"name", "state", …}], "protocol"}; results are on rank 0, states on all. Collective.
 
     state: `done`, `kept` (finished before, of the same weights, data and settings), `missing`, `unsupported` or `failed`, with
-    `reason`. Raises UserError when no set is there.
+    `reason`.
     """
     rows: dict[str, dict[str, Any]] = {}
-    places = present_entries(suite, place.data_root)
+    places = suite.find(place.data_root)
     for entry in suite.entries:
         if entry.unsupported is not None:
             rows[entry.name] = {"state": "unsupported", "reason": entry.unsupported}

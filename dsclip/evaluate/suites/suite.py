@@ -17,6 +17,7 @@ from dsclip.data.shards.specification import DEMO, resolve_shards
 from dsclip.data.sources.storage import is_remote
 from dsclip.errors import UserError, did_you_mean
 from dsclip.evaluate.arguments import FLAGS
+from dsclip.evaluate.suites.fine_tune import FineTune, read_fine_tune
 from dsclip.evaluate.suites.values import checked_values
 from dsclip.evaluate.tasks.registry import TASKS
 
@@ -30,7 +31,7 @@ OF_THE_DATA = (
     "images",
     "max_samples",
 )  # and of its set, see `build_eval_dataset`
-OF_THE_ENTRY = ("name", "task", "data", "main", "groups", "unsupported", "corruption")
+OF_THE_ENTRY = ("name", "task", "data", "main", "groups", "unsupported", "corruption", "fine_tune")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Entry:
     """A task on a set. data: places where the set may be, the first that exists counts; main: the metric that the table shows, or several, whose mean it shows.
 
     corruptions: that it is measured under too. groups: averages that it is a part of, beside that of all. unsupported: why it can't be measured here (task is "" then).
-    options: of the task, as the command line has them (`arguments.FLAGS`); of_data: of `build_eval_dataset`.
+    options: of the task, as the command line has them (`arguments.FLAGS`); of_data: of `build_eval_dataset`. fine_tune: what the model
+    is trained on before.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     of_data: Mapping[str, Any] = field(default_factory=dict)
     corruptions: tuple[Corruption, ...] = ()
+    fine_tune: FineTune | None = None
 
     def find(self, data_root: Path) -> str | None:
         """The first of its places that exists; addresses, names of the library `datasets` and the embedded set count as existing."""
@@ -80,6 +83,11 @@ class Suite:
     title: str
     average: str
     entries: tuple[Entry, ...]
+
+    def find(self, data_root: Path) -> dict[str, str]:
+        """{entry: where its set is} of the entries that can be measured."""
+        measured = [entry for entry in self.entries if entry.unsupported is None]
+        return {entry.name: place for entry in measured if (place := entry.find(data_root)) is not None}
 
 
 def suite_names() -> list[str]:
@@ -114,7 +122,7 @@ def load_suite(name: str) -> Suite:
 
 def present_entries(suite: Suite, data_root: Path) -> dict[str, str]:
     """{entry: where its set is} of the entries that can be measured. Raises UserError when there is none."""
-    found = {e.name: place for e in suite.entries if e.unsupported is None and (place := e.find(data_root)) is not None}
+    found = suite.find(data_root)
     if all(entry.unsupported is not None for entry in suite.entries):
         raise UserError(f"the suite {suite.name} has nothing to measure: every entry is marked as `unsupported`")
     if not found:
@@ -156,6 +164,7 @@ def _entry(values: Any, where: str, folder: Path) -> Entry:
     return Entry(
         str(values.get("name", data[0])), str(task), data, _words(values.get("main"), "main", where),
         _words(values.get("groups"), "groups", where), unsupported, beside, of_data, _corruptions(values, where),
+        read_fine_tune(values.get("fine_tune"), where, folder),
     )  # fmt: skip
 
 
