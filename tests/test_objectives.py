@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dsclip import objectives
 from dsclip.config.build import build_recipe
 from dsclip.config.objective_section import HeadSection, ObjectiveSection, TermSection
-from dsclip.config.schema import LossSection, ModelSection, Recipe
+from dsclip.config.schema import LossSection, ModelSection, Recipe, TrainSection
 from dsclip.errors import UserError
 from dsclip.losses import LossGrads, Pairs
 from dsclip.objectives import TermGrads, build_objective
@@ -22,7 +22,7 @@ WIDTH = 6
 CLUSTERS, CLASSES = HeadSection("clusters", "prototypes", "image", 5), HeadSection("classes", "classifier", "image", 4)
 
 
-def run(recipe, views, log_scale, *, ranks=1, keys=None, classes=None, in_ring=False):
+def run(recipe, views, log_scale, *, ranks=1, keys=None, classes=None, in_ring=False, step=0):
     objective, n = build_objective(recipe, WIDTH), len(views["image"]) // ranks
 
     def one_rank(group):
@@ -30,7 +30,7 @@ def run(recipe, views, log_scale, *, ranks=1, keys=None, classes=None, in_ring=F
         mine = {name: x[rows] for name, x in views.items()}
         extra = {name: x[rows] for name, x in (("keys", keys), ("classes", classes)) if x is not None}
         pairs = Pairs(mine.pop("image"), mine.pop("text"), log_scale, **extra)
-        return objective(pairs, mine, group=group)
+        return objective(pairs, mine, group=group, step=step)
 
     return ThreadRanks(ranks, in_ring).run(one_rank)
 
@@ -56,7 +56,15 @@ OF_CLASSES = st.builds(
     TermSection, st.just("cross_entropy"), st.sampled_from([["image.classes"], ["image_3.classes"]]), st.floats(0.1, 3),
     label_smoothing=st.none() | st.floats(0, 0.9),
 )  # fmt: skip
-TERMS = st.lists(CONTRASTS | SWAVS | OF_CLASSES, min_size=1, max_size=4, unique_by=lambda t: t.title)
+SUPERVISED = st.builds(
+    TermSection, st.just("supervised_contrast"), st.lists(st.sampled_from(VIEWS), min_size=1, max_size=3, unique=True),
+    st.floats(0.1, 3), st.none() | st.floats(0.05, 1), focal=st.none() | st.booleans(),
+) | st.builds(
+    TermSection, st.just("supervised_contrast"), st.lists(st.sampled_from(VIEWS), min_size=1, max_size=3, unique=True),
+    st.floats(0.1, 3), st.none() | st.floats(0.05, 1), mixup=st.floats(0.1, 9),
+    mixed=st.sampled_from([None, "both", "positive", "negative"]), focal=st.none() | st.booleans(),
+)  # fmt: skip
+TERMS = st.lists(CONTRASTS | SWAVS | OF_CLASSES | SUPERVISED, min_size=1, max_size=4, unique_by=lambda t: t.title)
 
 
 def scores(n, seed):
@@ -74,16 +82,17 @@ def test_any_sum_of_terms_equals_float64_autograd(terms, pair_weight, ranks, loc
     recipe = Recipe(
         objective=ObjectiveSection(pair_weight, terms, heads=[CLUSTERS, CLASSES]),
         loss=LossSection(gather="ring" if in_ring else "all"),
+        train=TrainSection(seed=seed),
     )
     of_heads = {name for term in terms for name in term.between}
     used = {
         name: x for name, x in views.items() if name in {"image", "text", *recipe.objective.further_views, *of_heads}
     }
     keys, classes = torch.randint(0, 3, (2, ranks * local), generator=torch.Generator().manual_seed(seed))
-    results = run(recipe, used, log_scale, ranks=ranks, in_ring=in_ring, keys=keys, classes=classes)
+    results = run(recipe, used, log_scale, ranks=ranks, in_ring=in_ring, keys=keys, classes=classes, step=7)
     leaves = {name: x.clone().requires_grad_() for name, x in used.items()}
     scale = log_scale.clone().requires_grad_()
-    value = reference.objective(leaves, scale, pair_weight, terms, keys, classes)
+    value = reference.objective(leaves, scale, pair_weight, terms, keys, classes, (seed, 7))
     value.backward()
     for name, leaf in leaves.items():
         expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
@@ -235,7 +244,7 @@ GOOD = {"name": "contrast", "between": ["image", "image_2"]}
 @pytest.mark.parametrize(
     "terms, message",
     [
-        ([3], r"`objective.terms\[0\]` is 3; it must be \{name, between, weight, temperature, duplicates, epsilon, iterations, label_smoothing\}"),
+        ([3], r"`objective.terms\[0\]` is 3; it must be \{name, between, weight, temperature, duplicates, epsilon, iterations, label_smoothing, mixup, mixed, focal\}"),
         ([{"name": "contrast"}], r"`objective.terms\[0\].between` is missing; it must be list\[str\]"),
         ([GOOD, GOOD | {"between": ["image", "img"]}], r"`objective.terms\[1\].between` is .*; give different ones of image"),
         ([GOOD | {"between": ["image", "image"]}], "give different ones"),
@@ -245,6 +254,8 @@ GOOD = {"name": "contrast", "between": ["image", "image_2"]}
         ([GOOD | {"wieght": 1}], r"unknown key `objective.terms\[0\].wieght`. Did you mean `weight`\?"),
         ([GOOD | {"epsilon": 0.1}], "gives contrast `epsilon`; it has temperature, duplicates"),
         ([{"name": "swav", "between": ["image", "image_2"]}], "swav of image, which no head makes; it takes those of a head of `kind: prototypes`"),
+        ([GOOD | {"name": "supervised_contrast", "mixed": "positive"}], "`mixed: positive` without `mixup`"),
+        ([GOOD | {"mixup": 1.0}], "gives contrast `mixup`; it has temperature, duplicates"),
         ([GOOD, GOOD | {"weight": 0.5}], "has contrast_image_image_2 twice"),
     ],
 )  # fmt: skip

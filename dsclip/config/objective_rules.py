@@ -22,6 +22,7 @@ Holds = Iterator[tuple[bool, str]]
 # Whose features a term of dsclip's takes: those of heads of these kinds, and with None of a view itself; other terms take any.
 KINDS: dict[str, tuple[str | None, ...]] = {
     "contrast": (None, "projector"),
+    "supervised_contrast": (None, "projector"),
     "swav": ("prototypes",),
     "cross_entropy": ("classifier",),
     "distill": (None,),
@@ -30,6 +31,7 @@ KINDS: dict[str, tuple[str | None, ...]] = {
 # The keys that each of dsclip's terms has, of those that not all have.
 KEYS = {
     "contrast": ("temperature", "duplicates"),
+    "supervised_contrast": ("temperature", "mixup", "mixed", "focal"),
     "swav": ("temperature", "epsilon", "iterations"),
     "cross_entropy": ("label_smoothing",),
     "distill": ("temperature",),
@@ -130,6 +132,10 @@ def _term(term: TermSection) -> Holds:
     yield (
         not wrong,
         f"`objective.terms` gives {term.name} `{', '.join(wrong)}`; it has {', '.join(known) or 'none of these keys'}",
+    )
+    yield (
+        term.mixed is None or term.mixup is not None,
+        f"`objective.terms` gives {term.name} `mixed: {term.mixed}` without `mixup`; set `mixup: 1.0`, or leave `mixed` out",
     )
 
 

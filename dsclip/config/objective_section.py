@@ -58,14 +58,14 @@ class TermSection:
     """One term of the objective."""
 
     name: Annotated[str, Strict()]
-    """`contrast` (InfoNCE between two features), `swav` (swapped prediction of prototypes), `cross_entropy` (of a classifier), `distill` (a teacher's similarities), `distill_features` (its features), or one of your own."""
+    """`contrast` (InfoNCE between two features), `supervised_contrast` (of samples with equal keys, over all views), `swav` (swapped prediction of prototypes), `cross_entropy` (of a classifier), `distill` (a teacher's similarities), `distill_features` (its features), or one of your own."""
     between: Between
     """The features that it compares: `image`, `text`, or further views of the same samples, such as `image_2` and `text_2`; those of a head \
 with its name behind the view's: `image_2.projector`."""
     weight: Annotated[PositiveFloat, Strict()] = 1.0
     """What its value and gradients are multiplied by in the sum."""
     temperature: Annotated[float | None, Strict(), Field(ge=1e-3)] = None
-    """Its own, which stays as it is; null: of `contrast` that of the loss section, to whose gradient it then adds, and of `swav` 0.1."""
+    """Its own, which stays as it is; null: of `contrast` that of the loss section, to whose gradient it then adds, of `supervised_contrast` 0.07 and of `swav` 0.1."""
     duplicates: Literal["negative", "positive", "mask"] | None = None
     """What samples with equal keys are to each other in it: `positive` with `data.group_key` a class is supervised contrastive learning; null: as in the loss section."""
     epsilon: Annotated[float | None, Strict(), Field(ge=1e-3)] = None
@@ -74,6 +74,12 @@ with its name behind the view's: `image_2.projector`."""
     """Of `swav`: of Sinkhorn-Knopp, by which all prototypes get equal shares of the global batch; null: 3."""
     label_smoothing: Annotated[float | None, Strict(), Field(ge=0, lt=1)] = None
     """Of `cross_entropy`: share of the target spread over all classes; null: 0."""
+    mixup: Annotated[float | None, Strict(), Field(gt=0, le=100)] = None
+    """Of `supervised_contrast`: α of the Beta(α, α) by which a hard positive and a hard negative of each feature are mixed; Core-tuning 1. null: none are."""
+    mixed: Literal["both", "positive", "negative"] | None = None
+    """Of `supervised_contrast` with `mixup`: which of the two are made; null: both."""
+    focal: Annotated[bool | None, Strict()] = None
+    """Of `supervised_contrast`: weighs each positive by what it lacks, 1 − p; null: all weigh the same."""
 
     @property
     def title(self) -> str:
@@ -99,13 +105,19 @@ class ViewSection:
     """Of a text: `other`, another of the sample's captions, or `same`, the one of `text`; null: `other`."""
     word_repetition: Annotated[float | None, Strict(), Field(gt=0, le=1)] = None
     """Of a text: share of its words, at least two, of which up to all are written twice; ESimCSE 0.32. null: none are."""
+    word_span: Annotated[Interval | None, Strict()] = None
+    """Of a text: share of its words, drawn between these two, that are kept, next to each other at a random place (Contriever). null: all are."""
 
 
+SUPERVISED = "supervised_contrast"  # by the keys of samples
 DISTILLING = ("distill", "distill_features")  # terms that need a teacher
 STORED = "stored"  # a teacher whose features are in the shards
 
 # The keys of a view by its kind: those of the other say nothing about it.
-VIEW_KEYS = {"image": ("crop_scale", "flip", "color_jitter", "grayscale"), "text": ("caption", "word_repetition")}
+VIEW_KEYS = {
+    "image": ("crop_scale", "flip", "color_jitter", "grayscale"),
+    "text": ("caption", "word_repetition", "word_span"),
+}
 
 
 @dataclass(frozen=True, config=ELEMENT)
@@ -166,7 +178,7 @@ class ObjectiveSection:
     @property
     def needs_keys(self) -> bool:
         """Whether a term tells samples with equal keys apart, whatever the loss section does."""
-        return any(term.duplicates not in (None, "negative") for term in self.terms)
+        return any(term.duplicates not in (None, "negative") or term.name == SUPERVISED for term in self.terms)
 
     @property
     def classes(self) -> int:

@@ -188,7 +188,8 @@ class ContrastiveEngine:
         self.forward_s = time.monotonic() - started if self.sharding.stage < 3 else 0.0
         features = [*cached, (image.detach(), text.detach())]
         pairs, further = self._loss_inputs(micro_batches, features, batch, self.scalars, self.queue, self.step)
-        grads = self.objective(pairs, further, group=self.group, teacher=self._loss_inputs.teacher(batch, self.step))
+        teacher = self._loss_inputs.teacher(batch, self.step)
+        grads = self.objective(pairs, further, group=self.group, step=self.step, teacher=teacher)
         gradients = split_gradients(micro_batches, grads, grads.d_views)
         # ZeRO averages over ranks, and each rank holds the gradient of the global loss: hence the world size.
         factor = self.group.world_size * one_if_finite(grads)

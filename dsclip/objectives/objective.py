@@ -25,6 +25,7 @@ from dsclip.losses import (
 )
 from dsclip.objectives.contrast import Contrast
 from dsclip.objectives.registry import make_term
+from dsclip.objectives.supervised import SupervisedContrast
 from dsclip.objectives.term import Features, TeacherFeatures, Term, TermGrads
 
 GRADIENTS = ("loss", "d_image", "d_text", "d_hard_text", "d_log_scale", "d_bias")
@@ -42,6 +43,7 @@ class ObjectiveGrads(LossGrads):
 class WeightedTerm:
     """title: of its value among a step's numbers. uses: the features that it may give gradients for."""
 
+    name: str
     title: str
     uses: tuple[str, ...]
     weight: float
@@ -57,11 +59,13 @@ class Objective:
     pair_weight: float
     terms: tuple[WeightedTerm, ...]
     teacher_log_scale: float | None = None
+    seed: int = 0
 
     @torch.no_grad()
     def __call__(
-        self, pairs: Pairs, further: Mapping[str, Tensor], *, group: Group, teacher: Mapping[str, Tensor] | None = None
-    ) -> ObjectiveGrads:
+        self, pairs: Pairs, further: Mapping[str, Tensor], *, group: Group, step: int = 0,
+        teacher: Mapping[str, Tensor] | None = None,
+    ) -> ObjectiveGrads:  # fmt: skip
         """further: the views beyond image and text, and what heads give, [n, D] each. teacher: its `image` and `text`, [n, D'] each. Collective."""
         pair = checked(self.loss, pairs, negatives=self.negatives, group=group)
         total = ObjectiveGrads(**{f.name: getattr(pair, f.name) for f in fields(LossGrads)})
@@ -74,7 +78,7 @@ class Objective:
         if teacher is not None and self.teacher_log_scale is not None:
             taught = TeacherFeatures(teacher, self.teacher_log_scale)
         views = {"image": pairs.image, "text": pairs.text, **further}
-        features = Features(views, pairs.log_scale, pairs.keys, pairs.classes, taught)
+        features = Features(views, pairs.log_scale, pairs.keys, pairs.classes, taught, (self.seed, step))
         sums = {name: torch.zeros_like(x, dtype=pair.d_image.dtype) for name, x in further.items()}
         sums |= {"image": total.d_image, "text": total.d_text}
         loss, d_log_scale, values = total.loss, total.d_log_scale, {"pair": pair.loss}
@@ -111,7 +115,7 @@ def build_objective(recipe: Recipe, width: int) -> Objective:
             "or take another loss"
         )
     terms = tuple(
-        WeightedTerm(title, tuple(t.between), t.weight, make_term(t, negatives, recipe.objective.plugin))
+        WeightedTerm(t.name, title, tuple(t.between), t.weight, make_term(t, negatives, recipe.objective.plugin))
         for title, t in zip(recipe.objective.titles, recipe.objective.terms, strict=True)
     )
     names, classes = recipe.data.classnames, recipe.objective.classes
@@ -128,16 +132,16 @@ def build_objective(recipe: Recipe, width: int) -> Objective:
             "objective.teacher_temperature isn't known; set it, or let launchers/train.py take the teacher's own"
         )
     log_scale = None if temperature is None else -math.log(temperature)
-    return Objective(loss, negatives, recipe.objective.pair_weight, terms, log_scale)
+    return Objective(loss, negatives, recipe.objective.pair_weight, terms, log_scale, recipe.train.seed)
 
 
 def _check_widths(each: WeightedTerm, objective: ObjectiveSection, width: int) -> None:
     """What a contrast multiplies must be equally wide."""
     widths = [objective.width_of(name, width) for name in each.uses]
-    if isinstance(each.term, Contrast) and len(set(widths)) > 1:
+    if isinstance(each.term, Contrast | SupervisedContrast) and len(set(widths)) > 1:
         found = " and ".join(f"{name} {x} wide" for name, x in zip(each.uses, widths, strict=True))
         raise UserError(
-            f"objective.terms: `contrast` multiplies features of one width, and {found}; change a head's `width`"
+            f"objective.terms: `{each.name}` multiplies features of one width, and {found}; change a head's `width`"
         )
 
 

@@ -9,11 +9,13 @@ from dsclip.losses.plugin import import_plugin
 from dsclip.objectives.contrast import contrast
 from dsclip.objectives.cross_entropy import cross_entropy
 from dsclip.objectives.distill import distill, distill_features
+from dsclip.objectives.supervised import supervised_contrast
 from dsclip.objectives.swav import swav
 from dsclip.objectives.term import Term, TermFactory
 
 _TERMS: dict[str, TermFactory] = {
-    "contrast": contrast, "swav": swav, "cross_entropy": cross_entropy, "distill": distill, "distill_features": distill_features,
+    "contrast": contrast, "supervised_contrast": supervised_contrast, "swav": swav, "cross_entropy": cross_entropy, "distill": distill,
+    "distill_features": distill_features,
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class Features:
     `image.NAME`, …: unit rows of a projector likewise, cosines with prototypes and logits of classes in float32.
     log_scale []: the shared temperature. keys [n] int64: equal keys mark duplicates; None unless the loss section or a
     term asks. classes [n] int64: of each sample; None without a classifier. teacher: None where the objective has none.
+    seed: the run's, and the step: all that is random in a term is a function of them, and so the same on all ranks.
     """
 
     views: Mapping[str, Tensor]
@@ -35,6 +36,7 @@ class Features:
     keys: Tensor | None = None
     classes: Tensor | None = None
     teacher: TeacherFeatures | None = None
+    seed: tuple[int, int] = (0, 0)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.views[name]

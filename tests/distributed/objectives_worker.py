@@ -29,6 +29,9 @@ PROJECTED = TermSection("contrast", ["image.projector", "image_2.projector"], 0.
 WORDS = TermSection("contrast", ["text_2.words", "text"], 0.8)
 SWAPPED = TermSection("swav", ["image.clusters", "image_2.clusters"], 0.5)
 CLASSIFIED = TermSection("cross_entropy", ["image_2.classes"], label_smoothing=0.1)
+SUPERVISED = TermSection(
+    "supervised_contrast", ["image.projector", "image_2.projector"], 0.5, 0.2, mixup=1.0, focal=True
+)
 ENDS = [
     HeadSection("clusters", "prototypes", "projector", 7), HeadSection("projector", "projector", "image", 10),
     HeadSection("classes", "classifier", "image", 4),
@@ -41,7 +44,7 @@ TEACHER_TEMPERATURE = 0.15
 OBJECTIVES = {
     "images": ([IMAGES], [], 1.0, {}, 0.5),
     "texts": ([TEXTS], [], 0.5, {"hard_negatives": "global"}, 0.0),
-    "heads": ([SWAPPED, CLASSIFIED], ENDS, 0.4, {}, 0.0),
+    "heads": ([SWAPPED, CLASSIFIED, SUPERVISED], ENDS, 0.4, {}, 0.0),
     "all": ([IMAGES, TEXTS, CROSSED, PROJECTED, WORDS], HEADS, 0.3, {"hard_negatives": "own"}, 0.5),
     "distilled": ([IMAGES, DISTILL, DISTILL_FEATURES], HEADS[:1], 0.6, {}, 0.5),
 }
@@ -85,7 +88,9 @@ def reference(weights: dict, batch: Batch, name: str) -> dict:
         None, text(batch.hard_tokens)[:, : SHALLOW.embed_dim] if hard else None, batch.hard_owner if hard else None,
     )  # fmt: skip
     others = [term for term in terms if not term.name.startswith("distill")]
-    loss = pair_weight * pair + objective_reference.objective(views, log_scale, 0.0, others, batch.keys, batch.classes)
+    loss = pair_weight * pair + objective_reference.objective(
+        views, log_scale, 0.0, others, batch.keys, batch.classes, (SEED, 0)
+    )
     if name == "distilled":
         taught = {k: batch.views[f"teacher_{k}"].double() for k in ("image", "text")}
         loss = loss + DISTILL.weight * objective_reference.distill(

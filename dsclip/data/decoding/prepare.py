@@ -24,6 +24,7 @@ from dsclip.data.decoding.sample import (
     read_teacher,
 )
 from dsclip.data.decoding.transforms import train_image
+from dsclip.data.decoding.word_span import span_of_words
 
 if TYPE_CHECKING:  # it loads a decoder that a recipe may do without
     from dsclip.data.decoding.fast_image import FastImages
@@ -115,6 +116,7 @@ class Preparer:
             if view.caption != "same":
                 left = left or list(captions)
                 text = left.pop(int(rng.integers(len(left))))
+            text = text if view.word_span is None else span_of_words(text, view.word_span, rng)
             texts.append(text if view.word_repetition is None else repeat_words(text, view.word_repetition, rng))
         return tuple(texts)
 
