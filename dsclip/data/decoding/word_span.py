@@ -13,7 +13,8 @@ def span_of_words(caption: str, shares: Sequence[float], rng: np.random.Generato
     Two of these, drawn independently, are a positive pair (Izacard et al. 2022, "Unsupervised Dense Information Retrieval with Contrastive Learning":
     independent cropping), on words where they have sub-words.
     """
+    low, high = shares
     words = caption.split()
-    kept = max(1, round(float(rng.uniform(*shares)) * len(words)))
+    kept = max(1, round(rng.uniform(low, high) * len(words)))
     start = int(rng.integers(max(1, len(words) - kept + 1)))
     return " ".join(words[start : start + kept])
