@@ -243,3 +243,6 @@ def test_time_left_is_that_of_images_and_texts_at_their_own_pace(capsys):
     assert progress.seconds_left() == 60 * 0.1 + 5 * 2.0
     progress.begin("2/2 b")
     assert "2/2 b · 60 images left · 5 texts left · ETA 16s" in capsys.readouterr().err
+    clock[0] = 24.0
+    progress.fitted(4, 20)
+    assert "2/2 b · 4 of at most 20 classifiers fitted · ETA 40s" in capsys.readouterr().err

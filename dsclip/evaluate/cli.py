@@ -202,7 +202,7 @@ def _measure(arguments: argparse.Namespace, model: OpenedModel) -> dict[str, Any
     images = sum(len(part.indices) for part in task.images)
     progress = EvaluationProgress({"images": images, "texts": len(task.texts)}, model.embedder.group.rank == 0)
     progress.begin(arguments.task, show=False)
-    measured = measure_task(task, replace(model.embedder, embedded=progress.embedded))
+    measured = measure_task(task, replace(model.embedder, embedded=progress.embedded, fitted=progress.fitted))
     progress.close()
     result = result_of(
         arguments.task, measured, dataset, model=arguments.model, data=arguments.data, train_shards=model.train_shards, storage=storage

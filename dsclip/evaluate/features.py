@@ -49,7 +49,8 @@ class Embedder:
 
     encode_image: images [batch_size, 3, S, S] uint8 to unit features [batch_size, d]; encode_text: tokens
     [batch_size, context_length] to the same. store: where features are looked for first. embedded: told "images" or "texts" and how many
-    more have gone through the model, on all ranks together. Its methods are collective.
+    more have gone through the model, on all ranks together. fitted: told how many of at most so many classifiers a task has fitted to
+    features. Its methods are collective.
     """
 
     encode_image: Encoder
@@ -60,6 +61,7 @@ class Embedder:
     batch_size: int
     store: Store | None = None
     embedded: Callable[[str, int], None] | None = None
+    fitted: Callable[[int, int], None] | None = None
 
     def texts(self, texts: list[str]) -> Tensor:
         """Features [len(texts), d] of captions, on the CPU of every rank, in order; [0, 0] of none."""

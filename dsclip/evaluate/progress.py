@@ -27,12 +27,13 @@ class EvaluationProgress:
         self._stream = stream or sys.stderr
         self._done = dict.fromkeys(work, 0)
         self._seconds = dict.fromkeys(work, 0.0)
-        self._what = ""
+        self._what, self._measuring_since = "", now()
         self._last = self._shown = now()
 
     def begin(self, what: str, *, show: bool = True) -> None:
         """The next entry, as `3/38 imagenet1k`. show: at once, and not only when something was embedded, which may be kept features."""
-        self._what, self._last = what, self._now()
+        self._what = what
+        self._last = self._measuring_since = self._now()
         if show:
             self._show(force=True)
 
@@ -42,8 +43,15 @@ class EvaluationProgress:
         self._seconds[kind] += now - self._last
         self._done[kind] += count
         self._left[kind] = max(0, self._left[kind] - count)
-        self._last = now
+        self._last = self._measuring_since = now
         self._show(force=not any(self._left.values()))
+
+    def fitted(self, done: int, of: int) -> None:
+        """The task has fitted so many of at most so many classifiers to features."""
+        left = (self._now() - self._measuring_since) / done * (of - done)
+        self._draw(
+            f"{self._what} · {done} of at most {of} classifiers fitted · ETA {format_seconds(left)}", force=False
+        )
 
     def close(self) -> None:
         """Takes the line away from a terminal."""
@@ -65,11 +73,15 @@ class EvaluationProgress:
         return total
 
     def _show(self, force: bool = False) -> None:
-        now, terminal = self._now(), self._stream.isatty()
-        if not self._enabled or not (force or now - self._shown >= (REDRAW_EVERY_S if terminal else LINE_EVERY_S)):
-            return
-        self._shown, left = now, self.seconds_left()
+        left = self.seconds_left()
         left_text = "?" if left is None else format_seconds(left)
         counts = " · ".join(f"{n:,} {kind} left" for kind, n in self._left.items() if n)
         line = f"{self._what} · {counts} · ETA {left_text}" if counts else f"{self._what} · all embedded, measuring"
+        self._draw(line, force)
+
+    def _draw(self, line: str, force: bool) -> None:
+        now, terminal = self._now(), self._stream.isatty()
+        if not self._enabled or not (force or now - self._shown >= (REDRAW_EVERY_S if terminal else LINE_EVERY_S)):
+            return
+        self._shown = now
         print(f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n", file=self._stream, flush=True)

@@ -69,7 +69,7 @@ def run_suite(
     finished = group.broadcast_object([_is_whole(o.file) for o in waiting] if group.rank == 0 else [])
     left = [o for o, done in zip(waiting, finished, strict=True) if not done]
     progress = EvaluationProgress(_work(left, cache) if group.rank == 0 else {"images": 0, "texts": 0}, group.rank == 0)
-    embedder = replace(model.embedder, store=cache, embedded=progress.embedded)
+    embedder = replace(model.embedder, store=cache, embedded=progress.embedded, fitted=progress.fitted)
     for number, o in enumerate(waiting, start=1):
         if o not in left:
             rows[o.entry.name] = {"state": "kept"}

@@ -13,6 +13,8 @@ from torch import Tensor
 # CLIP_benchmark's search: 97 strengths, 12 a decade; every 16th first, then steps of 8, 4, 2 and 1 about the best.
 STRENGTHS: list[float] = np.logspace(-6, 2, num=97).tolist()
 FIRST = range(0, 97, 16)
+SPANS = (8, 4, 2, 1)
+MOST_FITS = len(FIRST) + 2 * len(SPANS)  # of a search
 Classifier = Callable[[Tensor], Tensor]  # features [n, d] to logits [n, classes]
 Fit = Callable[[Tensor, Tensor, int, float], Classifier]
 
@@ -90,6 +92,6 @@ def search_strength(accuracy: Callable[[float], float]) -> float:
         return chosen
 
     peak = best(FIRST)
-    for span in (8, 4, 2, 1):
+    for span in SPANS:
         peak = best((max(peak - span, 0), peak, min(peak + span, len(STRENGTHS) - 1)))
     return STRENGTHS[peak]

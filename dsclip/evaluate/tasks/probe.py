@@ -5,7 +5,7 @@ Source: Radford et al. 2021, A.3, with the search of CLIP_benchmark; few shots a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from dsclip.data import EvalDataset
 from dsclip.errors import UserError
 from dsclip.evaluate.results.result import Measured, Outcomes
-from dsclip.evaluate.tasks.logistic import FITS, search_strength
+from dsclip.evaluate.tasks.logistic import FITS, MOST_FITS, Classifier, search_strength
 from dsclip.evaluate.tasks.task import Embedded, Images, Options, TaskKind, lines_sha256
 from dsclip.evaluate.tasks.zeroshot import measure_classification, zeroshot_samples
 
@@ -37,6 +37,8 @@ class LinearProbe:
         if options.solver not in FITS:
             raise UserError(f"solver {options.solver!r} is none of {', '.join(FITS)}")
         self._fit, self._shots, self._seeds = FITS[options.solver], options.shots, range(options.seeds)
+        self.fitted: Callable[[int, int], None] = lambda done, of: None
+        self._fits = 0
         self.images = tuple(Images(each, zeroshot_samples(each, self._classes)) for each in sets)
         self.texts: list[str] = []
         self.protocol = {
@@ -47,6 +49,7 @@ class LinearProbe:
 
     def measure(self, images: Sequence[Embedded], text: Tensor) -> Measured:
         """{"top1", …, "samples", "classes", "regularisation"}, or for each number of shots."""
+        self._fits = 0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         parts = [
             (part.features.to(device), torch.tensor([data.labels[i] for i in part.indices], device=device))
@@ -94,13 +97,20 @@ class LinearProbe:
             )
 
         def accuracy(strength: float) -> float:
-            logits = self._fit(*train, self._classes, strength)(validation[0])
+            logits = self._fitted(train, strength)(validation[0])
             return (logits.argmax(dim=1).cpu() == validation[1].cpu()).double().mean().item()
 
         return search_strength(accuracy)
 
     def _measured(self, train: Part, test: Part, strength: float) -> Measured:
-        return measure_classification(self._fit(*train, self._classes, strength)(test[0]).cpu(), test[1].cpu())
+        return measure_classification(self._fitted(train, strength)(test[0]).cpu(), test[1].cpu())
+
+    def _fitted(self, train: Part, strength: float) -> Classifier:
+        draws = len(self._shots) * len(self._seeds) or 1
+        found = self._fit(*train, self._classes, strength)
+        self._fits += 1
+        self.fitted(self._fits, draws * (MOST_FITS + 1))  # fewer where a search meets the same strength again
+        return found
 
 
 Part = tuple[Tensor, Tensor]  # features [n, d], labels [n]

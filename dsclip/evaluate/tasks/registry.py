@@ -18,7 +18,7 @@ from dsclip.evaluate.tasks.knn import KNN
 from dsclip.evaluate.tasks.multilabel import MULTI_LABEL
 from dsclip.evaluate.tasks.probe import LINEAR_PROBE
 from dsclip.evaluate.tasks.retrieval import RETRIEVAL
-from dsclip.evaluate.tasks.task import DEFAULTS, Embedded, Options, Task
+from dsclip.evaluate.tasks.task import DEFAULTS, Embedded, Fitting, Options, Task
 from dsclip.evaluate.tasks.winoground import WINOGROUND
 from dsclip.evaluate.tasks.zeroshot import ZEROSHOT
 
@@ -38,6 +38,8 @@ def prepare_task(name: str, dataset: EvalDataset, options: Options = DEFAULTS) -
 def measure_task(task: Task, embedder: Embedder) -> Measured:
     """What the model does in a task that is prepared, the same on every number of ranks. Collective."""
     text = embedder.texts(list(task.texts))
+    if isinstance(task, Fitting) and embedder.fitted is not None:
+        task.fitted = embedder.fitted
     images = (_comparable(Embedded(*embedder.images(part.dataset, part.indices)), text) for part in task.images)
     if isinstance(task, Corrupted):  # one corruption's features at a time
         return task.measure(images, text)

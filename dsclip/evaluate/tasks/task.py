@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -80,6 +80,13 @@ class Task(Protocol):
 
         Units of the result are numbers of the set. Raises UserError for features that are not finite.
         """
+
+
+@runtime_checkable
+class Fitting(Protocol):
+    """A task whose measuring fits classifiers, which may take minutes: it says after each how many of at most so many there are."""
+
+    fitted: Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
