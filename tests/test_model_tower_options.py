@@ -160,14 +160,14 @@ def test_what_they_keep_for_backward_is_in_the_plan(option, checkpointing):
     assert more == pytest.approx(2 * (counts[0] - counts[1]), rel=0.05)
 
 
-def saved_bytes(config, checkpointing) -> int:
+def saved_bytes(config, checkpointing, dtype=torch.float32) -> int:
     storages: dict[int, int] = {}
 
     def keep(x):
         storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    model = Clip(config)
+    model = Clip(config).to(dtype)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     images, tokens = pairs(8)
     tokens[:] = 1

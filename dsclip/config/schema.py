@@ -83,6 +83,12 @@ in SigLIP's image tower."""
     """Queries and keys of the image tower's attention are normalised; null: no."""
     text_qk_norm: bool | None = None
     """The same in the text tower."""
+    text_experts: Count | None = None
+    """MLPs of a routed block of the text tower, a mixture of experts, see [training](training.md#experts); null: none."""
+    text_experts_per_token: Positive | None = None
+    """How many of them compute a token; null: 1."""
+    text_experts_every: Positive | None = None
+    """The last of each so many blocks of the text tower is routed; null: 2."""
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] | None = None
     """Kernels that compute attention, see [training](training.md#attention); null: `auto`, torch chooses on a GPU."""
     fp8: bool | None = None

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from dsclip.convert.positions import resize_positions, resize_text_positions
 from dsclip.convert.source import OWN_CHOICE, TAKEN, Source, describe_source, open_source
+from dsclip.convert.upcycle import upcycled
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.model import Clip, ClipConfig, resolve_preset
+from dsclip.model.config import OF_EXPERTS
 from dsclip.model.presets import AUTO
 
 IMAGE_POSITIONS = "visual.embed.position_embedding"
@@ -66,7 +68,8 @@ def fitted_weights(source: Source, config: ClipConfig, stretch: str = "linear") 
     """(float32 weights that fit `config`, logit scale as a factor).
 
     Position embeddings are resized where the image size or the context length differs; stretch: how a longer context gets
-    its own, see `resize_text_positions`. Raises UserError that names what doesn't fit.
+    its own, see `resize_text_positions`. A dense source's MLPs become experts where `config` has such. Raises UserError that
+    names what doesn't fit.
     """
     _check_said(source, config)
     weights = {name: tensor.float() for name, tensor in source.weights()}
@@ -74,6 +77,7 @@ def fitted_weights(source: Source, config: ClipConfig, stretch: str = "linear") 
         weights[IMAGE_POSITIONS] = resize_positions(weights[IMAGE_POSITIONS], config.patches, config.class_tokens)
     if TEXT_POSITIONS in weights:
         weights[TEXT_POSITIONS] = resize_text_positions(weights[TEXT_POSITIONS], config.context_length, stretch)
+    weights = upcycled(weights, config)
     _check_fit(weights, config, source.path)
     return weights, source.scale
 
@@ -81,10 +85,12 @@ def fitted_weights(source: Source, config: ClipConfig, stretch: str = "linear") 
 def _check_said(source: Source, config: ClipConfig) -> None:
     """Raises UserError that names the fields in which the source and the configuration contradict each other."""
     said = (source.shown or {}) | source.said
+    becomes_routed = config.text_experts > 0 and not said.get("text_experts")
+    own_choice = (*OWN_CHOICE, *(OF_EXPERTS if becomes_routed else ()))
     contradictions = {
         name: (value, getattr(config, name))
         for name, value in said.items()
-        if name not in OWN_CHOICE and _compared(name, value) != _compared(name, getattr(config, name))
+        if name not in own_choice and _compared(name, value) != _compared(name, getattr(config, name))
     }
     if contradictions:
         differences = ", ".join(

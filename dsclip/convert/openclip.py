@@ -49,7 +49,7 @@ def fields_shown(weights: dict[str, Tensor]) -> dict[str, Any]:
             embed_dim=weights["visual.head.projection.weight"].shape[0], patch_size=patches[-1],
             image_size=side * patches[-1], context_length=weights["text.embed.position_embedding"].shape[0],
             vocab_size=weights["text.embed.token_embedding"].shape[0], vision_pool="class" if class_tokens else "average",
-            vision_registers=0,
+            vision_registers=0, text_experts=0,
             text_pool="last" if "text.head.projection.bias" in weights else "end",
         )  # fmt: skip
         for tower, name in (("visual", "vision"), ("text", "text")):

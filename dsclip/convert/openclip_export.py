@@ -30,6 +30,11 @@ def export_openclip(checkpoint: Checkpoint, out: Path, *, dtype: str = "fp32") -
         raise UserError(
             "OpenCLIP's SigLIP models have an image tower of timm, with other names; convert it to a SiglipModel (--to hf), which transformers loads"
         )
+    if checkpoint.config.text_experts:
+        raise UserError(
+            f"model.text_experts is {checkpoint.config.text_experts}: OpenCLIP's text towers have one MLP in each block; the model can't be "
+            "expressed there. It can be evaluated and continued from its checkpoint"
+        )
     average, registers = checkpoint.config.vision_pool == "average", checkpoint.config.vision_registers
     if average and not registers:
         raise UserError(

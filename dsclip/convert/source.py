@@ -20,14 +20,20 @@ from dsclip.convert.hub import layout_on_hub, local_path
 from dsclip.convert.weights import Named, class_token_to_register, from_openclip
 from dsclip.errors import UserError
 from dsclip.model import ClipConfig
-from dsclip.model.config import OF_THE_RUN, TOWER_OPTIONS
+from dsclip.model.config import OF_EXPERTS, OF_THE_RUN, TOWER_OPTIONS
 from dsclip.model.openclip_config import read_openclip_config
 
 # What shapes of weights don't show: models that differ in it alone load without a word and compute something else.
 HIDDEN = (
     "vision_heads", "text_heads", "activation", "layer_norm_eps", "image_mean", "image_std", "eot_token_id",
 )  # fmt: skip
-TAKEN = (*HIDDEN, "vision_pool", "text_pool", *TOWER_OPTIONS)  # what a model takes over from its weights' source
+TAKEN = (
+    *HIDDEN,
+    "vision_pool",
+    "text_pool",
+    *TOWER_OPTIONS,
+    *OF_EXPERTS[1:],
+)  # what a model takes over from its weights' source
 OWN_CHOICE = ("image_size", "context_length")  # what it may have otherwise
 
 
@@ -84,6 +90,10 @@ class Source:
             )
         elif open_fields:
             notes.append(f"{self.path} doesn't say, and assumed is: {', '.join(open_fields)}")
+        if config.text_experts and not self.said.get("text_experts"):
+            notes.append(
+                f"{self.path} has one MLP in each block of its text tower: each expert begins as a copy of it, and routers are new"
+            )
         if self.preprocessing:
             notes.append(f"{self.path} was made for images that are prepared otherwise than here: {self.preprocessing}")
         if of_the_bias and self.logit_bias is not None:

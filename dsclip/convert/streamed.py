@@ -46,7 +46,9 @@ def spread_clip(
     offload_folder.mkdir(parents=True, exist_ok=True)
     for name, tensor in fitting(model.state_dict(), weights):
         place = _place(name, device_map)
-        if place == "disk":
+        if not tensor.is_floating_point():  # few numbers, which stay as they are, and which accelerate wouldn't fetch
+            set_module_tensor_to_device(model, name, "cpu" if place == "disk" else place, value=tensor)
+        elif place == "disk":
             set_module_tensor_to_device(model, name, "meta", dtype=dtype)
             offload_weight(tensor.to(dtype), name, offload_folder, index=index)
         else:

@@ -219,15 +219,19 @@ def register_to_class_token(weights: Named) -> Named:
 
 
 def fitting(state_dict: Mapping[str, Tensor], weights: Named) -> Named:
-    """The weights, each of a name and shape that the model's have; raises UserError at the first other, and for missing ones."""
+    """The weights, each of a name and shape that the model's have; raises UserError at the first other, and for missing ones.
+
+    Where the model has integers they are such again: checkpoints hold everything in float32, and averages are none.
+    """
     expected = {name: tensor.shape for name, tensor in state_dict.items()}
+    integers = {name: tensor.dtype for name, tensor in state_dict.items() if not tensor.dtype.is_floating_point}
     for name, tensor in weights:
         shape = expected.pop(name, None)
         if shape is None:
             raise UserError(f"the weights hold {name}, which this model hasn't")
         if shape != tensor.shape:
             raise UserError(f"{name} has the shape {list(tensor.shape)}, and this model's has {list(shape)}")
-        yield name, tensor
+        yield name, tensor.round().to(integers[name]) if name in integers else tensor
     if expected:
         names = sorted(expected)
         raise UserError(f"the weights lack {', '.join(names[:4])}" + (", …" if len(names) > 4 else ""))

@@ -54,7 +54,7 @@ def build_model(
 ) -> Clip:
     """The model in the engine's dtype. Collective.
 
-    state_dict: weights to start from, on rank 0; what the others give isn't looked at. Under ZeRO-3 a rank holds one
+    state_dict: weights to start from, on rank 0; what the others give isn't looked at (their buffers stay, see `ExpertBalance`). Under ZeRO-3 a rank holds one
     module at a time beside its shards, and rank 0 the state_dict; under ZeRO-1 and 2 `initialize` broadcasts rank 0's.
     """
     torch.manual_seed(seed)
@@ -70,6 +70,9 @@ def build_model(
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
                 if state_dict is not None and dist.get_rank() == 0:
                     parameter.copy_(state_dict[name])
+        if state_dict is not None:
+            for name, buffer in model.named_buffers():
+                buffer.copy_(state_dict[name])
     return model
 
 

@@ -20,6 +20,7 @@ from dsclip.config.schema import Recipe
 from dsclip.data.batch import Batch
 from dsclip.distributed import Collectives
 from dsclip.engine.build import build_model, constructing, init_distributed, initialize
+from dsclip.engine.expert_balance import ExpertBalance
 from dsclip.engine.feature_queue import FeatureQueue
 from dsclip.engine.finite import finite_or, one_if_finite, skip_reason
 from dsclip.engine.gradient_sums import GradientSums
@@ -90,6 +91,7 @@ class ContrastiveEngine:
             choose_trained(model, recipe.model, recipe.objective)
         if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):
             compile_blocks(model)
+        self._experts = ExpertBalance(model, self.group, self.device)
         self.deepspeed = initialize(model, ds_config, recipe.optim)
         vectors = flat_vectors(self.deepspeed.optimizer, model, recipe.optim)
         attach(self.deepspeed.optimizer, vectors)
@@ -143,6 +145,7 @@ class ContrastiveEngine:
         set_learning_rate(self.deepspeed.optimizer, lr)
         self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
+        self._experts.step(applied=applied)
         if applied:
             self.scalars.step(grads, lr)
             if self.queue is not None:
@@ -181,9 +184,10 @@ class ContrastiveEngine:
         if self._locked is not None:
             micro_batches = self._locked.known(micro_batches)
         started = time.monotonic()
-        with torch.no_grad():
-            cached = [self._features(m) for m in micro_batches[:-1]]
-        image, text = last = self._features(micro_batches[-1])
+        with self._experts.counting():  # each token once: what runs below runs again
+            with torch.no_grad():
+                cached = [self._features(m) for m in micro_batches[:-1]]
+            image, text = last = self._features(micro_batches[-1])
         # ZeRO-3 gathers weights in the forward: ranks have waited for each other in it.
         self.forward_s = time.monotonic() - started if self.sharding.stage < 3 else 0.0
         features = [*cached, (image.detach(), text.detach())]
@@ -249,6 +253,7 @@ class ContrastiveEngine:
         norm = self.deepspeed.get_global_grad_norm()  # ZeRO-1 and 2 have read it, ZeRO-3 has copied it to the host
         total = self.recipe.batch.global_batch_size
         numbers = step_numbers(grads, self.scalars, hard, norm, total, self.group) | optimizer_report(self.deepspeed)
+        numbers |= self._experts.numbers()
         if not self.objective.loss.token_wise:
             numbers |= vars(feature_statistics(pairs.image, pairs.text))
         queued = 0 if self.queue is None else self.queue.filled

@@ -25,7 +25,7 @@ class MomentumEncoder:
     def __init__(
         self, model: Clip, config: ClipConfig, ds_config: dict[str, Any], momentum: float, device: torch.device
     ):
-        self._weights, self._momentum = list(model.parameters()), momentum
+        self._weights, self._momentum, self._buffers = list(model.parameters()), momentum, list(model.buffers())
         sharded = ds_config["zero_optimization"]["stage"] == 3
         if sharded:
             settings = copy.deepcopy(ds_config)
@@ -64,6 +64,8 @@ class MomentumEncoder:
     def _publish(self) -> None:
         for parameter, average in zip(self._parameters, self._average, strict=True):
             _shard(parameter).copy_(average)
+        for ours, theirs in zip(self._model.buffers(), self._buffers, strict=True):  # integers, which have no average
+            ours.copy_(theirs)
 
     def _load_resharded(self, folder: Path, rank: int, shards: int) -> None:
         """shards: files that hold a tensor together. One tensor at a time is whole in memory."""

@@ -53,6 +53,7 @@ def replicated_state(model: nn.Module, *parts: Part | None) -> dict[str, Tensor]
         status = getattr(p, "ds_status", None)
         if status is None or (getattr(p, "ds_persist", False) and status.name == "AVAILABLE"):
             found[name] = p.data
+    found |= dict(model.named_buffers())
     for part in parts:
         found |= {} if part is None else part.replicated()
     return found

@@ -122,8 +122,12 @@ def _placed(saved: SavedOptimizer, vector: FlatVector, key: str, like: Any) -> A
 
 
 def _load_frozen(model: nn.Module, folder: Path) -> None:
+    """What no optimizer has: frozen weights, and buffers."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    weights = full_precision_weights(folder) if frozen else {}
+    buffers = dict(model.named_buffers())
+    weights = full_precision_weights(folder) if frozen or buffers else {}
+    for name, buffer in buffers.items():
+        buffer.copy_(weights[name])
     for name, parameter in frozen.items():
         if not hasattr(parameter, "ds_tensor"):
             parameter.copy_(weights[name])

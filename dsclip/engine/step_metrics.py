@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsclip.distributed import Collectives
+from dsclip.engine.expert_balance import EXPERT
 from dsclip.engine.host_copy import HostCopy
 from dsclip.engine.loss_scalars import LossScalars
 from dsclip.losses.feature_statistics import FeatureStatistics
@@ -88,6 +89,12 @@ class StepMetrics:
             return None
         n = self.numbers
         return FeatureStatistics(n["alignment"], n["uniformity"], n["positive"], n["negative"])
+
+    @property
+    def experts(self) -> dict[str, float]:
+        """Of each routed block that is trained, by name, the share of the global batch's tokens that its busiest expert had."""
+        names = [name for name in self.numbers if name.startswith(EXPERT)]
+        return {name.removeprefix(EXPERT): self.numbers[name].item() for name in names}
 
     @property
     def terms(self) -> dict[str, float]:

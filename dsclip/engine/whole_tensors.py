@@ -10,9 +10,10 @@ from dsclip.engine.quiet_deepspeed import deepspeed
 
 
 def whole_weights(engine: ContrastiveEngine) -> dict[str, Tensor]:
-    """The fp32 weights by parameter name; frozen ones, of which there are no others, widened from their dtype. Collective."""
+    """The fp32 weights by name; frozen ones, of which there are no others, widened from their dtype; buffers. Collective."""
     get = deepspeed.utils.safe_get_full_fp32_param
-    return {n: get(p).clone() if p.requires_grad else _frozen(p) for n, p in engine.module.named_parameters()}
+    weights = {n: get(p).clone() if p.requires_grad else _frozen(p) for n, p in engine.module.named_parameters()}
+    return weights | {n: buffer.clone() for n, buffer in engine.module.named_buffers()}
 
 
 def _frozen(parameter: Parameter) -> Tensor:

@@ -193,7 +193,7 @@ class Block(Layer):
 
     text_layers: the text tower's depth, None in the image tower. backend: of attention, see `model/attention.py`.
     fp8: of the four linear layers, see `model/fp8.py`. layer_scale: of both branches' last products, see `Linear`. qk_norm: see
-    `Attention`.
+    `Attention`. make_mlp: what the MLP is made by, of another kind in `model/experts.py`.
     """
 
     def __init__(
@@ -210,6 +210,7 @@ class Block(Layer):
         fp8: bool = False,
         layer_scale: float | None = None,
         qk_norm: bool = False,
+        make_mlp: Callable[..., Any] = Mlp,
     ):
         super().__init__()
         norm = partial(nn.LayerNorm, width, eps=eps)
@@ -219,9 +220,10 @@ class Block(Layer):
             qk_norm=qk_norm,
         )  # fmt: skip
         self.ln_2 = norm()
-        self.mlp = Mlp(width, mlp_width, activation, text_layers=text_layers, layer_scale=layer_scale)
-        for linear in (self.attn.qkv, self.attn.out, self.mlp.fc1, self.mlp.fc2):
-            linear.fp8 = fp8
+        self.mlp: Mlp = make_mlp(width, mlp_width, activation, text_layers=text_layers, layer_scale=layer_scale)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.fp8 = fp8
 
     @over_chunks
     def forward(self, x: Tensor) -> Tensor:

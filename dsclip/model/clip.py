@@ -5,6 +5,7 @@ Shapes: n samples, L tokens of the context, D embedding width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from dsclip.errors import UserError
 from dsclip.model.blocks import Block
 from dsclip.model.captions import Captions, cut_captions, end_positions
 from dsclip.model.config import ClipConfig
+from dsclip.model.experts import RoutedBlock
 from dsclip.model.host_memory import HostLine
 from dsclip.model.layer_major import ChunkedPass, Chunks, dummy_input
 from dsclip.model.towers import TextEmbed, TextHead, VisionEmbed, VisionHead
@@ -56,9 +58,11 @@ class Tower(nn.Module):
         checkpointing: str,
         embed_contexts: tuple[Chunks, ...] = (),
         head_contexts: tuple[Chunks, ...] = (),
+        routed_contexts: tuple[Chunks, ...] = (),
     ) -> Chunks:
         host = HostLine()
-        contexts = (embed_contexts, *((),) * len(self.blocks), head_contexts)
+        of_blocks = (routed_contexts if isinstance(block, RoutedBlock) else () for block in self.blocks)
+        contexts = (embed_contexts, *of_blocks, head_contexts)
         layers = [
             (layer, ChunkedPass(checkpointing, c, host)) for layer, c in zip(self.layers(), contexts, strict=True)
         ]
@@ -103,11 +107,13 @@ class Clip(nn.Module):
             for i in range(c.vision_layers)
         ]  # fmt: skip
         self.visual = Tower(VisionEmbed(c), vision, VisionHead(c))
+        routed = partial(RoutedBlock, experts=c.text_experts, per_token=c.text_experts_per_token)
         text = [
-            Block(c.text_width, c.text_heads, c.text_mlp_width, c.activation, c.layer_norm_eps,
-                  causal=c.text_pool == "end", text_layers=c.text_layers, backend=c.attention,
-                  layer_scale=c.text_layer_scale, qk_norm=c.text_qk_norm)
-            for _ in range(c.text_layers)
+            (routed if c.routed(i) else Block)(
+                c.text_width, c.text_heads, c.text_mlp_width, c.activation, c.layer_norm_eps,
+                causal=c.text_pool == "end", text_layers=c.text_layers, backend=c.attention,
+                layer_scale=c.text_layer_scale, qk_norm=c.text_qk_norm)
+            for i in range(c.text_layers)
         ]  # fmt: skip
         self.text = Tower(TextEmbed(c), text, TextHead(c))
 
@@ -136,7 +142,8 @@ class Clip(nn.Module):
                 if device.type == "meta":  # weights that are fetched for each layer, which moves its inputs to them
                     device = captions.device
                 captions = cut_captions(captions, self.config, chunk_size, device)
-            text_features = captions.in_order(self.text(captions.chunks, checkpointing, (), (captions.ends,)))
+            ends = (captions.ends,)
+            text_features = captions.in_order(self.text(captions.chunks, checkpointing, (), ends, ends))
         return image_features, text_features
 
     def valid_tokens(self, tokens: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class UncompiledWarning(UserWarning):
 def compile_blocks(model: Clip, backend: str = "inductor", versions: int = VERSIONS) -> None:
     """Compiles what happens inside the blocks, and to pixels before them, a chunk at a time.
 
-    Across ZeRO-3's hooks it would not work; within a leaf it does.
+    Routed blocks run as they are: how many tokens an expert has is known when it runs. Across ZeRO-3's hooks it would not work; within a leaf it does.
 
     backend: of torch.compile. versions: kinds of input, for one tower's `forward`, say, after which further ones run as
     they are, with an `UncompiledWarning`.
@@ -43,7 +43,7 @@ def compile_blocks(model: Clip, backend: str = "inductor", versions: int = VERSI
     if isinstance(model.visual.embed, VisionEmbed):
         compile_embedding(model.visual.embed, backend)
     for name, tower in (("image", model.visual), ("text", model.text)):
-        compile_tower([block for block in tower.blocks if isinstance(block, Block)], name, backend)
+        compile_tower([block for block in tower.blocks if type(block) is Block], name, backend)
 
 
 def compile_embedding(embed: VisionEmbed, backend: str = "inductor") -> None:

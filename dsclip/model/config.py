@@ -14,7 +14,10 @@ CHOICES = {
     "attention": ("auto", "flash", "cudnn", "efficient", "math"),
 }
 # Beside plain pre-norm blocks: what neither of transformers' models has.
-TOWER_OPTIONS = ("vision_registers", "vision_layer_scale", "text_layer_scale", "vision_qk_norm", "text_qk_norm")
+TOWER_OPTIONS = (
+    "vision_registers", "vision_layer_scale", "text_layer_scale", "vision_qk_norm", "text_qk_norm", "text_experts",
+)  # fmt: skip
+OF_EXPERTS = ("text_experts", "text_experts_per_token", "text_experts_every")
 # Fields that say how a model is trained here: the weights fit a model with others.
 OF_THE_RUN = ("patch_dropout", "attention", "fp8")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -51,6 +54,9 @@ class ClipConfig:
     text_layer_scale: float | None = None
     vision_qk_norm: bool = False  # queries and keys are normalised, see `Attention`
     text_qk_norm: bool = False
+    text_experts: int = 0  # MLPs of a routed block, see `RoutedMlp`; 0: no block is routed
+    text_experts_per_token: int = 1
+    text_experts_every: int = 2  # the last of each so many blocks is routed
     patch_dropout: float = 0.0
     attention: str = "auto"  # auto | flash | cudnn | efficient | math: how it is computed, not what
     fp8: bool = False  # products of the image tower's inner blocks
@@ -60,7 +66,8 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "vision_registers" else 1
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("vision_registers", "text_experts") else 1
             if field.type == "int" and field.name != "eot_token_id" and value < least:
                 raise UserError(f"model.{field.name} is {value}; it must be at least {least}")
             if field.name.endswith("layer_scale") and value is not None and not 0 < value < math.inf:
@@ -84,6 +91,7 @@ class ClipConfig:
                 f"model.embed_dim is {self.embed_dim} and model.vision_width {self.vision_width}: with vision_pool attention the image tower "
                 "has no projection, and both must be equal"
             )
+        self._check_experts()
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"model.patch_dropout is {self.patch_dropout}; it is a share: 0 ≤ share < 1")
         for name in ("image_mean", "image_std"):
@@ -91,6 +99,32 @@ class ClipConfig:
             if len(values) != 3:
                 raise UserError(f"model.{name} has {len(values)} values; give three, for red, green and blue")
             object.__setattr__(self, name, values)
+
+    def _check_experts(self) -> None:
+        if not self.text_experts:
+            for name in OF_EXPERTS[1:]:
+                if getattr(self, name) != getattr(ClipConfig, name):
+                    raise UserError(
+                        f"model.{name} is {getattr(self, name)}, and model.text_experts 0: no block is routed; set model.text_experts"
+                    )
+            return
+        if self.text_experts_per_token > self.text_experts:
+            raise UserError(
+                f"model.text_experts_per_token is {self.text_experts_per_token}, and model.text_experts {self.text_experts}: a token can't have more"
+            )
+        if self.text_experts_every > self.text_layers:
+            raise UserError(
+                f"model.text_experts_every is {self.text_experts_every}, and model.text_layers {self.text_layers}: no block would be routed"
+            )
+
+    def routed(self, block: int) -> bool:
+        """Whether a block of the text tower, counted from 0, has experts."""
+        return self.text_experts > 0 and (block + 1) % self.text_experts_every == 0
+
+    @property
+    def routed_blocks(self) -> int:
+        """How many blocks have experts."""
+        return sum(map(self.routed, range(self.text_layers)))
 
     @property
     def patches(self) -> int:

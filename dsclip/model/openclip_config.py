@@ -163,7 +163,7 @@ def _fields(content: dict[str, Any], path: Path) -> dict[str, Any]:
         text_width=t_width, text_layers=text.get("layers", 12), text_heads=text.get("heads", 8),
         text_mlp_width=int(t_width * text.get("mlp_ratio", 4.0)), context_length=text.get("context_length", 77),
         vocab_size=text.get("vocab_size", 49408), activation="quick_gelu" if model.get("quick_gelu") else "gelu",
-        layer_norm_eps=epsilons.pop(), vision_pool="class", text_pool="end", vision_registers=0,
+        layer_norm_eps=epsilons.pop(), vision_pool="class", text_pool="end", vision_registers=0, text_experts=0,
     )  # fmt: skip
     if vision.get("pool_type") == "avg":  # its class token takes part in the blocks, and is no part of the average
         fields |= {"vision_pool": "average", "vision_registers": 1}

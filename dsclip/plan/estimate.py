@@ -11,7 +11,7 @@ from dsclip.config.deepspeed import DsConfig, resolve_persistence
 from dsclip.config.schema import BatchSection, ModelSection
 from dsclip.config.train_section import saves_in_background
 from dsclip.model import Clip, ClipConfig
-from dsclip.model.flops import forward_flops
+from dsclip.model.flops import experts_last_products, forward_flops
 from dsclip.model.trained import TrainedPart, trained_part
 from dsclip.plan.machine import USABLE, Machine
 from dsclip.plan.memory import BF16, FP32, Encoded, activation_bytes, copy_bytes, image_bytes, loss_bytes, state_bytes
@@ -100,7 +100,10 @@ def estimate(
     wire = FP32 if ds_config.get("communication_data_type", "fp32") == "fp32" else BF16
     gathered, reduced = gathers * BF16 * parameters, reductions * wire * part.parameters
     forward, towers, layers, backward = operations(config, text_tokens, part, encoded)
-    again = layers * recomputed(checkpointing, machine.device) + towers * (micro_batches - 1) / micro_batches
+    again = layers * recomputed(checkpointing, machine.device)
+    if checkpointing != "none":
+        again += (encoded.texts + encoded.hard) * experts_last_products(config, text_tokens)
+    again += towers * (micro_batches - 1) / micro_batches
     if loss.queue_momentum is not None:  # the average of the weights encodes each pair once more, without a graph
         forward += sum(forward_flops(config, text_tokens))
     seconds = local * (forward + backward + again) / (machine.tflops * 1e12 * machine.efficiency)

@@ -34,6 +34,9 @@ class Tower:
     attention: str = "auto"
     qk_norm: bool = False
     layer_scale: bool = False
+    routed: int = 0  # of the layers, those with experts
+    experts: int = 0
+    per_token: int = 1
 
     def block(self, checkpointing: str, device: str) -> int:
         """Numbers that one block saves for backward. none: 8·W + 2·M a token, see `Block`; plain attention its scores."""
@@ -59,18 +62,38 @@ class Tower:
     def saved(self, checkpointing: str, device: str) -> int:
         """Numbers that the tower saves for backward."""
         first = self.first if checkpointing == "none" else 0
-        return self.layers * self.block(checkpointing, device) + first
+        blocks = self.layers * self.block(checkpointing, device) + self.routed * self._experts(checkpointing)
+        return blocks + first
+
+    def _experts(self, checkpointing: str) -> int:
+        """Numbers that a routed block saves more than another, for captions without padding.
+
+        none: the router's input in float32 in the place of the experts' own, their inputs and outputs for each slot, further hidden
+        layers; gates, orders and what was chosen, in float32 and int64.
+        """
+        k = self.per_token
+        if checkpointing == "none":
+            return self.tokens * (
+                self.width + 2 * k * self.width + 2 * (k - 1) * self.mlp_width + 2 * self.experts + 15 * k
+            )
+        return self.tokens * ((k - 1) * self.mlp_width + 6 * k) if checkpointing == "selective" else 0
 
     def scaled_weights(self) -> int:
-        """Numbers of a block's two weights times their layer scale, which a chunk's graph holds."""
-        return self.layer_scale * self.width * (self.width + self.mlp_width)
+        """Numbers of a block's last weights times their layer scale, which a chunk's graph holds; of the largest block."""
+        return self.layer_scale * self.width * (self.width + max(1, self.experts) * self.mlp_width)
+
+    def all_scaled_weights(self) -> int:
+        """The same of all blocks."""
+        mlps = self.layers + self.routed * max(0, self.experts - 1)
+        return self.layer_scale * self.width * (self.layers * self.width + mlps * self.mlp_width)
 
     def working(self, checkpointing: str, device: str) -> int:
         """Numbers that backward of one block needs beside what was saved: gradients, and what is computed again."""
-        again = 0 if checkpointing == "none" else self.block("none", device)
+        again = 0 if checkpointing == "none" else self.block("none", device) + bool(self.routed) * self._experts("none")
         offloaded = checkpointing == "offload" and device == "cuda"
         ahead = self.tokens * self.width if offloaded else 0  # the next chunk is fetched meanwhile
-        return again + ahead + self.tokens * (4 * self.width + 2 * self.mlp_width)
+        slots = bool(self.routed) * 2 * (self.per_token * self.width + (self.per_token - 1) * self.mlp_width)
+        return again + ahead + self.tokens * (4 * self.width + 2 * self.mlp_width + slots)
 
 
 def towers(config: ClipConfig, text_tokens: int | None, locked: tuple[int, int] = (0, 0)) -> tuple[Tower, Tower]:
@@ -85,10 +108,10 @@ def towers(config: ClipConfig, text_tokens: int | None, locked: tuple[int, int] 
         Tower(c.vision_layers, c.computed_tokens, c.vision_width, c.vision_heads, c.vision_mlp_width, visible * 3 * c.patch_size**2,
               c.attention, c.vision_qk_norm, c.vision_layer_scale is not None),
         Tower(c.text_layers, text, c.text_width, c.text_heads, c.text_mlp_width, 0, c.attention, c.text_qk_norm,
-              c.text_layer_scale is not None),
+              c.text_layer_scale is not None, c.routed_blocks, c.text_experts, c.text_experts_per_token),
     )  # fmt: skip
     image, texts = (_above(tower, n) for tower, n in zip(both, locked, strict=True))
-    return image, texts
+    return image, replace(texts, routed=sum(map(c.routed, range(c.text_layers - texts.layers, c.text_layers))))
 
 
 def _above(tower: Tower, locked: int) -> Tower:
@@ -125,7 +148,7 @@ def activation_bytes(
     # Graphs that exist at a time; each holds scaled weights of its own.
     chunked = chunk < micro_batch  # into so many images, of any view, and their share of captions
     graphs = 0 if checkpointing != "none" else math.ceil(micro_batch * images / chunk) if chunked else 1
-    saved += graphs * BF16 * sum(tower.layers * tower.scaled_weights() for tower in (image, text))
+    saved += graphs * BF16 * sum(tower.all_scaled_weights() for tower in (image, text))
     # Chunks that wait while one is at work: the layer's inputs and outputs, or the gradients of both.
     rows, captions = (chunk, chunk * texts / encoded.texts) if chunked else (chunk * images, chunk * texts)
     waiting = 2 * BF16 * max(

@@ -278,6 +278,7 @@ def loss_scalars(metrics: StepMetrics) -> dict[str, float]:
     counts = ("masked_negatives", "hard_negatives", "queue_length")
     shown |= {name: getattr(metrics, name) for name in counts if getattr(metrics, name)}
     shown |= {f"terms/{name}": value for name, value in metrics.terms.items()}
+    shown |= {f"experts/{block}": share for block, share in metrics.experts.items()}
     return {name: value for name, value in shown.items() if value is not None}
 
 

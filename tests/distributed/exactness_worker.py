@@ -30,6 +30,7 @@ OTHER_TOWERS = {
     "options": replace(
         CONFIG, vision_registers=2, vision_layer_scale=0.1, text_layer_scale=0.1, vision_qk_norm=True, text_qk_norm=True
     ),
+    "experts": replace(CONFIG, text_experts=12, text_experts_per_token=2, text_experts_every=1),
     "siglip": replace(CONFIG, vision_pool="attention", text_pool="last", activation="gelu_tanh", embed_dim=64),
 }
 OPTIM = OptimSection(lr=1e-3, warmup_steps=0, schedule="constant", weight_decay=0.1, eps=1e-6)
@@ -112,6 +113,7 @@ def gradient_case(case: dict, group: Collectives) -> dict:
     weights, log_scale = whole_weights(engine), engine.scalars.log_scale.item()
     ours = engine.accumulate(local_part(batch, group))
     grads = whole_gradients(engine)
+    experts = experts_found(engine, batch, group) if case.get("special") == "experts" else {}
     config = OTHER_TOWERS.get(case.get("special"), CONFIG)
     reference, d_scale, loss = reference_gradient(weights, log_scale, batch, 0, case["patch_dropout"], config=config)
     result = {
@@ -122,6 +124,7 @@ def gradient_case(case: dict, group: Collectives) -> dict:
         "d_log_scale": abs(float(ours.d_log_scale.double() - d_scale) / float(d_scale)),
         "loss": abs(ours.loss.item() - loss),
         "compiled_graphs": counters["stats"]["unique_graphs"],
+        **experts,
     }
     if case["bf16"]:
         plain, plain_scale, _ = reference_gradient(weights, log_scale, batch, 0, case["patch_dropout"], torch.bfloat16)
@@ -130,6 +133,27 @@ def gradient_case(case: dict, group: Collectives) -> dict:
     engine.deepspeed.step()  # leaves no gradient behind for the next case
     engine.close()
     return result
+
+
+def experts_found(engine: ContrastiveEngine, batch: Batch, group: Collectives) -> dict:
+    """How tokens went to the experts of a gradient, and how their balance then moves, against one pass over the global batch."""
+    model = Clip(engine.config).double()
+    model.load_state_dict(whole_weights(engine))
+    mlp = model.text.blocks[0].mlp
+    mlp.counted = torch.zeros(len(mlp.experts), dtype=torch.int64)
+    model(None, batch.tokens)
+    own = engine._experts._counts[0].clone()
+    of_ranks = group.all_gather(own[None])
+    engine._experts.step(applied=True)
+    moved = (mlp.counted.double().mean() - mlp.counted).sign()
+    return {
+        "counted": torch.equal(of_ranks.sum(dim=0), mlp.counted),
+        "idle": bool(((of_ranks == 0).any(dim=0) & (of_ranks > 0).any(dim=0)).any()),  # an expert of one rank alone
+        "balanced": torch.equal(engine.module.text.blocks[0].mlp.balance.double(), moved) and bool(moved.any()),
+        "busiest": abs(
+            engine._experts.numbers()["expert_text.blocks.0"].item() - float(mlp.counted.max() / mlp.counted.sum())
+        ),
+    }
 
 
 def coalesced_case(stage: int, group: Collectives) -> dict:
@@ -207,6 +231,9 @@ def cases(group: Collectives) -> list[dict]:
         (3, "coalesced"),
         (3, "average"),
         (3, "siglip"),
+        (1, "experts"),
+        (2, "experts"),
+        (3, "experts"),
         (3, "options"),
         (3, "compiled"),
     ):

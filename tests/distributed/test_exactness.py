@@ -17,7 +17,8 @@ def test_coalesced_and_compiled_steps_and_other_towers_are_among_them(results):
     gradients = [r for r in results if r["kind"] == "gradient"]
     special = {(r["stage"], r["special"]) for r in gradients if r.get("special")}
     alone = {(3, "options"), (3, "compiled")} if gradients[0]["ranks"] == 1 else set()
-    assert special == {(2, "coalesced"), (3, "coalesced"), (3, "average"), (3, "siglip")} | alone
+    experts = {(stage, "experts") for stage in (1, 2, 3)}
+    assert special == {(2, "coalesced"), (3, "coalesced"), (3, "average"), (3, "siglip")} | experts | alone
     # Graphs that TorchDynamo made of code that then ran in their place: in these steps, and in no other.
     assert not failures(gradients, lambda r: (r["compiled_graphs"] > 0) != (r.get("special") == "compiled"))
 
@@ -37,6 +38,13 @@ def test_fp32_gradients_equal_float64_full_batch(results):
     fp32 = [r for r in results if r["kind"] == "gradient" and not r["bf16"]]
     keys = ("gradient", "worst_tensor", "d_log_scale", "loss")
     assert not failures(fp32, lambda r: any(r[k] > 1e-5 for k in keys))
+
+
+def test_tokens_are_counted_once_and_move_the_balance_alike_also_where_an_expert_of_a_rank_is_idle(results):
+    routed = [r for r in results if r.get("special") == "experts"]
+    assert len(routed) == 3
+    assert not failures(routed, lambda r: not (r["counted"] and r["balanced"]) or r["busiest"] > 1e-6)
+    assert all(r["idle"] == (r["ranks"] > 1) for r in routed), "with two ranks a gradient of zeros must meet another's"
 
 
 def test_bf16_gradients_are_as_good_as_a_plain_bf16_full_batch_step(results):
