@@ -17,6 +17,7 @@ from dsclip.create import create_model
 from dsclip.distributed import Collectives
 from dsclip.engine.expert_balance import ExpertBalance
 from dsclip.errors import UserError
+from dsclip.evaluate.results.protocol import weights_sha256
 from dsclip.model import Clip, resolve_preset
 from dsclip.model.compiled import compile_blocks
 from dsclip.model.config import OF_THE_RUN
@@ -222,6 +223,8 @@ def test_the_balance_stays_whole_in_bf16(tmp_path):
     spread, _ = spread_clip(model.config, stored.items(), torch.bfloat16, tmp_path, 0.0005, gpus=False)
     for loaded in (one, spread):
         assert loaded.text.blocks[0].mlp.balance.tolist() == [1001, 10, 20, 30, 40]
+    hashes = [weights_sha256(one), weights_sha256(spread, stored, torch.bfloat16)]
+    assert any(value.is_meta for value in spread.state_dict().values()) and hashes[0] == hashes[1]
     tokens = pairs()[1]
     torch.testing.assert_close(spread(None, tokens)[1], one(None, tokens)[1])
 

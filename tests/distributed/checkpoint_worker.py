@@ -61,12 +61,14 @@ def resume_case(
 
     first_of_all: also compared with six steps without a checkpoint, and saved again and again until old ones go.
     """
-    options = dict(micro_batches=2, chunks=2, patch_dropout=0.5, bf16=bf16, group=group, loss=loss)
+    special = None if stage == 3 and bf16 else "experts"
+    options = dict(micro_batches=2, chunks=2, patch_dropout=0.5, bf16=bf16, group=group, loss=loss, special=special)
     first = build(stage, **options)
     begun = losses(first, group, 3)
     store = CheckpointStore(folder, keep=2, tokenizer=NoTokenizer())
     at_once = read_manifest(store.save(first, {"position": group.rank}, {}))["files"]
     weights = {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in first.module.named_parameters()}
+    weights |= {n: balance.float() for n, balance in first.module.named_buffers()}
     scale = first.scalars.scale
     later = CheckpointStore(folder / "copied", keep=2, tokenizer=NoTokenizer(), background=background)
     later.copy(first, {"position": group.rank}, {})

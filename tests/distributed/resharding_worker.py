@@ -19,6 +19,7 @@ from tests.distributed.launch import write_cases
 
 ADAMW = OptimSection(lr=1e-3, warmup_steps=0, schedule="constant", weight_decay=0.1, eps=1e-6, layer_decay=0.7)
 MUON = replace(ADAMW, name="muon", ema=0.6, rules=[{"match": "mlp", "lr_scale": 0.5}])
+ROUTED = replace(CONFIG, text_experts=3, text_experts_every=1)  # whose balance no optimizer holds
 HEADS = ObjectiveSection(
     terms=[TermSection("contrast", ["image.pixels", "text.words"])],
     heads=[HeadSection("pixels", "projector", "image", 8), HeadSection("words", "projector", "text", 8, 20)],
@@ -39,7 +40,7 @@ def build(
         model=ModelSection(lock=lock, unlocked_layers=1 if lock != "none" else 0), batch=BatchSection(GLOBAL_BATCH),
         optim=optim, loss=loss, objective=objective, train=TrainSection(seed=SEED, steps=12, compile="off"),
     )  # fmt: skip
-    return ContrastiveEngine(recipe, ds_config(stage, bf16, group.world_size), CONFIG)
+    return ContrastiveEngine(recipe, ds_config(stage, bf16, group.world_size), ROUTED)
 
 
 def averages(engine: ContrastiveEngine, group: Collectives) -> dict[str, torch.Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dsclip.data import EvalDataset, Tokenizer
 from dsclip.data.shards.manifest import manifest_sha256
+from dsclip.engine.consolidate import ShardedWeights
 from dsclip.evaluate.tasks.task import Task, lines_sha256
 from dsclip.files import sha256
 from dsclip.model import ClipConfig
@@ -100,13 +102,23 @@ def weights_sha256(
     if any(value.is_meta for value in state.values()):
         if stored is None:
             return None
-        state = stored
+        pieces: dict[str, Callable[[], Tensor]] = {name: partial(stored.__getitem__, name) for name in stored}
+        whole = {name: value.dtype for name, value in state.items() if not value.is_floating_point()}
+        state = ShardedWeights(pieces | {name: partial(_as, stored, name, kind) for name, kind in whole.items()})
     return state_sha256(state, dtype)
 
 
 def state_sha256(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
     """Of weights by name, in the order of the names, as they are or in another dtype."""
-    return sha256(piece for name in sorted(state) for piece in (name.encode(), _bytes(state[name].to(dtype))))
+    return sha256(piece for name in sorted(state) for piece in (name.encode(), _bytes(_in(state[name], dtype))))
+
+
+def _in(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _as(stored: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    return stored[name].to(dtype)
 
 
 def _bytes(value: Tensor) -> bytes:
