@@ -12,6 +12,7 @@ from dsclip.bench import evaluation_clip_benchmark, evaluation_peer
 from dsclip.bench.evaluation import measure, write_small_images
 from dsclip.data import ShardWriter, build_eval_dataset
 from dsclip.data.decoding.sample import IMAGE_EXTENSIONS
+from dsclip.data.evaluation import texts
 from dsclip.data.evaluation.texts import read_texts
 from dsclip.data.reading.samples import read_shard
 from dsclip.data.sources.storage import Storage
@@ -137,6 +138,62 @@ def test_texts_are_those_that_training_reads(tmp_path, form, side):
     expected = [(raw.key, raw.members) for raw in read_shard(str(path), bad)]
     assert ours == expected and len(ours) == len(keys) and not bad
     assert all(any(e in m for e in IMAGE_EXTENSIONS) for _, m in ours)
+
+
+ALIKE = [
+    f"{key}.{extension}" for key in ("a", "b/c", "d.1/e", "f" * 80) for extension in ("txt", "jpg", "neg.txt", "PNG")
+]
+
+
+@pytest.mark.parametrize(
+    "names, alike",
+    [
+        (ALIKE, True),
+        (ALIKE[:8] + ["g.png", "g.jpg", "g.txt", "g.neg.txt"], False),  # another order
+        (ALIKE[:8] + ["g.txt", "g.jpg", "g.neg.txt", "g.png"], False),  # one extension in small letters
+        (ALIKE[:8] + ["g.txt", "g.jpg"], False),
+        (ALIKE[:8] + ["g.txt", "g.jpg", "g.neg.txt", "README"], False),
+        (ALIKE[:8] + ["g.txt", "g.jpg", "g.neg.txt", "h" * 90 + ".PNG"], False),  # a sample of its own
+        (["a.txt", "a.jpg", "a.jpg", "b.txt", "b.jpg", "b.jpg"], True),  # the last one counts
+        (["a.jpg", "a\0.neg.txt", "a.txt", "b.jpg", "b.neg.txt", "b.txt"], False),  # a name ends at its first zero
+        (["a.txt", "a.neg.txt", "b.txt", "b.neg.txt"], True),  # no image
+        (["a.jpg", "b.jpg"], True),  # no text
+        ([".jpg", "a/.jpg"], True),
+    ],
+)
+@pytest.mark.parametrize("bytes_each", [600, 200_000])
+def test_samples_of_equal_members_are_those_that_training_reads(tmp_path, monkeypatch, names, alike, bytes_each):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = bytes_each + number
+            tar.addfile(info, io.BytesIO(bytes([65 + number]) * info.size))
+    together = []
+    monkeypatch.setattr(texts, "_samples_alike", _noted(texts._samples_alike, together))
+    content, bad = path.read_bytes(), Counter()
+    found = {
+        s.raw.key: s.raw.members | {s.extension: content[s.start : s.start + s.size]}
+        for s in read_texts(str(path), bad)
+    }
+    expected = {raw.key: raw.members for raw in read_shard(str(path), {})}
+    with_image = {key: of_it for key, of_it in expected.items() if any(e in of_it for e in IMAGE_EXTENSIONS)}
+    assert found.keys() == with_image.keys() and bool(together) == alike
+    for key, of_it in found.items():  # of several images the one that counts
+        assert of_it.items() <= with_image[key].items()
+        assert {e for e in with_image[key] if e not in IMAGE_EXTENSIONS} <= of_it.keys()
+        assert next(e for e in IMAGE_EXTENSIONS if e in with_image[key]) in of_it
+    assert bad["no image"] == len(expected) - len(with_image)
+
+
+def _noted(function, calls):
+    """The function, which notes that it was called."""
+
+    def noted(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return noted
 
 
 def test_an_index_of_other_bytes_is_not_believed(tmp_path):

@@ -22,7 +22,7 @@ TEACHER = "teacher.npy"  # a teacher's features, see `read_teacher`
 MEMBER_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", "neg.txt", TEACHER)
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 IN_VECTOR = r"npy:(\d+)"  # a part's key that is a place in the sample's .npy
-_DECODE_JSON = json.JSONDecoder().decode
+_SCAN_JSON = json.JSONDecoder().scan_once  # what `decode` calls between its looks for blanks
 MOST_TEXT_BYTES = 1 << 20  # of a .txt, .json, .cls or .neg.txt member
 
 
@@ -95,13 +95,15 @@ def read_captions(raw: RawSample, caption_key: str) -> list[str]:
             raise BadSample("unreadable caption") from error
     else:
         raise BadSample("no caption")
-    captions = [c.strip() for c in captions if isinstance(c, str) and c.strip()]
+    captions = [text for c in captions if isinstance(c, str) and (text := c.strip())]
     if not captions:
         raise BadSample("empty caption")
     return captions
 
 
 def _refuse_long(raw: RawSample) -> None:
+    if max(map(len, raw.members.values()), default=0) <= MOST_TEXT_BYTES:
+        return
     for extension, content in raw.members.items():
         if extension not in IMAGE_EXTENSIONS and len(content) > MOST_TEXT_BYTES:
             raise BadSample("caption too long")
@@ -117,7 +119,7 @@ def read_negatives(raw: RawSample, negative_key: str, most: int | None = None) -
     else:
         value = _json_value(raw, negative_key, [])
         lines = value if isinstance(value, list) else [value]
-    return [c.strip() for c in lines if isinstance(c, str) and c.strip()][:most]
+    return [text for c in lines if isinstance(c, str) and (text := c.strip())][:most]
 
 
 def read_group(raw: RawSample, group_key: str | None, caption: str) -> int:
@@ -159,8 +161,10 @@ def _number_word(number: Any) -> str | None:
 def _parsed(content: bytes) -> Any:
     """A .json member, parsed once for its captions, hard negatives and group."""
     try:  # json.loads first looks which encoding bytes have, for as long as it parses them
-        return _DECODE_JSON(content.decode())
-    except ValueError:
+        text = content.decode()
+        value, end = _SCAN_JSON(text, 0)
+        return value if end == len(text) else json.loads(text)
+    except (ValueError, StopIteration):  # another encoding, or blanks before it
         return json.loads(content)
 
 

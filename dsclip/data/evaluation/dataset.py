@@ -164,10 +164,8 @@ class EvalDataset:
         label_set: tuple[int, ...] | None,
     ) -> None:
         """Appends a sample of a shard."""
-        self._append(
-            ImagePlace(location, sample.extension, sample.start, sample.size), captions, negatives, label, group
-        )
-        self.label_sets[-1] = label_set
+        place = ImagePlace(location, sample.extension, sample.start, sample.size)
+        self._append(place, captions, negatives, label, group, label_set)
 
     def add_files(self, layout: FileLayout, most: int | None) -> None:
         """Appends the image files of a layout, the first `most`; of labelled ones, which lie class after class, as many in even steps."""
@@ -192,11 +190,17 @@ class EvalDataset:
         return [first.setdefault(image, i) for i, image in enumerate(images)]
 
     def _append(
-        self, place: ImagePlace, captions: list[str], negatives: list[str], label: int | None, group: str | None = None
+        self,
+        place: ImagePlace,
+        captions: list[str],
+        negatives: list[str],
+        label: int | None,
+        group: str | None,
+        label_set: tuple[int, ...] | None = None,
     ) -> None:
         self._images.append(place)
         self.groups.append(group)
-        self.label_sets.append(None)
+        self.label_sets.append(label_set)
         self.captions.append(captions)
         self.negatives.append(negatives)
         self.labels.append(label)

@@ -6,9 +6,11 @@ sample at a time, which also says what is wrong with it. Large images are never 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,6 +28,8 @@ TEXT_EXTENSIONS = (*(e for e in MEMBER_EXTENSIONS if e not in IMAGE_EXTENSIONS),
 SMALL_SAMPLE = 1 << 16  # bytes: up to here, reading whole samples is faster than going from header to header
 GROUP_BYTES = 1 << 23  # of samples that are looked at together: the memory of the group before is taken again
 GROUP_SAMPLES = 4096
+NAME_BYTES = 100  # of a ustar header, its first
+NO_IMAGE = "no image"
 
 Member = tuple[bytes, int, int]  # name, first byte in the shard, size
 Place = tuple[str, int, int]  # extension, first byte in the shard, size
@@ -49,9 +53,11 @@ def read_texts(path: str, bad: Counter[str]) -> Iterator[TextSample]:
         for first, stop in _groups(index):
             starts, ends = index.starts[first:stop], index.starts[first:stop] + index.sizes[first:stop]
             part = _Part(stream.fileno(), int(starts[0]), int(ends[-1]), len(starts))
-            for start, end, members in zip(
-                starts.tolist(), ends.tolist(), _plain_members(part, starts, ends), strict=True
-            ):
+            levels = _levels(part, starts, ends)
+            if alike := _alike(levels, len(starts)):
+                yield from _samples_alike(name, alike, part, bad)
+                continue
+            for start, end, members in zip(starts.tolist(), ends.tolist(), _members(levels, len(starts)), strict=True):
                 try:
                     key, places = _named(members) or _one_by_one(part, start, end)
                     yield _sample(name, key, places, part)
@@ -92,6 +98,17 @@ class _Part:
             return os.pread(self._descriptor, length, start)
         return self._content[start - self._start : start - self._start + length]
 
+    def text(self, start: int, size: int) -> bytes:
+        """A text member. A byte more than is allowed is enough for the reader of captions to refuse it."""
+        return self.read(start, size if size <= MOST_TEXT_BYTES else MOST_TEXT_BYTES + 1)
+
+    def texts(self, starts: list[int], sizes: list[int]) -> list[bytes]:
+        """The same of many."""
+        content, first = self._content, self._start
+        if content is None or max(sizes, default=0) > MOST_TEXT_BYTES:
+            return [self.text(start, size) for start, size in zip(starts, sizes, strict=True)]
+        return [content[start - first : start - first + size] for start, size in zip(starts, sizes, strict=True)]
+
     def headers(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 [n, 512] of n positions."""
         if self._content is not None:
@@ -103,26 +120,42 @@ class _Part:
         return blocks[rows]
 
 
-def _plain_members(
-    part: _Part, starts: NDArray[np.int64], ends: NDArray[np.int64]
-) -> Sequence[Sequence[Member] | None]:
-    """The members of each sample; None for a sample with any but plain headers."""
-    # All first members, all second ones, …
-    levels: list[tuple[NDArray[np.int64], NDArray[np.bool_], list[Member]]] = []
+@dataclass(frozen=True)
+class _Level:
+    """The first members of all samples, or the second ones, …: of `samples`, which are plain, their names, first bytes and sizes, uint8 [n, 100] and int64 [n]."""
+
+    samples: NDArray[np.int64]
+    plain: NDArray[np.bool_]
+    names: NDArray[np.uint8]
+    bodies: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+
+def _levels(part: _Part, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> list[_Level]:
+    """The members of samples [n], up to the first of each whose header isn't plain."""
+    levels = []
     samples, positions = np.arange(len(starts)), starts
     while len(samples):
         plain, sizes, names = _parse(part.headers(positions))
         bodies = positions + BLOCK
         following = bodies + -(-sizes // BLOCK) * BLOCK
         plain &= following <= ends[samples]
-        levels.append((samples, plain, list(zip(names, bodies.tolist(), sizes.tolist(), strict=True))))
+        levels.append(_Level(samples, plain, names, bodies, sizes))
         unfinished = plain & (following < ends[samples])
         samples, positions = samples[unfinished], following[unfinished]
-    if all(len(of_level) == len(starts) and plain.all() for of_level, plain, _ in levels):
-        return list(zip(*(found for _, _, found in levels), strict=True))
-    members: list[list[Member] | None] = [[] for _ in starts]
-    for of_level, plain, found in levels:
-        for sample, is_plain, member in zip(of_level.tolist(), plain.tolist(), found, strict=True):
+    return levels
+
+
+def _members(levels: list[_Level], count: int) -> Sequence[Sequence[Member] | None]:
+    """The members of each sample; None for a sample with any but plain headers."""
+    found = [
+        list(zip(_bytes(level.names), level.bodies.tolist(), level.sizes.tolist(), strict=True)) for level in levels
+    ]
+    if _whole(levels, count):
+        return list(zip(*found, strict=True))
+    members: list[list[Member] | None] = [[] for _ in range(count)]
+    for level, of_level in zip(levels, found, strict=True):
+        for sample, is_plain, member in zip(level.samples.tolist(), level.plain.tolist(), of_level, strict=True):
             of_sample = members[sample]
             if is_plain and of_sample is not None:
                 of_sample.append(member)
@@ -131,8 +164,78 @@ def _plain_members(
     return members
 
 
-def _parse(headers: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.int64], list[bytes]]:
-    """(which are plain ustar headers of files with a short ASCII name, sizes, names) of headers [n, 512]."""
+def _whole(levels: list[_Level], count: int) -> bool:
+    """Whether all samples are plain, and have as many members."""
+    return all(len(level.samples) == count and level.plain.all() for level in levels)
+
+
+class _Alike(NamedTuple):
+    """Samples that have members of the same extensions in the same order: keys [n], and of each member its extension, first bytes [n] and sizes [n]."""
+
+    keys: list[str]
+    members: list[tuple[str, list[int], list[int]]]
+
+
+def _alike(levels: list[_Level], count: int) -> _Alike | None:
+    """The samples, if all are plain, with members named KEY.EXTENSION, and alike; None if not."""
+    if not _whole(levels, count):
+        return None
+    longest = max(_used(level.names) for level in levels)
+    first = np.ascontiguousarray(levels[0].names[:, :longest])
+    base = (longest - (first[:, ::-1] == ord("/")).argmax(axis=1)) % longest  # behind the last slash, or 0
+    columns = np.arange(longest)
+    points = (first == ord(".")) & (columns >= base[:, None])
+    point = points.argmax(axis=1)
+    in_key = columns <= point[:, None]
+    if not points.any(axis=1).all() or (in_key & (first == 0)).any():
+        return None
+    begins = np.where(in_key, first, 0)
+    members = []
+    for level in levels:
+        written = level.names[0, point[0] + 1 :].tobytes().rstrip(b"\0")
+        if not (extension := _extension(written)) or point.max() + len(written) >= longest:
+            return None
+        expected = begins.copy()
+        for place, letter in enumerate(written, start=1):
+            expected[np.arange(count), point + place] = letter
+        if not np.array_equal(level.names[:, :longest], expected):
+            return None
+        members.append((extension, level.bodies.tolist(), level.sizes.tolist()))
+    return _Alike(
+        [name[:end].decode("ascii") for name, end in zip(_bytes(first), point.tolist(), strict=True)], members
+    )
+
+
+def _used(names: NDArray[np.uint8]) -> int:
+    """The length of the longest of names [n, 100], at least 1."""
+    return max(NAME_BYTES - int(names.any(axis=0)[::-1].argmax()), 1)
+
+
+def _samples_alike(shard: str, alike: _Alike, part: _Part, bad: Counter[str]) -> Iterator[TextSample]:
+    """The same as `_sample` of each; which members count is the same for all."""
+    image = _image_of(enumerate(extension for extension, _, _ in alike.members))
+    if image is None:
+        bad[NO_IMAGE] += len(alike.keys)
+        return
+    texts = {
+        extension: part.texts(starts, sizes)
+        for extension, starts, sizes in alike.members
+        if extension in TEXT_EXTENSIONS
+    }
+    extension, starts, sizes = alike.members[image]
+    contents = zip(*texts.values(), strict=True) if texts else itertools.repeat(())
+    for key, start, size, content in zip(alike.keys, starts, sizes, contents, strict=False):
+        yield TextSample(RawSample(shard, key, dict(zip(texts, content, strict=True))), extension, start, size)
+
+
+def _image_of(extensions: Iterable[tuple[int, str]]) -> int | None:
+    """The number of the member that is the sample's image: the last of one extension counts, and of several the first in their order."""
+    found: dict[str, int] = {extension: number for number, extension in extensions if extension in IMAGE_EXTENSIONS}
+    return found[min(found, key=IMAGE_EXTENSIONS.index)] if found else None
+
+
+def _parse(headers: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.uint8]]:
+    """(which are plain ustar headers of files with a short ASCII name, sizes, names uint8 [n, 100]) of headers [n, 512]."""
     size_digits, sum_digits = (headers[:, a:b].astype(np.int64) - ord("0") for a, b in ((124, 135), (148, 154)))
     sizes, sums = (digits @ (8 ** np.arange(digits.shape[1])[::-1]) for digits in (size_digits, sum_digits))
     actual = headers.sum(axis=1, dtype=np.int64) - headers[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
@@ -140,8 +243,13 @@ def _parse(headers: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.in
     for digits in (size_digits, sum_digits):
         plain &= ((digits >= 0) & (digits < 8)).all(axis=1)
     plain &= (headers[:, 99] == 0) & (headers[:, :100] < 128).all(axis=1) & _is_zero_or(headers[:, 135], " ")
-    names = np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0].tolist()
-    return plain, np.where(plain, sizes, 0), names
+    return plain, np.where(plain, sizes, 0), headers[:, :NAME_BYTES]
+
+
+def _bytes(names: NDArray[np.uint8]) -> list[bytes]:
+    """Names [n, length] without the zeros that fill them up."""
+    found: list[bytes] = np.ascontiguousarray(names).view(f"S{names.shape[1]}")[:, 0].tolist()
+    return found
 
 
 def _is_zero_or(values: NDArray[np.uint8], character: str) -> NDArray[np.bool_]:
@@ -156,6 +264,8 @@ def _named(members: Sequence[Member] | None) -> tuple[str, list[Place]] | None:
     first = members[0][0]
     folder, slash, base = first.rpartition(b"/")
     begin = folder + slash + base.partition(b".")[0] + b"."
+    if b"\0" in begin:
+        return None
     places, start = [], len(begin)
     for name, body, size in members:
         if name[:start] != begin or not (extension := _extension(name[start:])):
@@ -176,17 +286,8 @@ def _one_by_one(part: _Part, start: int, end: int) -> tuple[str, list[Place]]:
 
 
 def _sample(shard: str, key: str, places: list[Place], part: _Part) -> TextSample:
-    texts: dict[str, bytes] = {}
-    image: Place | None = None
-    for place in places:
-        extension, start, size = place
-        if extension in IMAGE_EXTENSIONS:
-            # The last of one extension counts, and of several the first in their order.
-            if image is None or IMAGE_EXTENSIONS.index(extension) <= IMAGE_EXTENSIONS.index(image[0]):
-                image = place
-        elif extension in TEXT_EXTENSIONS:
-            # A byte more than is allowed is enough for the reader of captions to refuse the member.
-            texts[extension] = part.read(start, size if size <= MOST_TEXT_BYTES else MOST_TEXT_BYTES + 1)
+    image = _image_of(enumerate(extension for extension, _, _ in places))
     if image is None:
-        raise BadSample("no image")
-    return TextSample(RawSample(shard, key, texts), *image)
+        raise BadSample(NO_IMAGE)
+    texts = {extension: part.text(start, size) for extension, start, size in places if extension in TEXT_EXTENSIONS}
+    return TextSample(RawSample(shard, key, texts), *places[image])
