@@ -39,7 +39,7 @@ def place(tmp_path_factory):
     rows = ["filepath\tcaption"]
     for i in range(COUNT):
         (folder / f"{i}.jpg").write_bytes(photograph(60 + 17 * (i % 9), 250 - 19 * (i % 8), i))
-        rows += [f"{i}.jpg\t{' '.join(WORDS[i % 3 : 4 + 3 * k])}" for k in range(1, 6)]
+        rows += [f"{i}.jpg\t{' '.join((2 * WORDS)[i % 3 : 4 + 7 * k])}" for k in range(1, 6)]
     (folder / "captions.tsv").write_text("\n".join(rows) + "\n")
     return str(folder)
 

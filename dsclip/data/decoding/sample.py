@@ -6,10 +6,8 @@ import io
 import json
 import re
 import warnings
-from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +28,7 @@ class BadSample(Exception):
     """A sample that can't be used; the message is one of few fixed reasons, so that they can be counted."""
 
 
-@dataclass(frozen=True)
-class RawSample:
+class RawSample(NamedTuple):
     """The members of one sample, undecoded. shard (see `ShardSet.identity`) and key say which it is."""
 
     shard: str
@@ -117,7 +114,9 @@ def read_negatives(raw: RawSample, negative_key: str, most: int | None = None) -
         except UnicodeDecodeError as error:
             raise BadSample("unreadable hard negatives") from error
     else:
-        value = _json_value(raw, negative_key, [])
+        value = _json_value(raw, negative_key, None)
+        if value is None:
+            return []
         lines = value if isinstance(value, list) else [value]
     return [text for c in lines if isinstance(c, str) and (text := c.strip())][:most]
 
@@ -157,9 +156,20 @@ def _number_word(number: Any) -> str | None:
     return str(int(number)) if number == int(number) else str(number)
 
 
-@lru_cache(maxsize=1)
 def _parsed(content: bytes) -> Any:
     """A .json member, parsed once for its captions, hard negatives and group."""
+    global _last_json
+    last, value = _last_json
+    if last is not content:
+        value = _decoded_json(content)
+        _last_json = content, value
+    return value
+
+
+_last_json: tuple[bytes | None, Any] = None, None  # one assignment, so that threads see a whole pair
+
+
+def _decoded_json(content: bytes) -> Any:
     try:  # json.loads first looks which encoding bytes have, for as long as it parses them
         text = content.decode()
         value, end = _SCAN_JSON(text, 0)
