@@ -156,6 +156,9 @@ def _number_word(number: Any) -> str | None:
     return str(int(number)) if number == int(number) else str(number)
 
 
+_last_json: tuple[bytes | None, Any] = None, None  # one assignment, so that threads see a whole pair
+
+
 def _parsed(content: bytes) -> Any:
     """A .json member, parsed once for its captions, hard negatives and group."""
     global _last_json
@@ -164,9 +167,6 @@ def _parsed(content: bytes) -> Any:
         value = _decoded_json(content)
         _last_json = content, value
     return value
-
-
-_last_json: tuple[bytes | None, Any] = None, None  # one assignment, so that threads see a whole pair
 
 
 def _decoded_json(content: bytes) -> Any:
