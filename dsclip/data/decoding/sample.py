@@ -20,7 +20,7 @@ TEACHER = "teacher.npy"  # a teacher's features, see `read_teacher`
 MEMBER_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", "neg.txt", TEACHER)
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 IN_VECTOR = r"npy:(\d+)"  # a part's key that is a place in the sample's .npy
-_SCAN_JSON = json.JSONDecoder().scan_once  # what `decode` calls between its looks for blanks
+_DECODE_JSON = json.JSONDecoder().raw_decode  # without the looks for blanks before and behind
 MOST_TEXT_BYTES = 1 << 20  # of a .txt, .json, .cls or .neg.txt member
 
 
@@ -172,9 +172,9 @@ def _parsed(content: bytes) -> Any:
 def _decoded_json(content: bytes) -> Any:
     try:  # json.loads first looks which encoding bytes have, for as long as it parses them
         text = content.decode()
-        value, end = _SCAN_JSON(text, 0)
+        value, end = _DECODE_JSON(text)
         return value if end == len(text) else json.loads(text)
-    except (ValueError, StopIteration):  # another encoding, or blanks before it
+    except ValueError:  # another encoding, or blanks before it
         return json.loads(content)
 
 

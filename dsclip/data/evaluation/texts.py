@@ -208,7 +208,7 @@ def _alike(levels: list[_Level], count: int) -> _Alike | None:
 
 def _used(names: NDArray[np.uint8]) -> int:
     """The length of the longest of names [n, 100], at least 1."""
-    return max(NAME_BYTES - int(names.any(axis=0)[::-1].argmax()), 1)
+    return int(np.flatnonzero(names.any(axis=0)).max(initial=0)) + 1
 
 
 def _samples_alike(shard: str, alike: _Alike, part: _Part, bad: Counter[str]) -> Iterator[TextSample]:
