@@ -9,31 +9,26 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dsclip.config.data_section import DataSection
 from dsclip.config.objective_section import ViewSection
-from dsclip.data.batch import OF_TEACHER, Batch, State, summed
+from dsclip.data.batch import Batch, State, summed
 from dsclip.data.decoding.tokenizer import Tokenizer
-from dsclip.data.order.exact import Order, SetOrder, check_split, default_streams
-from dsclip.data.order.shards import ShardOrder, check_readers
-from dsclip.data.reading.open_shards import check_copies_fit
+from dsclip.data.joining import join
+from dsclip.data.order.shards import ShardOrder
+from dsclip.data.ordered_sets import ordered_sets
 from dsclip.data.reading.part import Part
 from dsclip.data.reading.samples import SampleReader
 from dsclip.data.reading.slots import image_slots
 from dsclip.data.reading.stream import StreamWorker
 from dsclip.data.reading.worker import PREFETCH, Parts, Settings, Worker
 from dsclip.data.shards import identity as same_shards
-from dsclip.data.shards.identity import check_sizes
-from dsclip.data.shards.shard_set import ShardSet, named_shards, open_shards, told_apart
-from dsclip.data.shards.specification import resolve_shards
 from dsclip.data.sources.storage import Storage
 from dsclip.distributed import STOP_SIGNALS
 from dsclip.errors import UserError
@@ -67,10 +62,8 @@ def build_loader(
     are finished, and continues with the others on as many ranks and workers.
     """
     storage = Storage(tuple(data.trusted_hosts), data.retries)
-    check_order(data, global_batch_size, world_size, storage)
     exact = data.order == "exact"
-    make_order = _exact_order if exact else _shard_order
-    order, sets = make_order(data, storage, global_batch_size, seed, world_size)
+    order, sets = ordered_sets(data, storage, global_batch_size, seed, world_size)
     identity: dict[str, Any] = {
         "global_batch_size": global_batch_size, "streams" if exact else "readers (ranks x workers)": order.streams,
         "seed": seed, "shuffle_window": data.shuffle_window, "resampled": data.resampled, **same_shards.identity(sets),
@@ -91,60 +84,6 @@ def build_loader(
                 {"shard": shards.name(i), "what": "damaged", "detail": lost} for i, lost in shards.damage.items()
             ]
     return Loader(settings, identity, state, problems, journal)
-
-
-def _exact_order(
-    data: DataSection, storage: Storage, global_batch_size: int, seed: int, world_size: int
-) -> tuple[Order, list[ShardSet]]:
-    """The order of samples, and the sets that are mixed. Raises UserError for sets that can't be read."""
-    streams = data.streams or default_streams(global_batch_size)
-    sets = told_apart([open_shards(spec, storage) for spec in data_sets(data)])
-    for shards, spec in zip(sets, data_sets(data), strict=True):
-        if not shards.samples.sum():
-            reasons = ", ".join(f"{n} {reason}" for reason, n in shards.problems.items()) or "they are empty"
-            raise UserError(f"there is no sample in {spec} ({reasons})")
-        check_copies_fit(shards, storage)
-        check_sizes(shards, storage, skip=data.on_unreadable == "skip")
-    set_orders = [
-        SetOrder(
-            shards.samples, global_batch=global_batch_size, streams=streams, seed=seed, window=data.shuffle_window,
-            unit=data.shuffle_unit, resampled=data.resampled,
-        )
-        for shards in sets
-    ]  # fmt: skip
-    return Order(set_orders, data.weights, streams, seed), sets
-
-
-def _shard_order(
-    data: DataSection, storage: Storage, global_batch_size: int, seed: int, world_size: int
-) -> tuple[ShardOrder, list[ShardSet]]:
-    """The order of whole shards, one stream a worker of a rank, and the set that they are."""
-    shards = named_shards(data.train_shards, storage)
-    return ShardOrder(len(shards.locations), world_size * max(1, data.workers), seed, data.resampled), [shards]
-
-
-def check_order(data: DataSection, global_batch_size: int, world_size: int, storage: Storage) -> None:
-    """Raises UserError when the ranks and their workers can't share the data in the order that `data` asks for."""
-    if data.order == "exact":
-        streams = data.streams or default_streams(global_batch_size)
-        check_split(streams, global_batch_size, world_size, data.workers)
-        return
-    for name in ("weights", "streams", "shuffle_unit"):
-        if getattr(data, name) is not None:
-            raise UserError(f"data.{name} needs data.order=exact; with stream, shards are read from end to end")
-    check_readers(len(resolve_shards(data.train_shards, storage)), global_batch_size, world_size, data.workers)
-
-
-def data_sets(data: DataSection) -> Sequence[str | list[str]]:
-    """The shard specifications that are mixed: one without weights, and one for each weight."""
-    if data.weights is None:
-        return [data.train_shards]
-    parts = [data.train_shards] if isinstance(data.train_shards, str) else data.train_shards
-    if len(parts) != len(data.weights):
-        raise UserError(
-            f"data.weights has {len(data.weights)} values and data.train_shards {len(parts)} entries; give one for each"
-        )
-    return parts
 
 
 def merge_states(states: list[State]) -> State:
@@ -200,10 +139,10 @@ class Loader:
             if slots is not None:
                 of_batch = [replace(part, images=slots[w, part.images]) for w, part in enumerate(of_batch)]
             number += 1
-            yield self._join(of_batch, number, depth)
+            yield self._joined(of_batch, number, depth)
 
-    def _join(self, parts: list[Part], number: int, queue_depth: int | None) -> Batch:
-        """The parts of all workers as batch `number`, counted from 1, in the order of the streams, in memory that a GPU copies from."""
+    def _joined(self, parts: list[Part], number: int, queue_depth: int | None) -> Batch:
+        """Batch `number`, counted from 1, with the position after it and what the workers had to say."""
         first, _ = self._settings.streams
         report = summed([part.report for part in parts])
         drawn = [counts for part in parts for counts in part.drawn]
@@ -212,28 +151,8 @@ class Loader:
             queue_depth=queue_depth, epoch=self._settings.order.epochs(number * self._settings.global_batch, drawn, first),
         )  # fmt: skip
         self._problems, self._journal = Counter(), []
-        pixels = [torch.as_tensor(p.images).split(len(p.sample_ids)) for p in parts]
-        images, *others = [_concatenate(list(view)) for view in zip(*pixels, strict=True)]
-        others += [_joined(list(view)) for view in zip(*(p.texts for p in parts), strict=True)]
-        names = [view.name for view in self._settings.views]  # in order: images before texts
-        views = dict(zip(names, others, strict=True))
-        teacher = _joined_or_none([p.teacher for p in parts])
-        if teacher is not None:
-            taught = zip(("image", "text"), teacher.unbind(1), strict=True)
-            views |= {OF_TEACHER + name: x.contiguous() for name, x in taught}
-        return Batch(
-            images=images,
-            tokens=_joined([p.tokens for p in parts]),
-            sample_ids=_joined([p.sample_ids for p in parts]),
-            keys=_joined([p.keys for p in parts]),
-            hard_tokens=_joined_or_none([p.hard_tokens for p in parts]),
-            hard_owner=_hard_owner(parts),
-            augmentation=_joined_or_none([p.augmentation for p in parts]),
-            classes=_joined_or_none([p.classes for p in parts]),
-            views=views,
-            state={"batches": number, "first": first, "drawn": drawn, "order": self._identity},
-            report=report,
-        )
+        state = {"batches": number, "first": first, "drawn": drawn, "order": self._identity}
+        return join(parts, [view.name for view in self._settings.views], state, report)
 
 
 def _check_state(state: State, identity: dict[str, Any]) -> None:
@@ -257,31 +176,6 @@ def _checked(part: Part | UserError) -> Part:
     if isinstance(part, UserError):
         raise part
     return part
-
-
-def _joined(arrays: list[np.ndarray]) -> Tensor:
-    return _concatenate([torch.from_numpy(x) for x in arrays])
-
-
-def _joined_or_none(arrays: list[np.ndarray | None]) -> Tensor | None:
-    present = [x for x in arrays if x is not None]
-    return _joined(present) if present else None
-
-
-def _hard_owner(parts: list[Part]) -> Tensor | None:
-    """The rows of the batch that hard negatives belong to."""
-    firsts = np.cumsum([0, *(len(p.sample_ids) for p in parts[:-1])])
-    owners = [p.hard_owner if p.hard_owner is None else p.hard_owner + f for p, f in zip(parts, firsts, strict=True)]
-    return _joined_or_none(owners)
-
-
-def _concatenate(tensors: list[Tensor]) -> Tensor:
-    if not torch.cuda.is_available():
-        fresh = len(tensors) == 1 and not tensors[0].is_shared()  # a slot of shared memory is written again
-        return tensors[0] if fresh else torch.cat(tensors)
-    rows = sum(len(t) for t in tensors)
-    pinned = torch.empty(rows, *tensors[0].shape[1:], dtype=tensors[0].dtype, pin_memory=True)
-    return torch.cat(tensors, out=pinned)
 
 
 def _queue_depth(parts: Iterator[Part | UserError]) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dsclip.config.data_section import DataSection
-from dsclip.data.loader import data_sets
+from dsclip.data.ordered_sets import data_sets
 from dsclip.data.shards.manifest import read_manifest
 from dsclip.data.shards.specification import resolve_shards
 from dsclip.data.sources.storage import Storage

@@ -14,7 +14,8 @@ from dsclip.convert.init import starting_config, starting_tokenizer
 from dsclip.data import build_loader, load_tokenizer, resolve_shards
 from dsclip.data.decoding.tokenizer import Tokenizer
 from dsclip.data.layouts.recognise import recognise
-from dsclip.data.loader import Loader, check_order, data_sets
+from dsclip.data.loader import Loader
+from dsclip.data.ordered_sets import check_order, data_sets
 from dsclip.data.sources.storage import Storage
 from dsclip.distributed import Collectives, launched_ranks
 from dsclip.errors import UserError
