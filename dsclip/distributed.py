@@ -151,19 +151,23 @@ class Collectives:
             decision = store.get(f"dsclip/decision/{number}").decode()
         return decision or None
 
-    def arrive(self, subject: str) -> None:
-        """This rank is done with the subject, which it says once."""
+    def hand_in(self, word: str, subject: str) -> None:
+        """This rank's word on the subject, once; the one before, on another subject, is forgotten."""
         if self.world_size > 1:
-            dist.distributed_c10d._get_default_store().add(f"dsclip/arrived/{subject}", 1)
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"dsclip/handed in/{self.rank}", word)
+            store.add(f"dsclip/handed in/{subject}", 1)
 
-    def all_arrived(self, subject: str) -> bool:
-        """Whether all ranks are done with the subject, the same on all of them. As `decide`; for a single rank, yes."""
+    def handed_in(self, word: str | None, subject: str) -> list[str] | None:
+        """Each rank's word on the subject, in rank order, once all ranks have handed theirs in. For one rank to look, whenever it likes;
+        no device is read, and nobody waits. word: this rank's.
+        """
         if self.world_size == 1:
-            return True
-        here = 0
-        if self.rank == 0:
-            here = dist.distributed_c10d._get_default_store().add(f"dsclip/arrived/{subject}", 0)
-        return self.decide("all" if here == self.world_size else None, f"arrived {subject}") is not None
+            return None if word is None else [word]
+        store = dist.distributed_c10d._get_default_store()
+        if store.add(f"dsclip/handed in/{subject}", 0) < self.world_size:
+            return None
+        return [store.get(f"dsclip/handed in/{rank}").decode() for rank in range(self.world_size)]
 
     def barrier(self) -> None:
         """Waits for every rank."""

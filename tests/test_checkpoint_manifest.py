@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,11 +10,10 @@ import pytest
 import torch
 
 from dsclip.checkpoint import read_checkpoint
-from dsclip.checkpoint.manifest import MANIFEST, checkpoint_files, verify, write_manifest
-from dsclip.distributed import Collectives
+from dsclip.checkpoint.manifest import MANIFEST, content_of, verify, write_manifest
 from dsclip.errors import UserError
 from dsclip.model import resolve_preset
-from tests.thread_ranks import ThreadRanks
+from dsclip.saving.commit import write_manifest_file
 
 STATE = {
     "step": 3, "samples": 48, "world_size": 1, "zero_stage": 3, "recipe": {}, "data": [{}],
@@ -40,7 +38,7 @@ def checkpoint(tmp_path):
     torch.save({"weight": torch.ones(3)}, folder / "deepspeed" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    write_manifest(folder, STATE, Collectives.single())
+    write_manifest(folder, STATE)
     assert verify(folder)["step"] == 3
     return folder
 
@@ -166,17 +164,12 @@ def test_a_manifest_that_is_no_object_is_a_sentence(text, checkpoint):
     assert "is damaged" in refused(checkpoint)
 
 
-def test_files_that_one_rank_does_not_see_yet_are_in_the_manifest(checkpoint, monkeypatch):
-    """Over NFS the listings of two nodes differ for a while."""
-    everything = checkpoint_files(checkpoint)
+def test_files_that_the_committing_rank_does_not_see_yet_are_in_the_manifest(checkpoint, tmp_path):
+    """Over NFS the listings of two nodes differ for a while: what others wrote and hashed is believed."""
+    written = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    name = next(iter(written))
+    (checkpoint / name).rename(tmp_path / "elsewhere")
     (checkpoint / MANIFEST).unlink()
-    seen = threading.local()
-    monkeypatch.setattr("dsclip.checkpoint.manifest.checkpoint_files", lambda _: seen.names)
-
-    def work(group):
-        seen.names = everything[:1] if group.rank == 0 else everything[1:]
-        write_manifest(checkpoint, STATE, group)
-
-    ThreadRanks(2).run(work)
-    monkeypatch.undo()
-    assert set(verify(checkpoint)["files"]) == set(everything)
+    write_manifest_file(checkpoint, MANIFEST, content_of(STATE), {name: written[name]})
+    (tmp_path / "elsewhere").rename(checkpoint / name)
+    assert verify(checkpoint)["files"] == written and len(written) == 2

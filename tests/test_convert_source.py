@@ -15,7 +15,6 @@ from dsclip.convert import export_hf, load_init
 from dsclip.convert.init import starting_config
 from dsclip.convert.source import HIDDEN, open_source
 from dsclip.create import create_model
-from dsclip.distributed import Collectives
 from dsclip.errors import UserError
 from dsclip.evaluate.cli import _parser, evaluate
 from tests.test_checkpoint_manifest import STATE
@@ -89,7 +88,7 @@ def test_a_run_that_is_resumed_keeps_the_model_it_began_with(tmp_path):
     """Also when the weights it began with are gone."""
     checkpoint = tmp_path / "step_00000003"
     checkpoint.mkdir()
-    write_manifest(checkpoint, STATE | {"model": STATE["model"] | UNUSUAL}, Collectives.single())
+    write_manifest(checkpoint, STATE | {"model": STATE["model"] | UNUSUAL})
     config = starting_config(checkpoint, "demo")
     assert (config.activation, config.vision_heads, config.image_std) == ("quick_gelu", 2, (0.25, 0.25, 0.25))
 

@@ -1,19 +1,25 @@
 """Files that another process writes from copies: the same bytes, and the same words when they can't be written."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dsclip.files import sha256
 from dsclip.saving import Background, Problem, WriteNow
+from dsclip.saving.commit import commit
 from dsclip.saving.copied import HostCopies, tagged
-from dsclip.saving.shared_memory import SharedMemory, mapped
+from dsclip.saving.files import SAFETENSORS
+from dsclip.saving.shared_memory import Mapped, SharedMemory
 
 CPU = torch.device("cpu")
 
@@ -82,7 +88,7 @@ def test_what_the_process_writes_is_byte_for_byte_what_is_written_at_once(backgr
 
 def test_an_answer_that_comes_with_others_is_seen_by_who_doesnt_wait(background, tmp_path):
     for name in ("a", "b"):
-        background.remove(tmp_path / "nothing")
+        background.remove([str(tmp_path / "nothing")])
         files = background.files()
         files.text(name, tmp_path / name)
         background.write(files)
@@ -130,6 +136,69 @@ def test_a_folder_that_is_gone_is_told_in_the_same_words(background, tmp_path):
     assert not (tmp_path / "layout.json").exists()
 
 
+def test_tensors_are_read_by_the_library_as_it_would_have_written_them(tmp_path):
+    torch.manual_seed(0)
+    tensors = {
+        str(dtype): torch.randint(0, 2, (3, number), dtype=torch.int64).to(dtype)
+        for number, dtype in enumerate(SAFETENSORS)
+    } | {"number": torch.tensor(3.5), "turned": torch.randn(4, 5).T}
+    now = WriteNow()
+    now.tensors(tensors, tmp_path / "ours.safetensors", {"shapes": "{}", "naïve": "ü"})
+    assert now.written().problem is None
+    save_file(
+        {name: x.contiguous() for name, x in tensors.items()},
+        tmp_path / "theirs.safetensors",
+        {"shapes": "{}", "naïve": "ü"},
+    )
+    ours, theirs = (safe_open(tmp_path / name, "pt") for name in ("ours.safetensors", "theirs.safetensors"))
+    assert ours.metadata() == theirs.metadata() and set(ours.keys()) == set(theirs.keys()) == set(tensors)
+    for name, x in tensors.items():
+        assert torch.equal(ours.get_tensor(name), x) and ours.get_tensor(name).dtype == x.dtype, name
+
+
+def commit_of(folder: Path, final: Path, old: list[Path] = ()) -> dict:
+    return {"folder": str(folder), "final": str(final), "manifest": "m.json", "content": {"step": 3}, "written": {}, "old": [*map(str, old)]}  # fmt: skip
+
+
+def test_the_process_makes_a_checkpoint_of_a_folder_and_puts_old_ones_aside(background, tmp_path):
+    for name in ("new.tmp", "new", "older"):
+        (tmp_path / name / "part").mkdir(parents=True)
+        (tmp_path / name / "part" / "file").write_text(name)
+    background.commit(commit_of(tmp_path / "new.tmp", tmp_path / "new", [tmp_path / "older"]))
+    made = background.committed(wait=True)
+    assert made.problem is None and made.seconds > 0
+    assert made.aside == [str(tmp_path / "new.old.tmp"), str(tmp_path / "older.removed.tmp")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "new.old.tmp", "older.removed.tmp"]
+    said = json.loads((tmp_path / "new" / "m.json").read_text())
+    entry = {"bytes": 7, "sha256": sha256(tmp_path / "new" / "part" / "file")}
+    assert said == {"step": 3, "files": {"part/file": entry}} and entry["sha256"] == sha256(b"new.tmp")
+
+
+@pytest.mark.parametrize("where", ["at once", "by the process"])
+def test_a_commit_that_fails_says_why_and_leaves_what_was_there(where, background, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "older").mkdir()
+    order = commit_of(tmp_path / "gone", tmp_path / "new", [tmp_path / "older"])
+    if where == "at once":
+        made = commit(order)
+    else:
+        background.commit(order)
+        made = background.committed(wait=True)
+    told = Problem(f"{tmp_path / 'gone' / 'm.json.tmp'} could not be written (No such file or directory)")
+    assert made.problem == told and made.aside == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "older"]
+
+
+def test_no_crc_is_computed_for_what_has_a_sha256_and_others_get_theirs(tmp_path):
+    now = WriteNow()
+    now.torch(torch.arange(1000.0), tmp_path / "ours.pt")
+    torch.save(torch.arange(1000.0), tmp_path / "theirs.pt")
+    assert now.written().problem is None and torch.equal(torch.load(tmp_path / "ours.pt"), torch.arange(1000.0))
+    assert zipfile.ZipFile(tmp_path / "theirs.pt").testzip() is None
+    with pytest.raises(zipfile.BadZipFile, match="Bad CRC-32"):
+        zipfile.ZipFile(tmp_path / "ours.pt").read("archive/data/0")
+
+
 def test_signals_that_stop_a_job_leave_it_writing_and_the_end_of_its_rank_ends_it(tmp_path):
     code = f"""
 import os, signal, time, torch
@@ -162,7 +231,7 @@ def test_copies_are_as_many_storages_with_the_same_views():
     found = copies.of(state)
     assert len(copies.places) == 2 and torch.equal(found["b"][0], state["b"][0])
     assert found["b"][0].stride() == (1, 10) and found["a"].storage_offset() == 10
-    seen = mapped(memory.handle, copies.places[found["a"].untyped_storage()._cdata], whole.nbytes)
+    seen = Mapped(memory.handle).at(copies.places[found["a"].untyped_storage()._cdata], whole.nbytes)
     assert torch.equal(torch.empty(0).set_(seen), whole)
     found["b"][1][0] = 7
     assert found["b"][0][0, 0] == 7 and torch.empty(0).set_(seen)[0] == 7 and whole[0] == 0
@@ -191,6 +260,6 @@ def test_a_process_that_died_is_noticed_and_replaced_and_at_its_end_has_removed_
     background.write(files)
     assert background.written(wait=True).problem is None and (tmp_path / "two").read_text() == "x"
     (tmp_path / "old" / "deepspeed").mkdir(parents=True)
-    background.remove(tmp_path / "old")
+    background.remove([str(tmp_path / "old")])
     background.close()
     assert not (tmp_path / "old").exists()

@@ -163,7 +163,7 @@ def test_places_where_no_run_can_be_are_sentences(tmp_path):
 def checkpoint(run_dir: Path, step: int, lineage: dict | None) -> Path:
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
-    write_manifest(folder, STATE | {"step": step} | ({"lineage": lineage} if lineage else {}), Collectives.single())
+    write_manifest(folder, STATE | {"step": step} | ({"lineage": lineage} if lineage else {}))
     return folder
 
 
@@ -227,7 +227,7 @@ def with_weights(run_dir: Path, step: int) -> Path:
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
     (folder / "weights.bin").write_bytes(bytes(step))
-    write_manifest(folder, STATE | {"step": step}, Collectives.single())
+    write_manifest(folder, STATE | {"step": step})
     return folder
 
 

@@ -25,7 +25,6 @@ from dsclip.checkpoint.manifest import LaterRunState, write_manifest
 from dsclip.command_line import parser, run_tool, say
 from dsclip.config.schema import OptimSection
 from dsclip.data import load_tokenizer
-from dsclip.distributed import Collectives
 from dsclip.engine.consolidate import DEEPSPEED_TAG
 from dsclip.errors import RunFailed, UserError
 from dsclip.files import on_disk
@@ -122,7 +121,7 @@ def write_zero3(folder: Path, config: ClipConfig, ranks: int) -> int:
         "step": 1, "samples": 1, "world_size": ranks, "zero_stage": 3, "model": asdict(config), "recipe": {},
         "engine": {"step": 1, "scalars": {"log_scale": {"value": math.log(100)}}, "queue": None}, "data": [{}] * ranks,
     }  # fmt: skip
-    write_manifest(folder, state, Collectives.single())
+    write_manifest(folder, state)
     return model.parameter_count()
 
 

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any, NoReturn, TypedDict
 
 import torch
 
-from dsclip.distributed import Collectives
 from dsclip.engine.state import EngineState
 from dsclip.errors import UserError
-from dsclip.files import on_disk, sha256, write_whole
+from dsclip.files import sha256
+from dsclip.saving.commit import write_manifest_file
 from dsclip.saving.files import FileEntry
 
 MANIFEST = "dsclip.json"
@@ -71,33 +70,14 @@ FIELDS = {
 }  # fmt: skip
 
 
-def checkpoint_files(folder: Path) -> list[str]:
-    """Relative paths of all files but the manifest, sorted."""
-    files = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return sorted(name for name in files if name != MANIFEST)
+def content_of(state: LaterRunState) -> dict[str, Any]:
+    """All of the manifest but the files."""
+    return {"format": FORMAT, **state}
 
 
-def write_manifest(
-    folder: Path, state: LaterRunState, group: Collectives, written: Mapping[str, FileEntry] = MappingProxyType({})
-) -> None:
-    """Collective. Rank 0 writes the manifest, which makes the folder a checkpoint.
-
-    written: files by their whole path that this rank has on the disk, hashed while they were written. Ranks share the hashing of
-    the others.
-    """
-    # All ranks' listings together: over NFS a rank may not see yet what another node wrote, and each must hash its share
-    # of the same list.
-    names = sorted({name for listing in group.all_gather_object(checkpoint_files(folder)) for name in listing})
-    mine = {Path(path).relative_to(folder).as_posix(): entry for path, entry in written.items()}
-    known = {name for part in group.all_gather_object(list(mine)) for name in part}
-    for name in [name for name in names if name not in known][group.rank :: group.world_size]:
-        on_disk(folder / name)  # a manifest never outlives what it lists, power cuts included
-        mine[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-    entries = {name: entry for part in group.all_gather_object(mine) for name, entry in part.items()}
-    if group.rank == 0:
-        manifest = {"format": FORMAT, **state, "files": dict(sorted(entries.items()))}
-        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
-    group.barrier()
+def write_manifest(folder: Path, state: LaterRunState) -> None:
+    """Writes the manifest of what the folder holds, which makes it a checkpoint."""
+    write_manifest_file(folder, MANIFEST, content_of(state), {})
 
 
 def read_manifest(folder: Path) -> Manifest:

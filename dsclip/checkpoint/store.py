@@ -6,25 +6,28 @@ Between the steps, or by other processes while training goes on: the files and t
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, step_of
-from dsclip.checkpoint.manifest import LaterRunState, write_manifest
+from dsclip.checkpoint.manifest import MANIFEST, LaterRunState, content_of
 from dsclip.distributed import Collectives
 from dsclip.errors import RunFailed, UserError
-from dsclip.files import on_disk
 from dsclip.saving import Background, Files, Problem, WriteNow, Written
-from dsclip.saving.files import problem_of
+from dsclip.saving.commit import Commit, commit, remove_folders
+from dsclip.saving.files import FileEntry, problem_of
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
     from dsclip.engine.contrastive import ContrastiveEngine
 
 
 ROOM = 1.05  # beside the tensors: containers, tokenizer, manifest
+LOOK_S = 0.02  # between two looks at whether the other ranks have written
 _copies = itertools.count()  # of this process; the same on all ranks
 
 
@@ -52,11 +55,16 @@ class NoRoom(NotSaved):
 
 @dataclass
 class UnderWay:
-    """A checkpoint that is being written. written: this rank's part, once it is."""
+    """A checkpoint that is being written. part: what this rank said of its own, once it is written.
+
+    seconds: that the slowest rank wrote; None until rank 0 knows of all and has the checkpoint made.
+    """
 
     state: LaterRunState
     subject: str
-    written: Written | None = None
+    part: str | None = None
+    seconds: float | None = None
+    aside: list[str] = field(default_factory=list)
 
 
 class CheckpointStore:
@@ -93,7 +101,17 @@ class CheckpointStore:
         """
         files = WriteNow()
         state = self._state(engine, files, data_state, recipe, counters)
-        return self._commit(state, engine.group, files.written())
+        group, written = engine.group, files.written()
+        temporary = self._temporary(engine.step)
+        parts = group.all_gather_object(_part(written, temporary))
+        self._refuse([part.problem for part in parts], temporary, group)
+        self._check_lock(group)
+        made = commit(self._order(state, parts)) if group.rank == 0 else None
+        self._refuse([group.broadcast_object(made and made.problem)], temporary, group)
+        self._lineage = self._lineage.saved(engine.step)
+        remove_folders(made.aside if made else [])
+        group.barrier()
+        return temporary.with_suffix("")
 
     def copy(
         self,
@@ -121,21 +139,50 @@ class CheckpointStore:
         return None if self._under_way is None else self._under_way.state["step"]
 
     def finish(self, group: Collectives, *, wait: bool) -> tuple[Path, float] | None:
-        """The checkpoint that was under way and the seconds that its slowest rank wrote; None while a rank writes, unless all wait.
+        """The checkpoint that was under way and the seconds that its slowest rank and then rank 0 wrote; None until all is done, unless
+        all ranks wait.
 
-        Collective, without a look at a device while nothing is finished. Raises as `save`, and NotSaved when a rank's writing
-        process has died; nothing is under way then.
+        Collective, without a look at a device. Once every rank's part is on the disk, rank 0's process makes the checkpoint, which takes
+        two looks at least. Raises as `save`, and NotSaved when a writing process has died; nothing is under way then.
         """
         if (under_way := self._under_way) is None or self._background is None:
             return None
-        if under_way.written is None and (written := self._background.written(wait=wait)) is not None:
-            under_way.written = written
-            group.arrive(under_way.subject)
-        if not (wait or group.all_arrived(under_way.subject)) or under_way.written is None:
+        temporary = self._temporary(under_way.state["step"])
+        if under_way.part is None and (written := self._background.written(wait=wait)) is not None:
+            under_way.part = json.dumps(_part(written, temporary))
+            group.hand_in(under_way.part, under_way.subject)
+        outcome = self._outcome(under_way, self._background, group, wait=wait) if group.rank == 0 else None
+        if (word := group.decide(outcome and json.dumps(outcome), under_way.subject)) is None:
             return None
         self._under_way = None
-        folder = self._commit(under_way.state, group, under_way.written)
-        return folder, max(group.all_gather_object(under_way.written.seconds))
+        problems, lost, seconds = json.loads(word)
+        self._refuse([Problem(*problem) for problem in problems], temporary, group)
+        if lost:
+            raise UserError(self._taken_over)
+        self._lineage = self._lineage.saved(under_way.state["step"])
+        self._background.remove(under_way.aside)
+        return temporary.with_suffix(""), seconds
+
+    def _outcome(
+        self, under_way: UnderWay, background: Background, group: Collectives, *, wait: bool
+    ) -> tuple[list[Problem], bool, float] | None:
+        """(problems, whether another run has the folder, seconds) by rank 0, when the checkpoint is made or can't be; None before."""
+        if under_way.seconds is None:
+            while (words := group.handed_in(under_way.part, under_way.subject)) is None:
+                if not wait:
+                    return None
+                time.sleep(LOOK_S)
+            parts = [Part(*json.loads(word)) for word in words]
+            if problems := [Problem(*part.problem) for part in parts if part.problem is not None]:
+                return problems, False, 0.0
+            if not self._holds_lock():
+                return [], True, 0.0
+            under_way.seconds = max(part.seconds for part in parts)
+            background.commit(self._order(under_way.state, parts))
+        if (made := background.committed(wait=wait)) is None:
+            return None
+        under_way.aside = made.aside
+        return [] if made.problem is None else [made.problem], False, under_way.seconds + made.seconds
 
     def close(self) -> None:
         """Ends the writing process. What is under way is given up."""
@@ -169,19 +216,17 @@ class CheckpointStore:
             "data": group.all_gather_object(data_state),
         }
 
-    def _commit(self, state: LaterRunState, group: Collectives, written: Written) -> Path:
-        """The files of all ranks become a checkpoint, or none does. Collective."""
+    def _order(self, state: LaterRunState, parts: list[Part]) -> Commit:
+        """What is left to do when all parts are on the disk. Of old checkpoints only those that lead to the present state count and go."""
         temporary = self._temporary(state["step"])
-        self._check_written(written.problem, temporary, group)
-        self._check_lock(group)
-        write_manifest(temporary, state, group, written.entries)
-        self._lineage = self._lineage.saved(state["step"])
         final = temporary.with_suffix("")
-        if group.rank == 0:
-            _replace(final, temporary)
-            self._remove_old()
-        group.barrier()
-        return final
+        lineage = self._lineage.saved(state["step"]).steps
+        of_this_state = {final, *(c for c in complete_checkpoints(self.folder) if step_of(c) in lineage)}
+        return {
+            "folder": str(temporary), "final": str(final), "manifest": MANIFEST, "content": content_of(state),
+            "written": {name: entry for part in parts for name, entry in part.entries.items()},
+            "old": [str(c) for c in sorted(of_this_state, key=step_of)[: -self._keep]],
+        }  # fmt: skip
 
     def _temporary(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}.tmp"
@@ -192,11 +237,15 @@ class CheckpointStore:
         return path if step in self._lineage.steps and path in complete_checkpoints(self.folder) else None
 
     def _check_lock(self, group: Collectives) -> None:
-        lost = group.broadcast_object(self._lock is not None and not self._lock.held())
-        if lost:
-            raise UserError(
-                f"another run took over {self.folder.parent} while this one was stopped; nothing more is written there"
-            )
+        if not group.broadcast_object(group.rank != 0 or self._holds_lock()):
+            raise UserError(self._taken_over)
+
+    def _holds_lock(self) -> bool:
+        return self._lock is None or self._lock.held()
+
+    @property
+    def _taken_over(self) -> str:
+        return f"another run took over {self.folder.parent} while this one was stopped; nothing more is written there"
 
     def _prepare(self, temporary: Path, group: Collectives) -> None:
         """An empty folder with the tokenizer, where the rest has room. Rank 0 makes it."""
@@ -211,11 +260,11 @@ class CheckpointStore:
                     self._tokenizer.save(temporary / "tokenizer")
             except OSError as error:
                 problem = problem_of(error, temporary)
-        self._check_written(problem, temporary, group)
+        self._refuse([group.broadcast_object(problem)], temporary, group)
 
-    def _check_written(self, problem: Problem | None, temporary: Path, group: Collectives) -> None:
-        """Raises, on all ranks alike, when one of them has a problem. Collective."""
-        problems = [p for p in group.all_gather_object(problem) if p is not None]
+    def _refuse(self, found: list[Problem | None], temporary: Path, group: Collectives) -> None:
+        """Raises when a rank has a problem. found: the same on all ranks, which raise alike."""
+        problems = [p for p in found if p is not None]
         if not problems:
             return
         if group.rank == 0:
@@ -232,26 +281,18 @@ class CheckpointStore:
     def _newest(self) -> str:
         return f"that of step {max(self._lineage.steps)}" if self._lineage.steps else "none: nothing is saved yet"
 
-    def _remove_old(self) -> None:
-        """Only checkpoints that lead to the present state count and are removed."""
-        of_this_state = [c for c in complete_checkpoints(self.folder) if step_of(c) in self._lineage.steps]
-        for folder in of_this_state[: -self._keep]:
-            # Half removed, it must not look complete; and the step may be saved again meanwhile.
-            aside = folder.rename(folder.with_name(folder.name + ".removed.tmp"))
-            if self._background is None:
-                shutil.rmtree(aside, ignore_errors=True)
-            else:
-                self._background.remove(aside)
+
+class Part(NamedTuple):
+    """What a rank says of its part of a checkpoint, as JSON holds it. entries: its files by their paths in the folder."""
+
+    entries: dict[str, FileEntry]
+    problem: Problem | None
+    seconds: float
 
 
-def _replace(final: Path, temporary: Path) -> None:
-    """Puts a finished checkpoint into its place; one that stood there goes only afterwards."""
-    old = final.with_name(final.name + ".old.tmp")
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
-    on_disk(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _part(written: Written, folder: Path) -> Part:
+    entries = {Path(path).relative_to(folder).as_posix(): entry for path, entry in written.entries.items()}
+    return Part(entries, written.problem, written.seconds)
 
 
 def remove_unfinished(folder: Path) -> list[str]:

@@ -18,7 +18,6 @@ from dsclip.convert.safetensors_file import write_one_file
 from dsclip.convert.streamed import empty_clip
 from dsclip.convert.tokenizer_folder import write_tokenizer
 from dsclip.convert.weights import fitting
-from dsclip.distributed import Collectives
 
 
 def export_dsclip(model: Checkpoint, out: Path) -> None:
@@ -40,4 +39,4 @@ def export_dsclip(model: Checkpoint, out: Path) -> None:
             "step": model.step, "samples": model.samples, "world_size": 1, "zero_stage": 0, "model": asdict(model.config),
             "recipe": model.recipe, "engine": {"step": model.step, "scalars": scalars, "queue": None}, "data": [],
         }  # fmt: skip
-        write_manifest(temporary, state, Collectives.single())
+        write_manifest(temporary, state)

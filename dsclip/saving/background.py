@@ -9,15 +9,18 @@ import select
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from dsclip.saving.commit import Commit, Committed
 from dsclip.saving.copied import CopiedFiles
 from dsclip.saving.files import Problem, Written
 from dsclip.saving.shared_memory import SharedMemory, pages
 
+PIPE_BYTES = (
+    1 << 20
+)  # an order must not wait until the process is done with the one before; what an unprivileged one may ask for
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -36,7 +39,7 @@ class Background:
     def __init__(self, size: int, device: torch.device):
         self._memory = SharedMemory(size, pinned=device.type == "cuda")
         self._device, self._size = device, size
-        self._busy: int | None = None  # the order that is being obeyed
+        self._busy: int | None = None  # the order to write or to commit that is being obeyed
         self._written = Written({}, None, 0.0)  # the last part
         self._process = self._start()
 
@@ -51,7 +54,7 @@ class Background:
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-                pass_fds=[self._memory.handle],
+                pass_fds=[self._memory.handle], pipesize=PIPE_BYTES,
             )  # fmt: skip
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -73,9 +76,23 @@ class Background:
         if files.problem is None:
             self._busy = self._order({"write": jobs})
 
-    def remove(self, folder: Path) -> None:
-        """Removes a folder some time: large files take a while to go."""
-        self._order({"remove": str(folder)})
+    def commit(self, order: Commit) -> None:
+        """Begins to make a checkpoint of a folder, when all that is in it has been written, by whoever it was."""
+        self._busy = self._order({"commit": order})
+
+    def committed(self, *, wait: bool) -> Committed | None:
+        """What became of the commit that was begun last; None while it goes on, if nobody waits."""
+        if self._busy is None:
+            raise RuntimeError("no commit was begun")
+        if (answer := self._answer(self._busy, wait=wait)) is None:
+            return None
+        self._busy = None
+        return Committed(problem_in(answer), answer.get("aside", []), answer.get("seconds", 0.0))
+
+    def remove(self, folders: list[str]) -> None:
+        """Removes folders some time: large files take a while to go."""
+        if folders:
+            self._order({"remove": folders})
 
     def written(self, *, wait: bool) -> Written | None:
         """What became of the part; None while it is being written, if nobody waits."""
@@ -84,9 +101,8 @@ class Background:
         answer = self._answer(self._busy, wait=wait)
         if answer is None:
             return None
-        problem = answer.get("problem")
-        told = None if problem is None else Problem(*problem)
-        self._busy, self._written = None, Written(answer.get("entries", {}), told, answer.get("seconds", 0.0))
+        written = Written(answer.get("entries", {}), problem_in(answer), answer.get("seconds", 0.0))
+        self._busy, self._written = None, written
         return self._written
 
     def close(self) -> None:
@@ -120,7 +136,7 @@ class Background:
             if not (more := os.read(answers, 1 << 16)):
                 code = self._process.wait()
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                return {"problem": Problem(f"the process that writes it ({self._process.pid}) {how}")}
+                return {"problem": [f"the process that writes it ({self._process.pid}) {how}"]}
             self._read += more
 
     @staticmethod
@@ -128,3 +144,9 @@ class Background:
         if pipe is None:
             raise RuntimeError("the process was started without pipes")
         return pipe
+
+
+def problem_in(answer: dict[str, Any]) -> Problem | None:
+    """As JSON holds it."""
+    problem = answer.get("problem")
+    return None if problem is None else Problem(*problem)

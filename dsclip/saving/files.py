@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
-import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, TypedDict, cast
+from typing import IO, Any, NamedTuple, Protocol, TypedDict, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dsclip.files import on_disk, permit_as_new, sha256
+from dsclip.files import on_disk
 
+T = TypeVar("T")
 PIECE = 1 << 24  # bytes written at a time; the disk begins with each at once
 ALONE = 1 << 16  # so few bytes are hashed without another thread
+SAFETENSORS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -69,7 +74,8 @@ class WriteNow:
 
     def torch(self, content: Any, path: Path) -> None:
         """See `Files`."""
-        self._write(path, lambda file: torch.save(content, cast(IO[bytes], file)))
+        with without_crc():
+            self._write(path, lambda file: torch.save(content, cast(IO[bytes], file)))
 
     def tensors(self, tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
         """See `Files`."""
@@ -80,22 +86,42 @@ class WriteNow:
         self._write(path, lambda file: file.write(content.encode()))
 
     def written(self) -> Written:
-        """What became of all files."""
+        """What became of all files, once they are on the disk."""
+        for path in self._entries:  # only now: the disk is busy with all of them, and none waits for another's hash
+            self._attempt(Path(path), partial(on_disk, Path(path)))
         return Written(self._entries, self._problem, self._seconds)
 
     def attempt(self, path: Path, write: Callable[[], FileEntry]) -> None:
-        """write() makes the file, on the disk, and says what is in it; its problem is noted."""
+        """write() makes the file and says what is in it; its problem is noted."""
+        if (entry := self._attempt(path, write)) is not None:
+            self._entries[str(path)] = entry
+
+    def _attempt(self, path: Path, work: Callable[[], T]) -> T | None:
         if self._problem is not None:
-            return
+            return None
         started = time.monotonic()
         try:
-            self._entries[str(path)] = write()
-        except (OSError, SafetensorError) as error:
+            return work()
+        except OSError as error:
             self._problem = problem_of(error, path)
-        self._seconds += time.monotonic() - started
+            return None
+        finally:
+            self._seconds += time.monotonic() - started
 
     def _write(self, path: Path, content: Callable[[HashedFile], object]) -> None:
         self.attempt(path, lambda: write_hashed(path, content))
+
+
+@contextmanager
+def without_crc() -> Iterator[None]:
+    """Within it `torch.save` writes no CRC-32 of each record: the manifest has SHA-256, torch never compares the CRC, and computing it is a
+    third pass over the bytes, which nothing else goes on beside."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class HashedFile:
@@ -139,8 +165,7 @@ class HashedFile:
         """Nothing is held back."""
 
     def finish(self) -> FileEntry:
-        """Returns when the content is on the disk."""
-        os.fsync(self._file.fileno())
+        """What is in it, on its way to the disk."""
         if (size := os.fstat(self._file.fileno()).st_size) != self._bytes:
             raise OSError(errno.EIO, f"{size} bytes are there of {self._bytes} that were written")
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
@@ -166,17 +191,33 @@ def write_hashed(path: Path, content: Callable[[HashedFile], object]) -> FileEnt
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None) -> FileEntry:
-    """A safetensors file, which its library writes. Raises SafetensorError or OSError."""
-    save_file(dict(tensors), str(path), metadata=metadata)
-    permit_as_new(path)
-    on_disk(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    """A safetensors file: the header's length as uint64, little-endian; the header in JSON; the tensors. Raises OSError.
+
+    The library's writer would take another process's memory once more, and its file would have to be read again for the hash.
+    """
+    names = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # each begins at a multiple of its numbers' size
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        x = tensors[name]
+        start, end = end, end + x.numel() * x.element_size()
+        header[name] = {"dtype": SAFETENSORS[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def content(file: HashedFile) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            x = tensors[name].detach().cpu().contiguous().view(-1)
+            if len(x):
+                file.write(x.view(torch.uint8).numpy().data)
+
+    return write_hashed(path, content)
 
 
-def problem_of(error: Exception, path: Path) -> Problem:
+def problem_of(error: OSError, path: Path) -> Problem:
     """What a write raised, in words that name the file."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (said := re.search(r"os error (\d+)", str(error))):  # as safetensors says it
-        number = int(said[1])
-    reason = os.strerror(number) if number else str(error)
-    return Problem(f"{path} could not be written ({reason})", number in NO_ROOM)
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return Problem(f"{path} could not be written ({reason})", error.errno in NO_ROOM)

@@ -9,17 +9,18 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsclip.saving.files import FileEntry, HashedFile, WriteNow, write_hashed, write_tensors
-from dsclip.saving.shared_memory import allot, mapped
+from dsclip.saving.commit import commit, remove_folders
+from dsclip.saving.files import FileEntry, HashedFile, WriteNow, without_crc, write_hashed, write_tensors
+from dsclip.saving.shared_memory import Mapped
 
 PR_SET_PDEATHSIG = 1
 NICE = 5  # what trains has the cores first
@@ -35,30 +36,33 @@ def main(handle: int, rank: int) -> None:
         return
     with contextlib.suppress(OSError):
         os.nice(NICE)
+    memory = Mapped(handle)
     for line in sys.stdin:
         order = json.loads(line)
-        print(json.dumps({"number": order["number"], **obey(handle, order)}), file=answers, flush=True)
+        print(json.dumps({"number": order["number"], **obey(memory, order)}), file=answers, flush=True)
 
 
-def obey(handle: int, order: dict[str, Any]) -> dict[str, Any]:
-    """The answer to an order: to `allot` bytes of the memory, `remove` a folder or `write` files."""
+def obey(memory: Mapped, order: dict[str, Any]) -> dict[str, Any]:
+    """The answer to an order: to `allot` bytes of the memory, `write` files, `commit` a folder or `remove` some."""
     if "allot" in order:
         with contextlib.suppress(OSError):  # which the rank meets too
-            allot(handle, 0, order["allot"])
+            memory.allot(order["allot"])
         return {}
     if "remove" in order:
-        shutil.rmtree(order["remove"], ignore_errors=True)
+        remove_folders(order["remove"])
         return {}
+    if "commit" in order:
+        return commit(order["commit"])._asdict()
     started, files = time.monotonic(), WriteNow()
     for job in order["write"]:
         path = Path(job["path"])
-        files.attempt(path, lambda job=job, path=path: write(handle, job, path))  # type: ignore[misc]
+        files.attempt(path, partial(write, memory, job, path))
     entries, problem, _ = files.written()
     return {"entries": entries, "problem": problem, "seconds": time.monotonic() - started}
 
 
-def write(handle: int, job: dict[str, Any], path: Path) -> FileEntry:
-    """One file. Raises OSError or SafetensorError."""
+def write(memory: Mapped, job: dict[str, Any], path: Path) -> FileEntry:
+    """One file. Raises OSError."""
     if job["kind"] == "text":
         return write_hashed(path, lambda file: file.write(job["content"].encode()))
     if job["kind"] == "tensors":
@@ -66,18 +70,18 @@ def write(handle: int, job: dict[str, Any], path: Path) -> FileEntry:
         for record in job["records"]:
             numbers = torch.empty(0, dtype=torch.uint8)
             if record["size"]:
-                numbers.set_(mapped(handle, record["place"], record["size"]))
+                numbers.set_(memory.at(record["place"], record["size"]))
             tensors[record["name"]] = numbers.view(getattr(torch, record["dtype"])).view(record["shape"])
         return write_tensors(tensors, path, job["metadata"])
-    return write_hashed(path, lambda file: write_records(handle, job["records"], file))
+    return write_hashed(path, partial(write_records, memory, job["records"]))
 
 
-def write_records(handle: int, records: list[dict[str, Any]], file: HashedFile) -> None:
+def write_records(memory: Mapped, records: list[dict[str, Any]], file: HashedFile) -> None:
     """As `torch.save` ends: its own writer, and the records in their order."""
-    with torch.serialization._open_zipfile_writer(file) as archive:  # type: ignore[arg-type]
+    with without_crc(), torch.serialization._open_zipfile_writer(file) as archive:  # type: ignore[arg-type]
         for record in records:
             size = record["size"]
-            content = mapped(handle, record["place"], size) if size else b""
+            content = memory.at(record["place"], size) if size else b""
             archive.write_record(record["name"], content, size)
 
 

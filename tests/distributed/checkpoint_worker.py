@@ -1,6 +1,9 @@
 """Run on every rank: saves, resumes and reads back checkpoints of each ZeRO stage; writes one JSON file."""
 
 import json
+import os
+import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,6 +13,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from dsclip.checkpoint import (
     CheckpointStore,
+    NotSaved,
     complete_checkpoints,
     find_checkpoint,
     load_checkpoint,
@@ -71,12 +75,13 @@ def resume_case(
     weights |= {n: balance.float() for n, balance in first.module.named_buffers()}
     scale = first.scalars.scale
     later = CheckpointStore(folder / "copied", keep=2, tokenizer=NoTokenizer(), background=background)
+    if first_of_all:
+        stopped_case(first, later, group, background)
     later.copy(first, {"position": group.rank}, {})
     finished = later.finish(group, wait=False)
     under_way = finished is None
     expected = begun + losses(first, group, 6)  # of which the copy knows nothing
     while finished is None:
-        assert not complete_checkpoints(later.folder), "no part is a checkpoint before all are"
         finished = later.finish(group, wait=False)
         time.sleep(0.01)
     first.close()
@@ -116,6 +121,28 @@ def resume_case(
         result["undisturbed"] = losses(undisturbed, group, 6)
         undisturbed.close()
     return result
+
+
+def stopped_case(engine, store: CheckpointStore, group: Collectives, background: Background) -> None:
+    """The process of rank 1 stands still, then dies: no part is a checkpoint before all are, and all ranks are told the same."""
+    process = background._process
+    if group.rank == 1:
+        os.kill(process.pid, signal.SIGSTOP)
+    store.copy(engine, {"position": group.rank}, {})
+    for _ in range(20):
+        assert store.finish(group, wait=False) is None and not complete_checkpoints(store.folder)
+        time.sleep(0.02)
+    if group.rank == 1:
+        process.kill()
+    try:
+        store.finish(group, wait=True)
+        raise AssertionError("a part is missing")
+    except NotSaved as error:
+        assert re.match(
+            r"the process that writes it \(\d+\) was killed by SIGKILL. The newest checkpoint is none", str(error)
+        ), error
+    group.barrier()
+    assert store.under_way is None and not list(store.folder.iterdir())
 
 
 def main(out: str, folder: str) -> None:
