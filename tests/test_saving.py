@@ -19,6 +19,7 @@ from dsclip.saving import Background, Problem, WriteNow
 from dsclip.saving.commit import commit
 from dsclip.saving.copied import HostCopies, tagged
 from dsclip.saving.files import SAFETENSORS
+from dsclip.saving.hashed_file import HashedFile
 from dsclip.saving.shared_memory import Mapped, SharedMemory
 
 CPU = torch.device("cpu")
@@ -197,6 +198,24 @@ def test_no_crc_is_computed_for_what_has_a_sha256_and_others_get_theirs(tmp_path
     assert zipfile.ZipFile(tmp_path / "theirs.pt").testzip() is None
     with pytest.raises(zipfile.BadZipFile, match="Bad CRC-32"):
         zipfile.ZipFile(tmp_path / "ours.pt").read("archive/data/0")
+
+
+def test_a_copy_goes_past_the_cache_and_is_the_same(tmp_path):
+    memory = SharedMemory(1 << 20)
+    place, storage = memory.take((1 << 18) + 7)
+    numbers = torch.empty(0, dtype=torch.uint8).set_(storage)
+    numbers.random_(0, 256)
+    files = [HashedFile(tmp_path / name) for name in ("pages", "begins within a page", "memory within a page")]
+    for file, before, skipped in zip(files, (4096, 5, 0), (0, 0, 1), strict=True):
+        file.write(bytes(before))
+        file.write(numbers[skipped:].numpy().data)
+        file.write(b"end")
+        entry, expected = file.finish(), bytes(before) + numbers[skipped:].numpy().tobytes() + b"end"
+        file.close()
+        path = tmp_path / ("pages", "begins within a page", "memory within a page")[files.index(file)]
+        assert path.read_bytes() == expected and entry == {"bytes": len(expected), "sha256": sha256(expected)}
+    can = hasattr(os, "O_DIRECT") and place % 4096 == 0
+    assert [file.direct_bytes for file in files] == [1 << 18 if can else 0, 0, 0]
 
 
 def test_signals_that_stop_a_job_leave_it_writing_and_the_end_of_its_rank_ends_it(tmp_path):

@@ -22,7 +22,7 @@ from dsclip.engine.state import EngineState
 from dsclip.errors import UserError
 from dsclip.files import sha256
 from dsclip.saving.commit import write_manifest_file
-from dsclip.saving.files import FileEntry
+from dsclip.saving.hashed_file import FileEntry
 
 MANIFEST = "dsclip.json"
 FORMAT = "dsclip-checkpoint-1"

@@ -20,7 +20,8 @@ from dsclip.distributed import Collectives
 from dsclip.errors import RunFailed, UserError
 from dsclip.saving import Background, Files, Problem, WriteNow, Written
 from dsclip.saving.commit import Commit, commit, remove_folders
-from dsclip.saving.files import FileEntry, problem_of
+from dsclip.saving.files import problem_of
+from dsclip.saving.hashed_file import FileEntry
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
     from dsclip.engine.contrastive import ContrastiveEngine
@@ -84,6 +85,7 @@ class CheckpointStore:
         self._background = background
         self._under_way: UnderWay | None = None
         self._keep, self._tokenizer, self._lock = keep, tokenizer, lock
+        self._of_tokenizer: dict[Path, bytes] | None = None
         self._lineage = lineage or Lineage(run_dir.name)
 
     def save(
@@ -257,10 +259,23 @@ class CheckpointStore:
                 if shutil.disk_usage(temporary).free < self._needed:
                     problem = Problem("the disk is too full", no_room=True)
                 else:
-                    self._tokenizer.save(temporary / "tokenizer")
+                    self._save_tokenizer(temporary / "tokenizer")
             except OSError as error:
                 problem = problem_of(error, temporary)
         self._refuse([group.broadcast_object(problem)], temporary, group)
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        """Its files are the same each time, and making them takes longer than writing them."""
+        if self._of_tokenizer is None:
+            self._tokenizer.save(folder)
+            self._of_tokenizer = {
+                path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+            }
+            return
+        folder.mkdir()
+        for name, content in self._of_tokenizer.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
 
     def _refuse(self, found: list[Problem | None], temporary: Path, group: Collectives) -> None:
         """Raises when a rank has a problem. found: the same on all ranks, which raise alike."""

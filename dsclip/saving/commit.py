@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from dsclip.files import on_disk, sha256, write_whole
-from dsclip.saving.files import FileEntry, Problem, problem_of
+from dsclip.saving.files import Problem, problem_of
+from dsclip.saving.hashed_file import FileEntry
 
 
 class Commit(TypedDict):

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from dsclip.saving.files import Problem
-from dsclip.saving.shared_memory import SharedMemory
+from dsclip.saving.files import Problem, as_checkpoints_are_saved
+from dsclip.saving.shared_memory import ALIGNMENT, SharedMemory
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class CopiedFiles:
             copies = HostCopies(self._memory, self._stream)
             copied = copies.of(content)
             noted = _Records(self._memory, copies.places)
-            with tagged(copies.locations):
+            with tagged(copies.locations), as_checkpoints_are_saved():
                 # The file's own writer would hash and write each record where this one notes it.
                 torch.serialization._save(copied, noted, pickle, 2, False)
             job.records = noted.records
@@ -129,7 +129,7 @@ class HostCopies:
         """The same containers and objects, with the copies in the place of tensors."""
         found = {id(tensor): tensor for tensor in tensors_in(content)}
         storages = {x.untyped_storage()._cdata: x.untyped_storage() for x in found.values()}
-        self._memory.reserve(sum(storage.nbytes() + 64 for storage in storages.values()))
+        self._memory.reserve(sum(storage.nbytes() + ALIGNMENT for storage in storages.values()))
         return copy.deepcopy(content, {number: self._copy(tensor) for number, tensor in found.items()})
 
     def numbers(self, numbers: Tensor) -> int:

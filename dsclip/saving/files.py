@@ -1,39 +1,30 @@
-"""Files that are hashed while they are written, and what went wrong with them in words that all ranks can be told."""
+"""The files of a rank's part of a checkpoint, written at once; and what went wrong with them in words that all ranks can be told."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from typing import IO, Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
+import torch.utils.serialization
 from torch import Tensor
 
 from dsclip.files import on_disk
+from dsclip.saving.hashed_file import PAGE, FileEntry, HashedFile, write_hashed
 
 T = TypeVar("T")
-PIECE = 1 << 24  # bytes written at a time; the disk begins with each at once
-ALONE = 1 << 16  # so few bytes are hashed without another thread
 SAFETENSORS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-
-
-class FileEntry(TypedDict):
-    """A file of a checkpoint: its size in bytes and the SHA-256 of its content, in hex."""
-
-    bytes: int
-    sha256: str
 
 
 class Problem(NamedTuple):
@@ -74,7 +65,7 @@ class WriteNow:
 
     def torch(self, content: Any, path: Path) -> None:
         """See `Files`."""
-        with without_crc():
+        with as_checkpoints_are_saved():
             self._write(path, lambda file: torch.save(content, cast(IO[bytes], file)))
 
     def tensors(self, tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -113,81 +104,19 @@ class WriteNow:
 
 
 @contextmanager
-def without_crc() -> Iterator[None]:
-    """Within it `torch.save` writes no CRC-32 of each record: the manifest has SHA-256, torch never compares the CRC, and computing it is a
-    third pass over the bytes, which nothing else goes on beside."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
+def as_checkpoints_are_saved() -> Iterator[None]:
+    """Within it `torch.save` begins each tensor at a page of the file, and writes no CRC-32 of it.
+
+    A page: for `HashedFile`. The CRC: the manifest has SHA-256, torch never compares the CRC, and it is a third pass over the bytes, which
+    nothing goes on beside.
+    """
+    settings = torch.utils.serialization.config.save
+    before = settings.compute_crc32, settings.storage_alignment
+    settings.compute_crc32, settings.storage_alignment = False, PAGE
     try:
         yield
     finally:
-        torch.serialization.set_crc32_options(before)
-
-
-class HashedFile:
-    """A new file whose content is hashed by a thread while it is written. `torch.save` takes it for a file."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("wb", buffering=0)
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="dsclip-hash")
-        self._digest = hashlib.sha256()
-        self._bytes = 0
-        self.error: OSError | None = None  # torch's writer hides what a write raised
-
-    def write(self, content: bytes | memoryview) -> int:
-        """All of it, however long; returns the bytes."""
-        view = memoryview(content).cast("B")
-        if len(view) <= ALONE:
-            self._digest.update(view)
-            self._put(view)
-            return len(view)
-        hashing = self._hasher.submit(self._digest.update, view)
-        try:
-            self._put(view)
-        finally:
-            hashing.result()  # the memory may be gone after this call
-        return len(view)
-
-    def _put(self, view: memoryview) -> None:
-        try:
-            while len(view):
-                count = self._file.write(view[:PIECE]) or 0
-                # Begins to write the pages out, and drops those that are: nobody reads them soon.
-                if hasattr(os, "posix_fadvise"):  # macOS hasn't
-                    os.posix_fadvise(self._file.fileno(), self._bytes, count, os.POSIX_FADV_DONTNEED)
-                self._bytes += count
-                view = view[count:]
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def finish(self) -> FileEntry:
-        """What is in it, on its way to the disk."""
-        if (size := os.fstat(self._file.fileno()).st_size) != self._bytes:
-            raise OSError(errno.EIO, f"{size} bytes are there of {self._bytes} that were written")
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
-
-    def close(self) -> None:
-        """Also after a problem."""
-        self._hasher.shutdown()
-        self._file.close()
-
-
-def write_hashed(path: Path, content: Callable[[HashedFile], object]) -> FileEntry:
-    """A file that content(file) writes. Raises OSError, also where a library hid it."""
-    file = HashedFile(path)
-    try:
-        content(file)
-        return file.finish()
-    except Exception as error:
-        if file.error is not None and error is not file.error:
-            raise file.error from error
-        raise
-    finally:
-        file.close()
+        settings.compute_crc32, settings.storage_alignment = before
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None) -> FileEntry:
@@ -195,9 +124,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
 
     The library's writer would take another process's memory once more, and its file would have to be read again for the hash.
     """
-    names = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # each begins at a multiple of its numbers' size
+    # Each begins at a multiple of its numbers' size then.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     for name in names:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import UntypedStorage
 
-ALIGNMENT = 64  # of tensors' numbers, as torch's own allocator aligns them
+from dsclip.saving.hashed_file import PAGE
+
+ALIGNMENT = PAGE  # of tensors' numbers, so that they can be written past the system's cache
 MADV_POPULATE_WRITE = 23  # of Linux 5.14: get the pages now
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from dsclip.saving.commit import commit, remove_folders
-from dsclip.saving.files import FileEntry, HashedFile, WriteNow, without_crc, write_hashed, write_tensors
+from dsclip.saving.files import WriteNow, as_checkpoints_are_saved, write_tensors
+from dsclip.saving.hashed_file import FileEntry, HashedFile, write_hashed
 from dsclip.saving.shared_memory import Mapped
 
 PR_SET_PDEATHSIG = 1
@@ -78,7 +79,7 @@ def write(memory: Mapped, job: dict[str, Any], path: Path) -> FileEntry:
 
 def write_records(memory: Mapped, records: list[dict[str, Any]], file: HashedFile) -> None:
     """As `torch.save` ends: its own writer, and the records in their order."""
-    with without_crc(), torch.serialization._open_zipfile_writer(file) as archive:  # type: ignore[arg-type]
+    with as_checkpoints_are_saved(), torch.serialization._open_zipfile_writer(file) as archive:  # type: ignore[arg-type]
         for record in records:
             size = record["size"]
             content = memory.at(record["place"], size) if size else b""
