@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
+import math
+import mmap
 import os
 import shutil
 import statistics
@@ -23,7 +26,6 @@ from dsclip.config.schema import BatchSection
 from dsclip.data import load_tokenizer
 from dsclip.distributed import Collectives
 from dsclip.errors import UserError
-from dsclip.files import on_disk
 from dsclip.model import resolve_preset
 from dsclip.saving import Background
 
@@ -31,8 +33,9 @@ EXAMPLE = "python tools/bench_save.py --preset ViT-B-32 --repeats 5 --folder /tm
 PIECE = 1 << 24
 COPIED = 1 << 28  # bytes, more than a cache has
 STEP_S = 0.05  # between two looks at what is being written, as steps of a training would be
-# plain: a plain write; blocking: a save at once; writing: in the background, until it is a checkpoint; stall: copying and looking; memory: a plain copy
-MEASURED = ("plain", "blocking", "writing", "stall", "copying", "looking", "memory")
+# plain, direct: a plain write, through the system's cache and past it; blocking: a save at once; writing: in the background, until it
+# is a checkpoint; stall: copying and looking; memory: a plain copy
+MEASURED = ("plain", "direct", "blocking", "writing", "stall", "copying", "looking", "memory")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,8 +73,9 @@ def _measure(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
             size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
             _, copying = _timed(lambda: stores[1].copy(engine, {}, {}))
             writing, looking = _looked_until_finished(stores[1], group)
-            plain, memory = _plain(a.folder / "plain", size), _copied_in_memory(size)
-            measured = (plain, blocking, writing, copying + looking, copying, looking, memory)
+            plain, direct = (_plain(a.folder / "plain", size, flags) for flags in (0, getattr(os, "O_DIRECT", 0)))
+            memory = _copied_in_memory(size)
+            measured = (plain, direct, blocking, writing, copying + looking, copying, looking, memory)
             for values, value in zip(found.values(), measured, strict=True):
                 values.append(value)
     finally:
@@ -80,17 +84,23 @@ def _measure(a: argparse.Namespace) -> tuple[dict[str, Any], str]:
         engine.close()
     first = {f"first_{name}_seconds": values[0] for name, values in found.items()}
     seconds = {name: statistics.median(values[1:]) for name, values in found.items()}
+    pairs = {
+        "stall_over_blocking": ("stall", "blocking"),
+        "writing_speed_over_plain": ("plain", "writing"),
+        "writing_speed_over_direct": ("direct", "writing"),
+    }
     ratios = {
-        "stall_over_blocking": statistics.median(s / b for s, b in zip(found["stall"][1:], found["blocking"][1:], strict=True)),
-        "writing_speed_over_plain": statistics.median(p / w for p, w in zip(found["plain"][1:], found["writing"][1:], strict=True)),
-    }  # fmt: skip
+        name: statistics.median(x / y for x, y in zip(found[above][1:], found[below][1:], strict=True))
+        for name, (above, below) in pairs.items()
+    }
     result = {"gb": size / 1e9, **{f"{name}_seconds": s for name, s in seconds.items()}, **first, **ratios}
     rate = {name: size / 1e9 / s for name, s in seconds.items()}
     text = (
         f"{size / 1e9:.2f} GB, medians of {a.repeats}\n"
         f"a plain write, on the disk  {seconds['plain']:8.3f} s  {rate['plain']:6.2f} GB/s\n"
+        f"the same past the cache     {seconds['direct']:8.3f} s  {rate['direct']:6.2f} GB/s\n"
         f"saved at once               {seconds['blocking']:8.3f} s  {rate['blocking']:6.2f} GB/s\n"
-        f"written in the background   {seconds['writing']:8.3f} s  {rate['writing']:6.2f} GB/s, {ratios['writing_speed_over_plain']:.0%} of the plain write's speed\n"
+        f"written in the background   {seconds['writing']:8.3f} s  {rate['writing']:6.2f} GB/s, {ratios['writing_speed_over_plain']:.0%} and {ratios['writing_speed_over_direct']:.0%} of these writes' speed\n"
         f"training waits              {seconds['stall']:8.3f} s  {ratios['stall_over_blocking']:.1%} of a save at once: copying {seconds['copying']:.3f} s, "
         f"looking whether it is there {seconds['looking']:.3f} s\n"
         f"a plain copy in memory      {seconds['memory']:8.3f} s  {rate['memory']:6.2f} GB/s"
@@ -129,16 +139,26 @@ def _copied_in_memory(size: int) -> float:
     return time.perf_counter() - started
 
 
-def _plain(path: Path, size: int) -> float:
-    """Seconds until so many random bytes are on the disk, which nobody hashes."""
-    piece = memoryview(os.urandom(PIECE))
+def _plain(path: Path, size: int, flags: int = 0) -> float:
+    """Seconds until so many random bytes are on the disk, which nobody hashes; infinite where the file system refuses the flags."""
+    piece = mmap.mmap(-1, PIECE)
+    piece.write(os.urandom(PIECE))
+    whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE  # past the cache only pages are written
 
     def write() -> None:
-        with path.open("wb", buffering=0) as file:
-            for start in range(0, size, PIECE):
-                file.write(piece[: size - start])
-        on_disk(path)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | flags)
+        try:
+            for start in range(0, whole, PIECE):
+                os.write(handle, memoryview(piece)[: whole - start])
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
-    _, seconds = _timed(write)
-    path.unlink()
-    return seconds
+    try:
+        return _timed(write)[1]
+    except OSError as error:
+        if error.errno != errno.EINVAL or not flags:
+            raise
+        return math.inf
+    finally:
+        path.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
     python -m tests.distributed.launches OUT --launches 100
     python -m tests.distributed.launches OUT --launches 100 --by torchrun
 
-By default `deepspeed` and `torchrun` take turns; `warm` forks the ranks instead, as most tests do. What a failed launch printed stays in OUT.
+`deepspeed` and `torchrun` start launchers/train.py, by default in turn. `warm` forks ranks that train the tests' model, save and end
+as a run does. What a failed launch printed stays in OUT.
 """
 
 import argparse
@@ -15,45 +16,57 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from tests.distributed.launch import deepspeed, losses, torchrun, train
+from tests.distributed import killed_saves
+from tests.distributed.launch import WORKERS, deepspeed, losses, torchrun, warm
 
-STARTED_BY: dict[str, Callable[..., CompletedProcess]] = {"deepspeed": deepspeed, "torchrun": torchrun, "warm": train}
+STEPS = 2
 SHORT = [
-    "--config", "demo", "model.vision_layers=1", "model.text_layers=1", "batch.global_batch_size=8", "train.steps=2", "train.log_every=1",
-    "optim.warmup_steps=1", "train.save_every=2", "train.export_hf=false", "eval.every_steps=null", "eval.max_samples=4", "eval.batch_size=4",
+    "--config", "demo", "model.vision_layers=1", "model.text_layers=1", "batch.global_batch_size=8", f"train.steps={STEPS}",
+    "train.log_every=1", "optim.warmup_steps=1", f"train.save_every={STEPS}", "train.export_hf=false", "eval.every_steps=null",
+    "eval.max_samples=4", "eval.batch_size=4",
 ]  # fmt: skip
 
 
+def trained(start: Callable[..., CompletedProcess], run: Path) -> tuple[int, str, list]:
+    """(exit code, what was printed, losses) of launchers/train.py."""
+    done = start(*SHORT, f"train.output={run.parent}", f"train.name={run.name}")
+    return done.returncode, done.stdout, [] if done.returncode else sorted(losses(run).items())
+
+
+def forked(run: Path) -> tuple[int, str, list]:
+    """The same of a worker on warm ranks."""
+    run.mkdir()
+    done = warm(WORKERS / "killed_saves_worker.py", run, 3, "at once", STEPS, -1, 0, 0)
+    return done.returncode, done.stdout, [] if done.returncode else killed_saves.losses(run)
+
+
+STARTED_BY: dict[str, Callable[[Path], tuple[int, str, list]]] = {
+    "deepspeed": lambda run: trained(deepspeed, run), "torchrun": lambda run: trained(torchrun, run), "warm": forked,
+}  # fmt: skip
+
+
 def launch_again(out: Path, launches: int, by: list[str]) -> dict:
-    """{"launches", "exit_0", "failed": [[number, how it was started, exit code or what went wrong]], "seconds", "losses"}."""
-    failed, expected, started = [], None, time.monotonic()
+    """{"launches", "exit_0": that exited with 0, "failed": [[number, started by, what went wrong]], "seconds"}."""
+    failed, exits, expected, begun = [], 0, {}, time.monotonic()
     for number in range(1, launches + 1):
-        how, run = by[(number - 1) % len(by)], out / f"launch_{number:03d}"
-        begun = time.monotonic()
+        how, run, started = by[(number - 1) % len(by)], out / f"launch_{number:03d}", time.monotonic()
         try:
-            done = STARTED_BY[how](*SHORT, f"train.output={out}", f"train.name={run.name}")
-            wrong, printed = done.returncode, done.stdout
+            code, printed, found = STARTED_BY[how](run)
+            exits += code == 0
+            same = found == expected.setdefault(how, found) and len(found) == STEPS
+            wrong = f"exit code {code}" if code else "" if same else f"losses {found} instead of {expected[how]}"
         except AssertionError as error:  # it took too long
-            wrong, printed = "too long", str(error)
-        if wrong == 0:
-            found = losses(run)
-            expected = expected or found
-            wrong = 0 if found == expected and len(found) == 2 else f"its losses are {found} instead of {expected}"
+            printed, wrong = str(error), "took too long"
         if wrong:
             failed.append([number, how, wrong])
             run.with_suffix(".txt").write_text(printed)
         else:
             shutil.rmtree(run)
-        seconds = time.monotonic() - begun
-        said = f"exit code {wrong}" if isinstance(wrong, int) else wrong
+        took = f"{time.monotonic() - started:.1f} s"
         print(
-            f"launch {number} of {launches}, {how}: {said}, {seconds:.1f} s; {number - len(failed)} of {number} went well",
-            flush=True,
+            f"launch {number} of {launches}, {how}: {wrong or 'exit code 0'}, {took}; {exits} exited with 0", flush=True
         )
-    return {
-        "launches": launches, "exit_0": launches - len(failed), "failed": failed, "seconds": round(time.monotonic() - started, 1),
-        "losses": expected,
-    }  # fmt: skip
+    return {"launches": launches, "exit_0": exits, "failed": failed, "seconds": round(time.monotonic() - begun, 1)}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from tests.distributed.launches import launch_again
 
 
-def test_launch_after_launch_exits_with_0_and_has_the_same_losses(demo, tmp_path):
+def test_launch_after_launch_exits_with_0_and_has_the_same_losses(tmp_path):
     found = launch_again(tmp_path, 20, ["warm"])
     assert (found["exit_0"], found["failed"]) == (20, [])
     assert not list(tmp_path.iterdir())
