@@ -99,10 +99,8 @@ def read_captions(raw: RawSample, caption_key: str) -> list[str]:
 
 
 def _refuse_long(raw: RawSample) -> None:
-    if max(map(len, raw.members.values()), default=0) <= MOST_TEXT_BYTES:
-        return
     for extension, content in raw.members.items():
-        if extension not in IMAGE_EXTENSIONS and len(content) > MOST_TEXT_BYTES:
+        if len(content) > MOST_TEXT_BYTES and extension not in IMAGE_EXTENSIONS:
             raise BadSample("caption too long")
 
 

@@ -6,7 +6,6 @@ sample at a time, which also says what is wrong with it. Large images are never 
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -217,15 +216,14 @@ def _samples_alike(shard: str, alike: _Alike, part: _Part, bad: Counter[str]) ->
     if image is None:
         bad[NO_IMAGE] += len(alike.keys)
         return
-    texts = {
-        extension: part.texts(starts, sizes)
-        for extension, starts, sizes in alike.members
-        if extension in TEXT_EXTENSIONS
-    }
+    texts: list[dict[str, bytes]] = [{} for _ in alike.keys]
+    for extension, starts, sizes in alike.members:
+        if extension in TEXT_EXTENSIONS:
+            for of_sample, text in zip(texts, part.texts(starts, sizes), strict=True):
+                of_sample[extension] = text
     extension, starts, sizes = alike.members[image]
-    contents = zip(*texts.values(), strict=True) if texts else itertools.repeat(())
-    for key, start, size, content in zip(alike.keys, starts, sizes, contents, strict=False):
-        yield TextSample(RawSample(shard, key, dict(zip(texts, content, strict=True))), extension, start, size)
+    for key, of_sample, start, size in zip(alike.keys, texts, starts, sizes, strict=True):
+        yield TextSample(RawSample(shard, key, of_sample), extension, start, size)
 
 
 def _image_of(extensions: Iterable[tuple[int, str]]) -> int | None:
