@@ -1,11 +1,13 @@
 """Models of other frameworks: three functions give what the model's own loader gives, and wrong ones are a sentence."""
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from dsclip.convert import export_hf
 from dsclip.errors import UserError
 from dsclip.evaluate.adapter import load_adapter
-from dsclip.evaluate.cli import _parser, evaluate
+from dsclip.evaluate.cli import ON_GPUS, _parser, evaluate
 from tests.test_convert import checkpoint_of, perturbed, small
 
 TRANSFORMERS = """
@@ -87,3 +89,16 @@ def test_features_of_two_widths_can_not_be_compared(demo, tmp_path):
     )
     with pytest.raises(UserError, match="image features have 9 numbers and its text features 8"):
         run("--model", f"adapter:{tmp_path}/wide.py:model", "--task", "retrieval", "--data", "demo:val")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_gpus_features_are_gathered_from_either_memory(tmp_path):
+    dist.init_process_group(ON_GPUS, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for device in ("cpu", "cuda"):
+            whole = torch.empty(3, device=device)
+            dist.all_gather_into_tensor(whole, torch.arange(3.0, device=device))
+            assert whole.tolist() == [0, 1, 2]
+    finally:
+        dist.destroy_process_group()

@@ -16,7 +16,7 @@ from dsclip.losses.group import ALONE
 from dsclip.losses.late_interaction import LateInteraction
 from dsclip.losses.pairs import PLAIN
 from dsclip.losses.products import Products, best_precision
-from dsclip.losses.similarity import Cosine
+from dsclip.losses.similarity import PRODUCTS, Cosine, row_products
 from dsclip.losses.tiled import tiled_loss
 from tests.test_losses import Case, unit
 
@@ -184,3 +184,11 @@ def test_on_a_gpu_a_loss_is_better_than_that_of_rounded_features(function):
     for name in ("d_image", "d_text"):
         assert error(found, exact, name) <= error(rounded, exact, name) / 16
     assert error(found, exact, "d_log_scale") <= 200 * BOUND
+
+
+@pytest.mark.parametrize("rows", [1, PRODUCTS, 2 * PRODUCTS + 3])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_products_of_more_rows_than_a_grid_has_places_are_those_of_each_row(rows, device):
+    x, y = (torch.randn(rows, 2, 2, device=device, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(row_products(x, y), (x * y).sum((1, 2)))
+    torch.testing.assert_close(row_products(x.float(), y.float()).double(), (x * y).sum((1, 2)), rtol=1e-5, atol=1e-5)

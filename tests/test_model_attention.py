@@ -11,6 +11,7 @@ from dsclip.create import create_model
 from dsclip.errors import UserError
 from dsclip.model import resolve_preset
 from dsclip.model.attention import BACKENDS, attention, check_attention
+from dsclip.model.attention_pool import AttentionPool
 from dsclip.model.blocks import Attention
 from dsclip.model.compiled import compile_blocks
 from dsclip.plan.memory import towers
@@ -105,6 +106,21 @@ def test_the_towers_use_the_backend_that_the_model_says_and_keep_their_numbers(b
     kernels = {"flash_attention_for_cpu", "flash_attention_for_cpu_backward"}
     assert fused.names == (kernels if backend == "flash" else set())
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=needs_gpu) for b in ("auto", *BACKENDS)])
+def test_on_a_gpu_pooling_by_attention_is_that_of_a_cpu(backend):
+    torch.manual_seed(0)
+    pool = AttentionPool(resolve_preset("demo", vision_width=256, vision_heads=4, vision_mlp_width=512))
+    tokens, found = torch.randn(4, 49, 256), []
+    for device, dtype, kernel in (("cpu", torch.float64, "auto"), ("cuda", torch.bfloat16, backend)):
+        pool, x = pool.to(device, dtype), tokens.to(device, dtype).requires_grad_()
+        pool.backend = kernel
+        output = pool(x)
+        (gradient,) = torch.autograd.grad(output.sin().sum(), x)
+        found.append((output.detach().double().cpu(), gradient.double().cpu()))
+    for exact, ours in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 0.03 * exact.norm()
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "efficient"])

@@ -1,5 +1,6 @@
 """Compiled layers: what blocks keep and compute again by the words users set, beside eager ones and beside the plan."""
 
+import threading
 import warnings
 
 import pytest
@@ -163,3 +164,19 @@ def test_a_limit_that_is_reached_is_told_and_the_numbers_stay():
     compile_blocks(model, PARTITIONED, versions=1)
     with pytest.warns(UncompiledWarning, match="text_forward has been compiled for 1 kinds of input"):
         text_lengths(model)
+
+
+def test_the_limit_holds_in_the_threads_in_which_a_gpu_runs_backward():
+    model = clip(context_length=77)
+    compile_blocks(model, PARTITIONED, versions=1)
+    tokens = torch.zeros(4, 77, dtype=torch.int64)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for length in (8, 16, 32):
+            tokens[:, length - 1] = 59
+            loss = model(None, tokens, chunk_size=2, checkpointing="full")[1].sum()
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+            tokens.zero_()
+    assert "text_forward_again has been compiled for 1 kinds" in " ".join(str(w.message) for w in said)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -282,3 +283,33 @@ def test_a_process_that_died_is_noticed_and_replaced_and_at_its_end_has_removed_
     background.remove([str(tmp_path / "old")])
     background.close()
     assert not (tmp_path / "old").exists()
+
+
+def test_the_end_gives_the_memory_back_also_where_the_run_goes_on():
+    started = Background(1 << 20, CPU)
+    handle = started._memory.handle
+    inode = os.fstat(handle).st_ino
+    started.close()
+    started.close()
+    held = [
+        os.stat(f"/proc/self/fd/{fd}").st_ino
+        for fd in os.listdir("/proc/self/fd")
+        if Path(f"/proc/self/fd/{fd}").exists()
+    ]
+    assert inode not in held and "dsclip-checkpoint" not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_memory_is_pinned_until_it_is_closed_and_can_be_pinned_again():
+    for _ in range(3):  # the next one may lie at the same addresses
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            memory = SharedMemory(1 << 24, pinned=True)
+        _, storage = memory.take(1 << 10)
+        host = torch.empty(0, dtype=torch.uint8).set_(storage)
+        assert host.is_pinned()
+        host.copy_(torch.full((1 << 10,), 7, dtype=torch.uint8, device="cuda"), non_blocking=True)
+        memory.close()
+        assert bool((host == 7).all()) and not host.is_pinned()
+        del host, storage, memory

@@ -89,14 +89,14 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch with its pixels on a device; copies from pinned memory don't wait.
 
-        Tokens, ids and keys stay in host memory: the engine sorts and cuts captions by lengths that it can't read from a
-        GPU without waiting for it.
+        Tokens, ids, keys and numbers of augmentation stay in host memory: who reads lengths, or which images change, from a
+        GPU waits for it.
         """
         return self._with({name: x.to(device, non_blocking=True) for name, x in self.pixels().items()})
 
     def pixels(self) -> dict[str, Tensor]:
         """The tensors that `to` moves."""
-        names = {"images", "augmentation", *(name for name in self.views if name.startswith("image"))}
+        names = {"images", *(name for name in self.views if name.startswith("image"))}
         return {name: x for name, x in self.tensors().items() if name in names}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:

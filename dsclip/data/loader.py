@@ -6,6 +6,7 @@ puts it together in the order of the streams. The position travels with the batc
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections import Counter
@@ -195,5 +196,6 @@ def _start_worker(_: int) -> None:
     # A launcher stops the whole tree of processes: the rank decides when its workers end, and they notice when it is gone.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # what the rank holds of a GPU can't be freed in a process that was forked from it
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

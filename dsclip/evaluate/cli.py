@@ -33,6 +33,8 @@ from dsclip.evaluate.suites.report import suite_markdown, suite_text
 from dsclip.evaluate.tasks.corrupted import Corrupted
 from dsclip.evaluate.tasks.task import Task
 
+# An adapter's features, and all objects that ranks exchange, are in host memory: NCCL alone has nothing for those.
+ON_GPUS = "cpu:gloo,cuda:nccl"
 EXAMPLE = "torchrun --nproc_per_node 2 launchers/evaluate.py --model runs/demo --task retrieval --data demo:val"
 
 
@@ -222,7 +224,7 @@ def _join_ranks(arguments: argparse.Namespace) -> tuple[torch.device, Collective
     if cuda:
         torch.cuda.set_device(local_rank)
     if world_size > 1:
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        torch.distributed.init_process_group(ON_GPUS if cuda else "gloo")
     group = Collectives(rank, world_size)
     check_one_job(group)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu"), group

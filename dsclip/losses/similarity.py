@@ -15,6 +15,10 @@ from dsclip.losses.products import Precision, Products
 from dsclip.losses.samples import Samples
 from dsclip.losses.tile_size import Scratch
 
+PRODUCTS = (
+    1 << 15
+)  # matrices of a batched product: a GPU's grid has 65,535 places in the dimension that cuBLAS may put them in
+
 
 class Tile(NamedTuple):
     """row_logits, col_logits [r, c]: rows as queries, columns as queries (one tensor when they are equal).
@@ -107,4 +111,5 @@ class Cosine:
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:
     """Σ over all but the first dimension of x·y, [r], without a copy of either."""
-    return torch.bmm(x.reshape(len(x), 1, -1), y.reshape(len(y), -1, 1)).view(-1)
+    parts = zip(x.split(PRODUCTS), y.split(PRODUCTS), strict=True)
+    return torch.cat([torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1)).view(-1) for a, b in parts])

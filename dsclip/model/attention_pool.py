@@ -37,7 +37,8 @@ class AttentionPool(nn.Module):
         batch, count, width = tokens.shape
         parts = [width, 2 * width]
         (for_q, for_kv), (q_bias, kv_bias) = self.qkv.weight.split(parts), self.qkv.bias.split(parts)
-        q = F.linear(self.query_embedding, for_q, q_bias).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
+        q = F.linear(self.query_embedding, for_q, q_bias).view(1, self.heads, 1, -1)
+        q = q.expand(batch, -1, -1, -1).contiguous()  # GPU kernels take strides as they are, and an expanded one is 0
         k, v = F.linear(tokens, for_kv, kv_bias).view(batch, count, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         pooled = self.out(attention(q, k, v, causal=False, backend=self.backend).reshape(batch, width))
         return pooled + self.mlp(self.ln(pooled))

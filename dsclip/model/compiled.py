@@ -39,33 +39,34 @@ def compile_blocks(model: Clip, backend: str = "inductor", versions: int = VERSI
     backend: of torch.compile. versions: kinds of input, for one tower's `forward`, say, after which further ones run as
     they are, with an `UncompiledWarning`.
     """
-    torch._dynamo.config.recompile_limit = versions
     if isinstance(model.visual.embed, VisionEmbed):
-        compile_embedding(model.visual.embed, backend)
+        compile_embedding(model.visual.embed, backend, versions)
     for name, tower in (("image", model.visual), ("text", model.text)):
-        compile_tower([block for block in tower.blocks if type(block) is Block], name, backend)
+        compile_tower([block for block in tower.blocks if type(block) is Block], name, backend, versions)
 
 
-def compile_embedding(embed: VisionEmbed, backend: str = "inductor") -> None:
+def compile_embedding(embed: VisionEmbed, backend: str = "inductor", versions: int = VERSIONS) -> None:
     """Compiles what turns pixels into tokens: normalising, cutting, patch dropout, positions, the first norm."""
-    run = _compiled(VisionEmbed.embedded, "image_embedded", 1.0, backend)
+    run = _compiled(VisionEmbed.embedded, "image_embedded", 1.0, backend, versions)
     embed.embedded = MethodType(run, embed)  # type: ignore[method-assign]
 
 
-def compile_tower(blocks: list[Block], name: str, backend: str = "inductor") -> None:
+def compile_tower(blocks: list[Block], name: str, backend: str = "inductor", versions: int = VERSIONS) -> None:
     """Compiles blocks of one kind, in code of their own. name: of the tower, in what torch prints."""
     plain: Callable[..., Tensor] = Block.forward.__wrapped__  # type: ignore[attr-defined]
-    forward = over_chunks(_compiled(plain, f"{name}_forward", 1.0, backend))
-    selective = _compiled(plain, f"{name}_forward_selective", SELECTIVE_BUDGET, backend)
-    again = _compiled(Block.forward_again, f"{name}_forward_again", 1.0, backend)
+    forward = over_chunks(_compiled(plain, f"{name}_forward", 1.0, backend, versions))
+    selective = _compiled(plain, f"{name}_forward_selective", SELECTIVE_BUDGET, backend, versions)
+    again = _compiled(Block.forward_again, f"{name}_forward_again", 1.0, backend, versions)
     for block in blocks:
         block.forward = MethodType(forward, block)  # type: ignore[method-assign]
         block.forward_selective = MethodType(selective, block)  # type: ignore[method-assign]
         block.forward_again = MethodType(again, block)  # type: ignore[method-assign]
 
 
-def _compiled(function: Callable[..., Tensor], name: str, budget: float, backend: str) -> Callable[..., Tensor]:
-    """function(layer, chunk, ...), compiled under a name of its own within the budget."""
+def _compiled(
+    function: Callable[..., Tensor], name: str, budget: float, backend: str, versions: int
+) -> Callable[..., Tensor]:
+    """function(layer, chunk, ...), compiled under a name of its own within the budget, for so many kinds of input."""
     code = function.__code__.replace(co_name=name)
     own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     compile_graph: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
@@ -78,12 +79,14 @@ def _compiled(function: Callable[..., Tensor], name: str, budget: float, backend
     run: Callable[..., Tensor] = torch.compile(own, backend=within_budget, fullgraph=True)
 
     def compiled_or_warned(layer: Layer, x: Tensor, *others: Tensor | None) -> Tensor:
+        # torch keeps it by thread, and on a GPU backward runs in threads of autograd's, where it would be torch's own 8.
+        if torch._dynamo.config.recompile_limit != versions:
+            torch._dynamo.config.recompile_limit = versions
         try:
             return run(layer, x, *others)
         except FailOnRecompileLimitHit:
-            limit = torch._dynamo.config.recompile_limit
             warnings.warn(
-                f"{name} has been compiled for {limit} kinds of input; chunks of {tuple(x.shape)} run "
+                f"{name} has been compiled for {versions} kinds of input; chunks of {tuple(x.shape)} run "
                 "uncompiled, more slowly: use fewer chunk sizes, or train.compile=off",
                 UncompiledWarning,
                 stacklevel=2,

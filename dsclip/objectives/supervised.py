@@ -56,7 +56,8 @@ class SupervisedContrast:
         keys = group.all_gather(features.keys).repeat_interleave(views)
         drawn = None
         if self.mixup is not None:
-            drawn = draws(features.seed, len(keys), self.mixup).to(everyone)
+            drawn = draws(features.seed, len(keys), self.mixup).to(everyone.dtype)
+            drawn = (drawn.pin_memory() if everyone.is_cuda else drawn).to(everyone.device, non_blocking=True)
         first, total, sums = group.rank * n * views, len(keys), []
         gradient = torch.zeros_like(everyone)
         height, width = tile_shape(n * views, total, 1, self.entries, everyone.device)
@@ -110,7 +111,9 @@ class SupervisedContrast:
             random = (negative.cumsum(1) > chosen[:, None]).int().argmax(1)
             made.append(torch.lerp(z[rows], z[random], of_negative[:, None]))
             kinds.append(False)
-        return normalize(torch.stack(made, 1), dim=2), torch.tensor(kinds, device=z.device)
+        # Filled on the device: for a copy of them the host would wait.
+        of_own_kind = torch.stack([torch.full((), kind, device=z.device) for kind in kinds])
+        return normalize(torch.stack(made, 1), dim=2), of_own_kind
 
 
 def draws(seed: tuple[int, int], queries: int, alpha: float) -> Tensor:

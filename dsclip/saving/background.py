@@ -106,11 +106,12 @@ class Background:
         return self._written
 
     def close(self) -> None:
-        """Ends the process: a part that is being written is given up, folders are removed first."""
+        """Ends the process and gives its memory back: a part that is being written is given up, folders are removed first."""
         if self._busy is not None:
             self._process.kill()
         with contextlib.suppress(BrokenPipeError):
             self._process.communicate()
+        self._memory.close()
 
     def _order(self, order: dict[str, Any]) -> int:
         """The number of the order; its answer has it too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ class Segment:
     memory: mmap.mmap
     used: int = 0
     allotted: bool = False
+    pinned: bool = False
 
     @property
     def free(self) -> int:
@@ -34,7 +36,8 @@ class Segment:
 class SharedMemory:
     """Storages one after the other, in memory that grows when it must and is used again after `clear`.
 
-    size: bytes to begin with, which whoever has the handle may `allot`; pinned: for a GPU, whose copies then need no detour.
+    size: bytes to begin with, which whoever has the handle may `allot`; pinned: for a GPU, whose copies then need no detour. Memory that
+    can't be pinned is used as it is, with a warning.
     """
 
     def __init__(self, size: int, *, pinned: bool = False):
@@ -70,6 +73,15 @@ class SharedMemory:
         numbers = torch.frombuffer(segment.memory, dtype=torch.uint8, offset=begin, count=size)
         return segment.start + begin, numbers.untyped_storage()
 
+    def close(self) -> None:
+        """Gives the memory back, once the storages in it are gone too. Twice does nothing."""
+        for segment in self._segments:
+            if segment.pinned:
+                _unpin(segment.memory)
+        if self._segments:
+            os.close(self.handle)
+        self._segments = []
+
     def _grow(self, size: int) -> None:
         start = os.fstat(self.handle).st_size
         os.truncate(self.handle, start + size)
@@ -78,9 +90,7 @@ class SharedMemory:
 
     def _map(self, start: int, size: int) -> None:
         memory = mapped(self.handle, start, size)
-        if self._pinned:
-            _pin(memory)
-        self._segments.append(Segment(start, memory))
+        self._segments.append(Segment(start, memory, pinned=self._pinned and _pin(memory)))
 
 
 class Mapped:
@@ -122,9 +132,27 @@ def pages(size: int) -> int:
     return max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
 
 
-def _pin(memory: mmap.mmap) -> None:
-    """Lets the GPU write into the memory by itself while the host goes on. It stays pinned until the process ends."""
-    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    error = int(torch.cuda.cudart().cudaHostRegister(address, len(memory), 0))
-    if error:
-        raise OSError(f"{len(memory) / 1e9:.3g} GB of host memory can't be pinned (CUDA error {error})")
+def _pin(memory: mmap.mmap) -> bool:
+    """Lets the GPU write into the memory by itself while the host goes on, until `_unpin`. Whether it may."""
+    error = int(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0))
+    if not error:
+        return True
+    # CUDA remembers the error, and the next kernel of whomever would be blamed for it.
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+    warnings.warn(
+        f"{len(memory) / 1e9:.3g} GB of host memory can't be pinned (CUDA error {error}): checkpoints are copied there more slowly",
+        stacklevel=2,
+    )
+    return False
+
+
+def _unpin(memory: mmap.mmap) -> None:
+    """Memory that is unmapped while it is pinned stays in use, and what is mapped to its addresses next can't be pinned."""
+    with contextlib.suppress(RuntimeError):  # of a device that has failed
+        torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(_address(memory))
+
+
+def _address(memory: mmap.mmap) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()

@@ -6,6 +6,8 @@ becomes grey. OpenCLIP's --aug-cfg color_jitter has the same parameters; the ord
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,15 +36,31 @@ def augments(data: DataSection) -> bool:
 
 
 def augment(images: Tensor, numbers: Tensor) -> Tensor:
-    """uint8 images [n, 3, S, S] changed by numbers [n, 6], as uint8. Rows with nothing to change stay bit for bit."""
+    """uint8 images [n, 3, S, S] changed by numbers [n, 6], as uint8. Rows with nothing to change stay bit for bit.
+
+    The numbers are best in host memory, also of images on a GPU: then nothing waits for it.
+    """
     flip, jitter = numbers[:, 0] > 0, numbers[:, 1:]
-    images = torch.where(flip[:, None, None, None], images.flip(3), images)
-    changed = (jitter != torch.tensor(IDENTITY[1:], device=jitter.device, dtype=jitter.dtype)).any(1)
-    if not changed.any():
+    if flip.any():
+        images = torch.where(_beside(flip, images)[:, None, None, None], images.flip(3), images)
+    changed = (jitter != jitter.new_tensor(IDENTITY[1:])).any(1).nonzero()[:, 0]
+    if not len(changed):
         return images
-    images = images.clone()
-    images[changed] = _jitter(images[changed].float(), jitter[changed].float())
-    return images
+    jitter, changed = _beside(jitter[changed].float(), images), _beside(changed, images)
+    return images.index_copy(0, changed, _jitter(images[changed].float(), jitter))
+
+
+def _beside(x: Tensor, images: Tensor) -> Tensor:
+    """x on the images' device, without waiting for the copy."""
+    if x.device.type == "cpu" and images.device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(images.device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """values as float32 [k, 1, 1], copied to a device once."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def _jitter(x: Tensor, numbers: Tensor) -> Tensor:
@@ -56,7 +74,7 @@ def _jitter(x: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _grey(x: Tensor) -> Tensor:
-    return (x * x.new_tensor(GREY)[:, None, None]).sum(1, keepdim=True)
+    return (x * _constants(GREY, x.device)).sum(1, keepdim=True)
 
 
 def _blend(x: Tensor, towards: Tensor, factor: Tensor) -> Tensor:
@@ -73,5 +91,5 @@ def _turn_hue(x: Tensor, turn: Tensor) -> Tensor:
         top == red, (green - blue) / safe, torch.where(top == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     )
     hue = (hue / 6 + turn) * 6
-    place = (x.new_tensor([5.0, 3.0, 1.0])[:, None, None] + hue) % 6  # of red, green and blue on the circle
+    place = (_constants((5.0, 3.0, 1.0), x.device) + hue) % 6  # of red, green and blue on the circle
     return top - spread * torch.minimum(place, 4 - place).clamp(0, 1)
