@@ -67,6 +67,8 @@ def test_batches_without_positives_or_negatives_give_finite_gradients(keys, mixu
     found = SupervisedContrast(("image",), 0.1, mixup, focal=True)(Features(x, ZERO, torch.tensor(keys)), group=ALONE)
     assert found.value.isfinite() and found.d_views["image"].isfinite().all()
     assert (found.value > 0) == (len(set(keys)) < len(keys))
+    plain = SupervisedContrast(("image",), 0.1, focal=True)(Features(x, ZERO, torch.tensor(keys)), group=ALONE)
+    assert found.value == plain.value, "there is nothing to mix"
 
 
 def test_what_it_can_not_compare_is_refused():

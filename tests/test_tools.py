@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.programs import ROOT, run_program
-from tools import draw_layers, mutate
+from tools import count_false_negatives, draw_layers, mutate
 
 
 def test_every_mutant_changes_one_line_that_a_seed_chooses():
@@ -76,3 +77,11 @@ def test_finished_runs_are_not_trained_again(tmp_path):
     ] == pytest.approx(0.1)
     assert found["dsclip, resampled"]["standard_error"] == pytest.approx(0) and "run 4 of 4" in done.stderr
     assert not (tmp_path / "one_caption").exists()
+
+
+def test_false_negatives_are_counted_as_the_filter_leaves_entries_out():
+    image, text = torch.eye(3), torch.eye(3)
+    text[1], text[2] = torch.tensor([0.96, 0.28, 0.0]), torch.tensor([0.6, 0.0, 0.8])
+    # The similarities are [1, 0.96, 0.6], [0, 0.28, 0] and [0, 0, 0.8]; the first two pairs are copies.
+    found = count_false_negatives.count(image, text, torch.tensor([5, 5, 9]), [-1.0, 0.0, 0.05, 0.3])
+    assert found.tolist() == [[4, 4, 0, 8], [3, 4, 0, 8], [2, 4, 0, 8], [1, 4, 3, 8]]
