@@ -60,6 +60,16 @@ def test_a_mixed_positive_is_harder_than_the_positives_and_a_mixed_negative_than
     assert harder["positive"] != plain
 
 
+def test_a_draw_that_float32_rounds_to_one_is_the_last_negative():
+    z, keys = unit(5, 4, seed=3, dtype=torch.float32), torch.tensor([0, 1, 0, 1, 0])
+    same = keys[:1, None] == keys
+    drawn = torch.tensor([[0.5], [1.0], [1.0]])
+    (mixture,), _ = SupervisedContrast(("image",), mixed="negative")._mixtures(
+        z, slice(0, 1), z[:1] @ z.T, same, ~same, drawn
+    )
+    torch.testing.assert_close(mixture, z[3:4])
+
+
 @pytest.mark.parametrize("mixup", [None, 1.0])
 @pytest.mark.parametrize("keys", [[0], [0, 1, 2], [1, 1, 1]])
 def test_batches_without_positives_or_negatives_give_finite_gradients(keys, mixup):

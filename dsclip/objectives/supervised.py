@@ -107,7 +107,8 @@ class SupervisedContrast:
             made.append(torch.lerp(z[most], z[least], share[:, None]))
             kinds.append(True)
         if self.mixed != "positive":
-            chosen = (which * negative.sum(1)).floor()  # of a query's negatives, in their order
+            many = negative.sum(1)  # of a query's negatives, in their order; float32 rounds what is nearly 1 to 1
+            chosen = (which * many).floor().minimum(many - 1)
             random = (negative.cumsum(1) > chosen[:, None]).int().argmax(1)
             made.append(torch.lerp(z[rows], z[random], of_negative[:, None]))
             kinds.append(False)
