@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsclip.create import create_model
+from dsclip.errors import UserError
 from dsclip.model import Clip, resolve_preset
 from dsclip.model.compiled import UncompiledWarning, compile_blocks, compile_embedding
 from dsclip.model.layer_major import ChunkedPass
@@ -180,3 +181,22 @@ def test_the_limit_holds_in_the_threads_in_which_a_gpu_runs_backward():
             thread.join()
             tokens.zero_()
     assert "text_forward_again has been compiled for 1 kinds" in " ".join(str(w.message) for w in said)
+
+
+def test_without_a_compiler_blocks_run_as_they_are_unless_they_must_be_compiled():
+    broken = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True})
+    tokens = torch.zeros(4, 24, dtype=torch.int64)
+    tokens[:, 7] = 59
+    eager = clip(context_length=24)
+    model = clip(context_length=24)
+    compile_blocks(model)
+    with broken, pytest.warns(UncompiledWarning, match="blocks run uncompiled.*C compiler"):
+        found = model(None, tokens)[1]
+    with warnings.catch_warnings():  # told once
+        warnings.simplefilter("error")
+        model(None, tokens)[1].sum().backward()
+    assert torch.equal(found, eager(None, tokens)[1])
+    torch._dynamo.reset()
+    compile_blocks(model, required=True)
+    with broken, pytest.raises(UserError, match="train.compile=on: torch.compile failed"):
+        model(None, tokens)

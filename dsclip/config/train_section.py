@@ -55,7 +55,7 @@ and on without the batches that led to it."""
     keep_checkpoints: Positive = 3
     """The newest ones that stay."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the blocks and of the images' embedding; `auto`: on a GPU."""
+    """torch.compile of the blocks and of the images' embedding; `auto`: on a GPU, where there is a C compiler."""
     export_hf: bool = True
     """Convert the last checkpoint to a HuggingFace folder."""
 

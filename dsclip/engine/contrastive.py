@@ -90,7 +90,7 @@ class ContrastiveEngine:
         with constructing(ds_config):
             choose_trained(model, recipe.model, recipe.objective)
         if recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda"):
-            compile_blocks(model)
+            compile_blocks(model, required=recipe.train.compile == "on")
         self._experts = ExpertBalance(model, self.group, self.device)
         self.deepspeed = initialize(model, ds_config, recipe.optim)
         vectors = flat_vectors(self.deepspeed.optimizer, model, recipe.optim)

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import FailOnRecompileLimitHit, ShortenTraceback
 from torch._functorch import config as functorch_config
 
+from dsclip.errors import UserError
 from dsclip.model.blocks import Block
 from dsclip.model.clip import Clip
 from dsclip.model.layer_major import Layer, over_chunks
@@ -24,6 +25,7 @@ from dsclip.model.towers import VisionEmbed
 # A share of what everything would take. Measured with saved-tensor hooks, numbers a token, M = 4·W: 1.0 keeps 16·W, 0.5
 # keeps 9·W with no product of weights computed again, 0.3 keeps 5·W with a third of them.
 SELECTIVE_BUDGET = 0.5
+_state = {"usable": True, "required": False}  # of what this process has compiled
 VERSIONS = 32  # of one way to run a tower's blocks: shapes, with and without gradient; text lengths soon share one
 
 
@@ -31,14 +33,16 @@ class UncompiledWarning(UserWarning):
     """Layers that should run compiled don't."""
 
 
-def compile_blocks(model: Clip, backend: str = "inductor", versions: int = VERSIONS) -> None:
+def compile_blocks(model: Clip, backend: str = "inductor", versions: int = VERSIONS, *, required: bool = False) -> None:
     """Compiles what happens inside the blocks, and to pixels before them, a chunk at a time.
 
     Routed blocks run as they are: how many tokens an expert has is known when it runs. Across ZeRO-3's hooks it would not work; within a leaf it does.
 
     backend: of torch.compile. versions: kinds of input, for one tower's `forward`, say, after which further ones run as
-    they are, with an `UncompiledWarning`.
+    they are, with an `UncompiledWarning`. required: where torch can't compile, as on a machine without a C compiler, the first
+    forward raises UserError; otherwise all run as they are, with that warning.
     """
+    _state.update(usable=True, required=required)
     if isinstance(model.visual.embed, VisionEmbed):
         compile_embedding(model.visual.embed, backend, versions)
     for name, tower in (("image", model.visual), ("text", model.text)):
@@ -79,6 +83,8 @@ def _compiled(
     run: Callable[..., Tensor] = torch.compile(own, backend=within_budget, fullgraph=True)
 
     def compiled_or_warned(layer: Layer, x: Tensor, *others: Tensor | None) -> Tensor:
+        if not _state["usable"]:
+            return function(layer, x, *others)
         # torch keeps it by thread, and on a GPU backward runs in threads of autograd's, where it would be torch's own 8.
         if torch._dynamo.config.recompile_limit != versions:
             torch._dynamo.config.recompile_limit = versions
@@ -91,6 +97,21 @@ def _compiled(
                 UncompiledWarning,
                 stacklevel=2,
             )
-            return function(layer, x, *others)
+        except ShortenTraceback as error:  # what torch's compilers raise
+            cause = getattr(error, "inner_exception", error)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise
+            words = f"torch.compile failed ({type(cause).__name__}: {str(cause).strip().splitlines()[0]})"
+            if _state["required"]:
+                raise UserError(
+                    f"train.compile=on: {words}. It needs Triton and a C compiler (gcc); install them, or set train.compile=off"
+                ) from error
+            _state["usable"] = False
+            warnings.warn(
+                f"blocks run uncompiled, more slowly and with more memory than planned: {words}; it needs Triton and a C compiler (gcc)",
+                UncompiledWarning,
+                stacklevel=2,
+            )
+        return function(layer, x, *others)
 
     return compiled_or_warned
