@@ -25,7 +25,10 @@ from dsclip.model.towers import VisionEmbed
 # A share of what everything would take. Measured with saved-tensor hooks, numbers a token, M = 4·W: 1.0 keeps 16·W, 0.5
 # keeps 9·W with no product of weights computed again, 0.3 keeps 5·W with a third of them.
 SELECTIVE_BUDGET = 0.5
-_state = {"usable": True, "required": False}  # of what this process has compiled
+_state = {
+    "usable": True,
+    "required": True,
+}  # of compiled code in this process; benches, which compile towers by hand, require it
 VERSIONS = 32  # of one way to run a tower's blocks: shapes, with and without gradient; text lengths soon share one
 
 
@@ -101,7 +104,8 @@ def _compiled(
             cause = getattr(error, "inner_exception", error)
             if isinstance(cause, torch.OutOfMemoryError):
                 raise
-            words = f"torch.compile failed ({type(cause).__name__}: {str(cause).strip().splitlines()[0]})"
+            first = str(cause).strip().partition("\n")[0]
+            words = f"torch.compile failed ({type(cause).__name__}: {first})"
             if _state["required"]:
                 raise UserError(
                     f"train.compile=on: {words}. It needs Triton and a C compiler (gcc); install them, or set train.compile=off"
