@@ -21,6 +21,7 @@ trap cleanup EXIT
 
 state() { scontrol show job "$1" 2>/dev/null | grep -o 'JobState=[A-Z_]*' | cut -d= -f2; }
 is() { [ "$(state "$1")" = "$2" ]; }
+is_down() { [ "$(sinfo -h -n "$1" -t down -o %D 2>/dev/null)" = 1 ]; }
 logged_twice() { [ "$(grep -c "$1" "$2" 2>/dev/null)" = 2 ]; }
 # ranks [PROCID]: process ids of the ranks' pythons, or of one rank and its data workers, the oldest first.
 ranks() {
@@ -44,6 +45,8 @@ SlurmUser=root
 AuthType=auth/munge
 # A requeued job waits for its credentials to expire, by default two minutes.
 AuthInfo=cred_expire=5
+# A node that says nothing for so long is down, by default after five minutes.
+SlurmdTimeout=30
 # Time to save after scancel, on loaded cores too.
 KillWait=60
 SlurmctldPort=16817
@@ -163,4 +166,20 @@ sed 's/^/    /' <<<"$listing"
 [ "$(grep -c ' done' <<<"$listing")" = 2 ] || { cat "$place"/runs/tiny/slurm-*.out; exit 1; }
 logged 'stopped by SIGUSR1' "$place/runs/tiny/slurm-1.out"
 logged 'continued from' "$place/runs/tiny/slurm-1.out"
-say "job array $array: both runs are done, the first after USR1 and a requeue; all passed"
+say "job array $array: both runs are done, the first after USR1 and a requeue"
+
+# 7. The node of a job dies, with all that runs on it: SLURM sends the job to the other one, where it goes on from its checkpoint.
+of_job() { grep -lz "^SLURM_JOB_ID=$job\$" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3; }
+node_of() { scontrol show job "$1" | grep -o 'BatchHost=[^ ]*' | cut -d= -f2; }
+job=$(submit --nodes 1 --sbatch=--output="$place/node.out" --config demo train.name=node train.steps=60 "${tiny[@]}" train.save_every=10)
+until_true 180 logged '"step": 20[,}]' "$place/runs/node/metrics.jsonl"
+dead=$(node_of "$job")
+pkill -KILL -f "^slurmd .*-N $dead\$"
+pkill -KILL -f "^slurmstepd: \[$job\."
+of_job | xargs -r kill -KILL 2>/dev/null || true
+until_true 120 is_down "$dead"
+until_true 300 is "$job" COMPLETED
+[ "$(node_of "$job")" != "$dead" ] && logged 'continued from' "$place/node.out" && logged '"step": 60[,}]' "$place/runs/node/metrics.jsonl"
+say "job $job: its node $dead died, $(scontrol show job "$job" | grep -o 'Restarts=[0-9]*'), COMPLETED on $(node_of "$job"); of its output:"
+grep 'took over\|continued from\|^Done' "$place/node.out" | sed 's/^/    /'
+say "all passed"
