@@ -27,6 +27,7 @@ entries:
   - {name: as it is, task: zeroshot, data: labelled, groups: [both]}
   - {name: tuned, task: zeroshot, data: labelled, groups: [both], fine_tune: {config: tune.yaml, train: more, set: [train.seed=1]}}
   - {name: gone, task: zeroshot, data: nowhere, fine_tune: {config: tune.yaml, train: more}}
+  - {name: untrained, task: zeroshot, data: labelled, fine_tune: {config: tune.yaml, train: nowhere}}
 """
 
 
@@ -40,8 +41,9 @@ def suite(tmp_path):
 
 def test_an_entry_is_measured_after_a_run_that_is_made_once(suite, tmp_path, model, capsys):  # noqa: F811
     result = json.loads(run(tmp_path, model, capsys, "--json").out)
-    plain, tuned, gone = result["entries"]
-    assert [plain["state"], tuned["state"], gone["state"]] == ["done", "done", "missing"]
+    plain, tuned, *absent = result["entries"]
+    assert [plain["state"], tuned["state"], *(e["state"] for e in absent)] == ["done", "done", "missing", "missing"]
+    assert absent[1]["reason"] == f"no training shards in {tmp_path / 'data' / 'nowhere'}"
     trained = Path(tuned["fine_tuned"]["run"])
     assert trained.parent == tmp_path / "out" / "fine_tuned" and tuned["fine_tuned"]["set"] == ["train.seed=1"]
     summary = trained / "summary.json"
@@ -86,6 +88,9 @@ def test_several_ranks_and_what_cannot_be_trained_leave_it_out(suite, tmp_path):
         ("{config: a, train: b, sets: []}", "has no key `sets`. Did you mean `set`"),
         ("{config: a}", "`fine_tune` needs `train`, a text"),
         ("{config: a, train: b, set: [optim.lr]}", "`set` is .'optim.lr'.; it must be a list of KEY=VALUE"),
+        ("{config: a, train: b, set: [model.init=other]}", "`set` says model.init, which the suite sets itself"),
+        ("{config: nowhere, train: b}", "`fine_tune`: .*nowhere"),
+        ("{config: finetune_study, train: b, set: [optim.lrr=1]}", "unknown key `optim.lrr`. Did you mean `lr`"),
     ],
 )
 def test_mistakes_are_named(tmp_path, said, message):

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsclip.config import load_recipe
 from dsclip.errors import UserError, did_you_mean
 
 KEYS = ("config", "train", "set")
+# Keys of the recipe that the suite sets: another model would be measured under this one's name, or the run not be found again.
+OF_THE_SUITE = ("model.init", "model.preset", "data.tokenizer", "data.train_shards", "train.output", "train.name")
 
 
 @dataclass(frozen=True)
@@ -36,5 +39,13 @@ def read_fine_tune(value: Any, where: str, folder: Path) -> FineTune | None:
     overrides = value.get("set", [])
     if not isinstance(overrides, list) or not all(isinstance(text, str) and "=" in text for text in overrides):
         raise UserError(f"{said}: `set` is {overrides!r}; it must be a list of KEY=VALUE")
+    for key in (text.partition("=")[0].strip() for text in overrides):
+        if key in OF_THE_SUITE:
+            raise UserError(f"{said}: `set` says {key}, which the suite sets itself; leave it out")
     config = folder / value["config"]
-    return FineTune(str(config.resolve()) if config.is_file() else value["config"], value["train"], tuple(overrides))
+    found = FineTune(str(config.resolve()) if config.is_file() else value["config"], value["train"], tuple(overrides))
+    try:
+        load_recipe(found.config, [*overrides, "model.init=MODEL", "model.preset=auto", f"data.train_shards={found.train}"])
+    except UserError as error:
+        raise UserError(f"{said}: {error}") from error
+    return found

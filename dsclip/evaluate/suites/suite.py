@@ -60,15 +60,13 @@ class Entry:
             if place in DEMO or is_remote(place) or place.startswith(PREFIX):
                 return place
             path = os.path.join(data_root, os.path.expanduser(place))
-            if os.path.exists(path) or _names_shards(path):
+            if os.path.exists(path) or names_shards(path):
                 return path
         return None
 
 
-def _names_shards(path: str) -> bool:
-    """Whether a glob or brace expression names any."""
-    if not any(mark in path for mark in "*?[{"):
-        return False
+def names_shards(path: str) -> bool:
+    """Whether a folder, file, glob or brace expression names any."""
     try:
         return bool(resolve_shards(path))
     except UserError:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dsclip.child import run_child
 from dsclip.command_line import say
+from dsclip.data.shards.specification import DEMO
 from dsclip.data.sources.storage import is_remote
 from dsclip.distributed import Collectives
 from dsclip.errors import RunStopped
@@ -17,7 +18,7 @@ from dsclip.evaluate.feature_cache import FeatureCache
 from dsclip.evaluate.opened import OpenedModel
 from dsclip.evaluate.suites.fine_tune import FineTune
 from dsclip.evaluate.suites.run import Place, run_suite
-from dsclip.evaluate.suites.suite import Entry, Suite, file_name
+from dsclip.evaluate.suites.suite import Entry, Suite, file_name, names_shards
 from dsclip.files import sha256
 
 ROOT = Path(__file__).resolve().parents[3]  # where launchers/ is
@@ -54,8 +55,12 @@ class Trainings:
         if not is_done and group.world_size > 1:
             reason = "it trains the model first, in processes of its own: the same command in one process does, and keeps what is measured"
             return row | {"state": "unsupported", "reason": reason}
-        if not is_done and (problem := self._train(entry.name, fine_tune, run, place.data_root)) is not None:
-            return row | {"state": "failed", "reason": problem}
+        if not is_done:
+            shards = _place(fine_tune.train, place.data_root)
+            if not (is_remote(shards) or names_shards(shards)):
+                return row | {"state": "missing", "reason": f"no training shards in {shards}"}
+            if (problem := self._train(entry.name, fine_tune, run, shards)) is not None:
+                return row | {"state": "failed", "reason": problem}
         model, cache = self.open_run(run)
         [row] = run_suite(replace(suite, entries=(entry,)), model, cache, group, place)["entries"]
         return row | {"fine_tuned": {"config": fine_tune.config, "set": list(fine_tune.overrides), "run": str(run)}}
@@ -67,14 +72,14 @@ class Trainings:
         identity = sha256(json.dumps([self.weights, self.tokenizer, asdict(fine_tune), recipe]).encode())[:16]
         return folder.resolve() / "fine_tuned" / f"{file_name(entry.name)}-{identity}"
 
-    def _train(self, name: str, fine_tune: FineTune, run: Path, data_root: Path) -> str | None:
+    def _train(self, name: str, fine_tune: FineTune, run: Path, shards: str) -> str | None:
         """Begins the run or goes on with it; what went wrong, or None. Raises RunStopped."""
-        train, model = fine_tune.train, self.model
+        model = self.model
         command = [
             *self.launch, "launchers/train.py", "--ds_config", self.ds_config, "--config", fine_tune.config, "--resume", "auto",
             f"model.init={Path(model).resolve() if Path(model).exists() else model}", "model.preset=auto",
             f"data.tokenizer={self.tokenizer or 'auto'}",
-            f"data.train_shards={train if is_remote(train) else (data_root / Path(train).expanduser()).resolve()}",
+            f"data.train_shards={shards}",
             f"train.output={run.parent}", f"train.name={run.name}", "train.export_hf=false", *fine_tune.overrides,
         ]  # fmt: skip
         say(f"{name}: fine-tunes the model in {run}")
@@ -84,6 +89,10 @@ class Trainings:
         if not _is_done(run):
             return f"its fine-tuning ended with exit code {code}; the lines above say why"
         return None
+
+
+def _place(train: str, data_root: Path) -> str:
+    return train if is_remote(train) or train in DEMO else str((data_root / Path(train).expanduser()).resolve())
 
 
 def _is_done(run: Path) -> bool:
