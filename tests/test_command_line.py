@@ -22,6 +22,7 @@ WRONG = {
     "tools/reinforce_shards.py": "nowhere OUT",
     "tools/index_shards.py": "nowhere",
     "tools/soup.py": "nowhere nowhere --out OUT",
+    "tools/verify_checkpoint.py": "nowhere",
     "tools/compose.py": "nowhere --add nowhere --out OUT",
     "tools/convert.py": "nowhere OUT --to openclip",
     "tools/convert_hf.py": "nowhere OUT",

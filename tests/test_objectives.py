@@ -255,6 +255,7 @@ GOOD = {"name": "contrast", "between": ["image", "image_2"]}
         ([GOOD | {"epsilon": 0.1}], "gives contrast `epsilon`; it has temperature, duplicates"),
         ([{"name": "swav", "between": ["image", "image_2"]}], "swav of image, which no head makes; it takes those of a head of `kind: prototypes`"),
         ([GOOD | {"name": "supervised_contrast", "mixed": "positive"}], "`mixed: positive` without `mixup`"),
+        ([{"name": "supervised_contrast", "between": ["image"]}], "nothing says which those are; set `data.group_key` or `data.templates`"),
         ([GOOD | {"mixup": 1.0}], "gives contrast `mixup`; it has temperature, duplicates"),
         ([GOOD, GOOD | {"weight": 0.5}], "has contrast_image_image_2 twice"),
     ],

@@ -75,7 +75,7 @@ def test_a_key_under_its_old_name_in_a_manifest_is_compared_with_the_new_one():
 
 def test_the_summary_of_a_run_in_parts_is_true():
     run = SUMMARY | {
-        "hf_export": None, "launch": {"from_step": 334, "steps": 66, "seconds": 14.0},
+        "hf_export": None, "convertible": True, "launch": {"from_step": 334, "steps": 66, "seconds": 14.0},
         "resumes": [{"step": 334, "changes": {"optim.lr": [1e-3, 5e-4]}}],
         "evaluation_errors": [{"step": 200, "error": "the shard is gone"}],
     }  # fmt: skip

@@ -36,7 +36,7 @@ SUMMARY = {
     },
     "eval_data": {"zeroshot": ["a.tar", "b.tar"], "retrieval": "demo"},
     "eval_names": {"zeroshot": "a.tar::b.tar", "retrieval": "demo (training pairs)"},
-    "checkpoint": "runs/demo/checkpoints/step_00000400", "hf_export": "runs/demo/hf", "samples_per_second": 547.6,
+    "checkpoint": "runs/demo/checkpoints/step_00000400", "hf_export": "runs/demo/hf", "convertible": True, "samples_per_second": 547.6,
     "skipped_steps": 1, "bad_samples": {"no caption": 3}, "samples_read": 102403,
 }  # fmt: skip
 
@@ -197,6 +197,7 @@ def test_the_summary_states_results_and_what_to_do_next(tmp_path):
     assert "zero-shot top-1 91.0% over 48 classes, 300 images of a.tar::b.tar" in console
     assert "text to image recall@1/5/10 5.0% / 25.0% / 50.0% on demo (training pairs)" in console
     assert "tensorboard --logdir" in console
+    assert "convert_hf" not in console_summary(SUMMARY | {"convertible": False}, tmp_path)
     assert "launchers/evaluate.py --model runs/demo/hf --task zeroshot --data a.tar::b.tar" in console
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
 
 
 ROOM = 1.05  # beside the tensors: containers, tokenizer, manifest
+ESTIMATED = "the disk is too full"  # before anything is written
 LOOK_S = 0.02  # between two looks at whether the other ranks have written
 _copies = itertools.count()  # of this process; the same on all ranks
 
@@ -257,7 +258,7 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
                 if shutil.disk_usage(temporary).free < self._needed:
-                    problem = Problem("the disk is too full", no_room=True)
+                    problem = Problem(ESTIMATED, no_room=True)
                 else:
                     self._save_tokenizer(temporary / "tokenizer")
             except OSError as error:
@@ -285,7 +286,11 @@ class CheckpointStore:
         if group.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         newest = f"The newest checkpoint is {self._newest()}"
-        if any(p.no_room for p in problems):
+        if full := [p for p in problems if p.no_room]:
+            if any(p.text != ESTIMATED for p in full):
+                raise NoRoom(
+                    f"{full[0].text}: a checkpoint takes {self._needed / 1e9:.3g} GB; make room there. {newest}"
+                )
             free = group.broadcast_object(shutil.disk_usage(self.folder).free if group.rank == 0 else 0)
             raise NoRoom(
                 f"a checkpoint takes {self._needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {self.folder}; make room there. {newest}"

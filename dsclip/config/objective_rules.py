@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from dsclip.config.objective_section import (
     DISTILLING,
+    SUPERVISED,
     TOWERS,
     VIEW_KEYS,
     ObjectiveSection,
@@ -68,6 +69,12 @@ def objective_rules(recipe: Recipe) -> Holds:
     yield (
         objective.distils or (objective.teacher is None and objective.teacher_temperature is None),
         "`objective.teacher` or `teacher_temperature` is set, and no term of `objective.terms` distils; add {name: distill, between: [image, text]}",
+    )
+    alone = next((term.title for term in objective.terms if term.name == SUPERVISED and len(term.between) == 1), None)
+    yield (
+        alone is None or recipe.data.group_key is not None or recipe.data.templates is not None,
+        f"`objective.terms` has {alone}, whose positives are other samples of the same class, and nothing says which those are; set `data.group_key` "
+        "or `data.templates`, or name a second view in its `between`",
     )
     views = [view.name for view in objective.views]
     unused = next((name for name in views if name not in objective.further_views), None)

@@ -114,6 +114,15 @@ def hf_class(c: ClipConfig) -> str:
     return "CLIPModel"
 
 
+def is_convertible(c: ClipConfig) -> bool:
+    """Whether `hf_class` knows a class for it."""
+    try:
+        hf_class(c)
+    except UserError:
+        return False
+    return True
+
+
 def hf_config(c: ClipConfig, bos_token_id: int | None, dtype: str = "fp32") -> dict[str, Any]:
     """config.json of a CLIPModel or SiglipModel. A fixed set of fields: nothing of a user's input can name code to run.
 

@@ -105,7 +105,7 @@ class ClipConfig:
             for name in OF_EXPERTS[1:]:
                 if getattr(self, name) != getattr(ClipConfig, name):
                     raise UserError(
-                        f"model.{name} is {getattr(self, name)}, and model.text_experts 0: no block is routed; set model.text_experts"
+                        f"model.{name} is {getattr(self, name)}, and model.text_experts 0: no block is routed; set model.text_experts, or leave model.{name} out"
                     )
             return
         if self.text_experts_per_token > self.text_experts:

@@ -66,7 +66,10 @@ class RollbackRecord(TypedDict):
 
 
 class Summary(Totals):
-    """`summary.json`. model: the preset. eval_data: {task: shards}; eval_names: {task: its data, and whether they are training pairs}."""
+    """`summary.json`. model: the preset. eval_data: {task: shards}; eval_names: {task: its data, and whether they are training pairs}.
+
+    convertible: whether transformers has such a model.
+    """
 
     model: str
     train_shards: str | list[str] | None
@@ -80,6 +83,7 @@ class Summary(Totals):
     eval_names: dict[str, str]
     checkpoint: str
     hf_export: str | None
+    convertible: bool
     planned_memory_gb: float
     spikes: list[SpikeRecord]
     rollbacks: list[RollbackRecord]

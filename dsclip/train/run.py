@@ -15,7 +15,7 @@ from dsclip.command_line import say
 from dsclip.config import dump_recipe
 from dsclip.config.train_section import TrainSection, saves_in_background
 from dsclip.convert import export_hf
-from dsclip.convert.hf import hf_class
+from dsclip.convert.hf import hf_class, is_convertible
 from dsclip.convert.init import load_init_once
 from dsclip.distributed import Collectives, check_one_job, launched_ranks
 from dsclip.errors import RunFailed, RunStopped, UserError
@@ -233,6 +233,7 @@ def summarise(
         "eval_names": inputs.evaluation.names,
         "checkpoint": str(outcome.checkpoint),
         "hf_export": str(inputs.run_dir / "hf") if recipe.train.export_hf else None,
+        "convertible": is_convertible(inputs.model),
         "planned_memory_gb": planned_mb / 1e3,
         "spikes": spikes,
         "rollbacks": rollbacks,

@@ -28,8 +28,9 @@ def next_commands(summary: Summary, run_dir: Path) -> list[tuple[str, str]]:
         commands.append(
             ("evaluate", f"python launchers/evaluate.py --model {model} --task {task} --data {_argument(shards)}")
         )
+    if summary["convertible"]:
+        commands.append(("convert", f"python tools/convert_hf.py {summary['checkpoint']} OUT --dtype bf16"))
     return commands + [
-        ("convert", f"python tools/convert_hf.py {summary['checkpoint']} OUT --dtype bf16"),
         ("your own data", "python tools/make_shards.py FOLDER_OR_ZIP data/mine"),
         ("train on it", "deepspeed launchers/train.py --config data/mine/recipe.yaml"),
     ]

@@ -45,7 +45,9 @@ def read_fine_tune(value: Any, where: str, folder: Path) -> FineTune | None:
     config = folder / value["config"]
     found = FineTune(str(config.resolve()) if config.is_file() else value["config"], value["train"], tuple(overrides))
     try:
-        load_recipe(found.config, [*overrides, "model.init=MODEL", "model.preset=auto", f"data.train_shards={found.train}"])
+        load_recipe(
+            found.config, [*overrides, "model.init=MODEL", "model.preset=auto", f"data.train_shards={found.train}"]
+        )
     except UserError as error:
         raise UserError(f"{said}: {error}") from error
     return found
