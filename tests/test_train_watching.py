@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -143,6 +144,29 @@ def test_a_histogram_without_a_finite_value_ends_no_run(tmp_path):
     log.close()
     found = events(tmp_path).Histograms("similarity/positive")
     assert [(e.step, e.histogram_value.num) for e in found] == [(3, 1)]
+
+
+def test_a_full_disk_costs_no_line_and_no_run(small_disk, capsys):
+    log, filler = MetricsLog(small_disk, True), small_disk / "filler"
+    log.log(1, {"loss": 1.0})
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    for step in range(2, 400):
+        log.log(step, {"loss": float(step)})
+        if step % 50 == 0:
+            log.image("eval/similarity", similarity_matrix(np.eye(4)), step)
+    assert (small_disk / "metrics.jsonl").read_text().count("\n") < 399
+    filler.unlink()
+    log.log(400, {"loss": 400.0})
+    assert [(e["step"], e["loss"]) for e in lines(small_disk)] == [(step, float(step)) for step in range(1, 401)]
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    for step in range(401, 500):
+        log.log(step, {"loss": float(step)})
+    log.close()
+    said = capsys.readouterr().err
+    assert said.count("its lines wait in memory, and the run goes on") == 2 and "nothing of it is missing" in said
+    assert said.count("TensorBoard's file can't be written (No space left on device)") == 1 and "Traceback" not in said
+    lost = 499 - int((small_disk / "metrics.jsonl").read_text().count("\n"))
+    assert f"its last {lost} lines are lost" in said and lost > 0
 
 
 def test_a_resumed_log_does_not_overlap(tmp_path):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsclip.command_line import say
 from dsclip.files import write_whole
+from dsclip.train.lasting_lines import LastingLines
 from dsclip.train.records import RollbackRecord, SpikeRecord
 
 if TYPE_CHECKING:
@@ -59,7 +63,7 @@ class MetricsLog:
     """Writes only when enabled (rank 0). After a resume at start_step, later entries of the earlier launch are put aside."""
 
     def __init__(self, run_dir: Path, enabled: bool, start_step: int = 0):
-        self._file: TextIO | None = None
+        self._file: LastingLines | None = None
         self._writer: SummaryWriter | None = None
         if not enabled:
             return
@@ -69,7 +73,8 @@ class MetricsLog:
         if dropped := drop_entries_after(path, start_step):
             with path.with_name(SUPERSEDED).open("a", encoding="utf-8") as file:
                 file.writelines(dropped)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = LastingLines(path, say)
+        _quiet_writers()
         self._writer = SummaryWriter(str(Path(run_dir) / "tb"), purge_step=start_step + 1)
 
     def log(
@@ -83,17 +88,17 @@ class MetricsLog:
 
         ranges: {name: [lower, upper]}, two points each.
         """
-        if self._file is None or self._writer is None:
+        if self._file is None:
             return
         entry = {"step": step, **words} | {k: v if math.isfinite(v) else None for k, v in scalars.items()}
         self._file.write(json.dumps(entry | dict(ranges)) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            tag = _TAG.get(name) or (name if "/" in name else f"train/{name}")
-            self._writer.add_scalar(tag, value, step)
+        points = {
+            _TAG.get(name) or (name if "/" in name else f"train/{name}"): value for name, value in scalars.items()
+        }
         for name, (lower, upper) in ranges.items():
-            self._writer.add_scalar(f"{name}/lower", lower, step)
-            self._writer.add_scalar(f"{name}/upper", upper, step)
+            points |= {f"{name}/lower": lower, f"{name}/upper": upper}
+        for tag, value in points.items():
+            self._show("add_scalar", tag, value, step)
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
         """The distribution of a tensor's finite values, for TensorBoard only. It never ends a run."""
@@ -101,23 +106,47 @@ class MetricsLog:
             return
         values = values.float()
         if len(values := values[values.isfinite()]):  # TensorBoard refuses an empty histogram, and one of NaN
-            self._writer.add_histogram(tag, values.cpu().numpy(), step)
+            self._show("add_histogram", tag, values.cpu().numpy(), step)
 
     def text(self, tag: str, text: str) -> None:
         """Markdown for TensorBoard's text tab."""
-        if self._writer is not None:
-            self._writer.add_text(tag, text, 0)
+        self._show("add_text", tag, text, 0)
 
     def image(self, tag: str, image: NDArray[np.uint8], step: int) -> None:
         """A uint8 picture [H, W, 3] for TensorBoard's image tab."""
-        if self._writer is not None:
-            self._writer.add_image(tag, image, step, dataformats="HWC")
+        self._show("add_image", tag, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes both."""
-        if self._file is not None and self._writer is not None:
+        if self._file is not None:
             self._file.close()
-            self._writer.close()
+        self._show("close")
+
+    def _show(self, method: str, *values: Any, **options: Any) -> None:
+        """TensorBoard's, whose file ends where the disk was full: its thread has ended then."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*values, **options)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            say(
+                f"TensorBoard's file can't be written ({reason}): its curves end here, those of the next launch go on; metrics.jsonl has all of them"
+            )
+            self._writer = None
+
+
+def _quiet_writers() -> None:
+    """TensorBoard's thread leaves its problem to whoever writes next, and prints a stack trace beside."""
+    before = threading.excepthook
+    if getattr(before, "__name__", "") == "without_writers":
+        return
+
+    def without_writers(problem: threading.ExceptHookArgs) -> None:
+        if not (type(problem.thread).__name__ == "_AsyncWriterThread" and isinstance(problem.exc_value, OSError)):
+            before(problem)
+
+    threading.excepthook = without_writers
 
 
 def drop_entries_after(path: Path, step: int) -> list[str]:

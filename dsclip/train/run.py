@@ -142,6 +142,9 @@ def train_on(
         watch.close()
         back.tally = watch.tally
         raise
+    except UserError:
+        watch.close()  # which says what its log has lost
+        raise
     finally:
         store.close()
         watch.flush()
