@@ -1,4 +1,4 @@
-"""A run as a process of its own that is given the time to save when the sweep is asked to stop."""
+"""A run as a process of its own that is given the time to save when whoever started it is asked to stop."""
 
 from __future__ import annotations
 
@@ -13,15 +13,28 @@ from dsclip.errors import RunStopped
 
 STDERR = 2  # where runs print: standard output is for --json
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ROOT = Path(__file__).resolve().parents[1]  # where launchers/ is
 # Of a run that was asked to stop by others; launchers that turn these into 1 are told by the signal that came here.
 STOPPED = {RunStopped.exit_code, 130, 143, -signal.SIGINT, -signal.SIGTERM}
 
 
-def run_child(command: Sequence[str], folder: Path) -> tuple[int, bool]:
-    """(exit code, whether it was asked to stop). SIGINT and SIGTERM are passed on, and its end is waited for.
+def run_training(launch: Sequence[str], ds_config: str, config: str, overrides: Sequence[str]) -> tuple[int, bool]:
+    """(exit code, whether it was asked to stop) of `launchers/train.py`, begun or continued by `launch` from the checkout.
 
-    Without this a signal to the sweep alone would leave a run behind that trains on and holds its folder's lock.
+    Paths are absolute, or of the checkout. SIGINT and SIGTERM are passed on, and its end is waited for: a signal to this process alone would
+    leave a run behind that trains on and holds its folder's lock.
     """
+    command = [
+        *launch,
+        "launchers/train.py",
+        "--ds_config",
+        ds_config,
+        "--config",
+        config,
+        "--resume",
+        "auto",
+        *overrides,
+    ]
     asked = False
     process: subprocess.Popen[bytes] | None = None
 
@@ -34,7 +47,7 @@ def run_child(command: Sequence[str], folder: Path) -> tuple[int, bool]:
     handled = SIGNALS if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, pass_on) for number in handled}
     try:
-        process = subprocess.Popen(command, cwd=folder, stdout=STDERR)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=STDERR)
         code = process.wait()
     finally:
         for number, handler in before.items():

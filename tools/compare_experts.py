@@ -13,21 +13,20 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from dsclip.child import run_training
 from dsclip.command_line import parser, run_tool, say
 from dsclip.data.shards.manifest import MANIFEST, Labels
 from dsclip.data.shards.shard_set import open_shards
 from dsclip.data.sources.storage import Storage
 from dsclip.datasets.rewrite import Members, rewrite_shards
 from dsclip.datasets.scenes import COLOURS, SHAPES
-from dsclip.errors import RunFailed
+from dsclip.errors import RunFailed, RunStopped
 
-ROOT = Path(__file__).parent.parent
 DIALECTS = 4
 TOWERS = {
     "dense": ["model.text_experts=null", "model.text_experts_every=null"],
@@ -62,16 +61,18 @@ def write(split: str, folder: Path) -> None:
 
 
 def recalls(a: argparse.Namespace, tower: str, seed: int) -> list[float]:
-    """Both recalls@1 of a run, which is trained unless it is finished. Raises RunFailed."""
+    """Both recalls@1 of a run, which is trained unless it is finished. Raises RunFailed, and RunStopped."""
     run = a.out / f"{re.sub(r'[^a-z0-9]+', '-', tower)}-{seed}-{a.steps}x{a.batch}"
     if not (run / "summary.json").exists():
-        command = [
-            sys.executable, "launchers/train.py", "--ds_config", "ds_configs/zero1_bf16.json", "--config", "experts", "--resume", "auto",
+        overrides = [
             f"train.output={a.out}", f"train.name={run.name}", f"train.seed={seed}", f"train.steps={a.steps}",
             f"batch.global_batch_size={a.batch}", f"data.train_shards={a.out / 'train'}", f"eval.retrieval_shards={a.out / 'val'}",
             *TOWERS[tower],
         ]  # fmt: skip
-        if code := subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode:
+        code, stopped = run_training([sys.executable], "ds_configs/zero1_bf16.json", "experts", overrides)
+        if stopped:
+            raise RunStopped(f"{run} was stopped; the same command goes on with it")
+        if code:
             raise RunFailed(f"{run} ended with exit code {code}; its lines above say why")
     found = json.loads((run / "summary.json").read_text(encoding="utf-8"))["eval"]["retrieval"]
     return [found[name] for name in RECALLS]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from dsclip.checkpoint.lineage import Lineage, complete_checkpoints, step_of
 from dsclip.checkpoint.manifest import MANIFEST, LaterRunState, content_of
+from dsclip.checkpoint.tokenizer_files import SavedTokenizer, TokenizerFiles
 from dsclip.distributed import Collectives
 from dsclip.errors import RunFailed, UserError
 from dsclip.saving import Background, Files, Problem, WriteNow, Written
@@ -28,16 +29,8 @@ if TYPE_CHECKING:  # importing it takes DeepSpeed's seconds
 
 
 ROOM = 1.05  # beside the tensors: containers, tokenizer, manifest
-ESTIMATED = "the disk is too full"  # before anything is written
 LOOK_S = 0.02  # between two looks at whether the other ranks have written
 _copies = itertools.count()  # of this process; the same on all ranks
-
-
-class SavedTokenizer(Protocol):
-    """The tokenizer that goes with a checkpoint."""
-
-    def save(self, folder: Path) -> None:
-        """Writes its files into the folder."""
 
 
 class Lock(Protocol):
@@ -85,8 +78,7 @@ class CheckpointStore:
         self.folder = run_dir / "checkpoints"
         self._background = background
         self._under_way: UnderWay | None = None
-        self._keep, self._tokenizer, self._lock = keep, tokenizer, lock
-        self._of_tokenizer: dict[Path, bytes] | None = None
+        self._keep, self._tokenizer, self._lock = keep, TokenizerFiles(tokenizer), lock
         self._lineage = lineage or Lineage(run_dir.name)
 
     def save(
@@ -252,54 +244,45 @@ class CheckpointStore:
 
     def _prepare(self, temporary: Path, group: Collectives) -> None:
         """An empty folder with the tokenizer, where the rest has room. Rank 0 makes it."""
-        problem = None
+        problem, free = None, 0
         if group.rank == 0:
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-                if shutil.disk_usage(temporary).free < self._needed:
-                    problem = Problem(ESTIMATED, no_room=True)
-                else:
-                    self._save_tokenizer(temporary / "tokenizer")
+                free = shutil.disk_usage(temporary).free
+                if free >= self._needed:
+                    self._tokenizer.save(temporary / "tokenizer")
             except OSError as error:
                 problem = problem_of(error, temporary)
-        self._refuse([group.broadcast_object(problem)], temporary, group)
-
-    def _save_tokenizer(self, folder: Path) -> None:
-        """Its files are the same each time, and making them takes longer than writing them."""
-        if self._of_tokenizer is None:
-            self._tokenizer.save(folder)
-            self._of_tokenizer = {
-                path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-            }
-            return
-        folder.mkdir()
-        for name, content in self._of_tokenizer.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
+        problem, free = group.broadcast_object((problem, free))
+        self._refuse([problem], temporary, group)
+        if free < self._needed:
+            self._give_up(temporary, group)
+            raise NoRoom(
+                f"a checkpoint takes {self._needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {self.folder}; make room there. {self._newest()}"
+            )
 
     def _refuse(self, found: list[Problem | None], temporary: Path, group: Collectives) -> None:
         """Raises when a rank has a problem. found: the same on all ranks, which raise alike."""
         problems = [p for p in found if p is not None]
         if not problems:
             return
+        self._give_up(temporary, group)
+        if full := next((p for p in problems if p.no_room), None):
+            raise NoRoom(
+                f"{full.text}: a checkpoint takes {self._needed / 1e9:.3g} GB; make room there. {self._newest()}"
+            )
+        raise NotSaved(f"{problems[0].text}. {self._newest()}")
+
+    def _give_up(self, temporary: Path, group: Collectives) -> None:
+        """Nothing of it is left. Collective."""
         if group.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        newest = f"The newest checkpoint is {self._newest()}"
-        if full := [p for p in problems if p.no_room]:
-            if any(p.text != ESTIMATED for p in full):
-                raise NoRoom(
-                    f"{full[0].text}: a checkpoint takes {self._needed / 1e9:.3g} GB; make room there. {newest}"
-                )
-            free = group.broadcast_object(shutil.disk_usage(self.folder).free if group.rank == 0 else 0)
-            raise NoRoom(
-                f"a checkpoint takes {self._needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {self.folder}; make room there. {newest}"
-            )
         group.barrier()
-        raise NotSaved(f"{problems[0].text}. {newest}")
 
     def _newest(self) -> str:
-        return f"that of step {max(self._lineage.steps)}" if self._lineage.steps else "none: nothing is saved yet"
+        steps = self._lineage.steps
+        return f"The newest checkpoint is {f'that of step {max(steps)}' if steps else 'none: nothing is saved yet'}"
 
 
 class Part(NamedTuple):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsclip.child import run_child
+from dsclip.child import run_training
 from dsclip.config import Grid, GridRun, dump_recipe, load_recipe
 from dsclip.datasets.demo import demo_once
 from dsclip.errors import RunStopped, UserError
@@ -23,7 +23,6 @@ from dsclip.files import write_whole
 from dsclip.scaling.points import named_size
 from dsclip.scaling.runs import divergence, gmacs_per_sample, run_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 VALIDATION_SAMPLES = 2  # of data that is written for training alone; evaluations use demo:val
 COLUMNS = (
     "run", "status", "reason", "family", "arch", "samples_seen", "gmacs_per_sample", "gmacs_total", "train_data", "train_samples",
@@ -90,24 +89,14 @@ class Sweep:
         """Runs or continues one run. Raises RunStopped when it was asked to stop."""
         if run.demo_samples is not None:
             demo_once(self.folder / "data" / f"demo-{run.demo_samples}", run.demo_samples, VALIDATION_SAMPLES)
-        command = [
-            *launch,
-            "launchers/train.py",
-            "--ds_config",
-            ds_config,
-            "--config",
-            str(self._recipe(run).resolve()),
-            "--resume",
-            "auto",
-        ]
         # train.output may be relative to where the sweep was started; launchers/ lies in the checkout.
-        command += [f"train.output={self.folder.resolve()}"]
+        overrides = [f"train.output={self.folder.resolve()}"]
         shards = run.recipe.data.train_shards
         if run.demo_samples is not None and isinstance(shards, str):
-            command += [f"data.train_shards={Path(shards).resolve()}"]
+            overrides += [f"data.train_shards={Path(shards).resolve()}"]
         path = self.folder / "states" / f"{run.name}.json"
         path.unlink(missing_ok=True)
-        code, asked_to_stop = run_child(command, ROOT)
+        code, asked_to_stop = run_training(launch, ds_config, str(self._recipe(run).resolve()), overrides)
         if asked_to_stop and not (self.run_folder(run) / "summary.json").is_file():
             raise RunStopped(f"{run.name} was stopped; the same command goes on with it")
         state = self._ended(run, code)

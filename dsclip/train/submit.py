@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dsclip.child import ROOT
 from dsclip.command_line import parser, run_tool
 from dsclip.config import load_grid
 from dsclip.errors import RunFailed, UserError
 from dsclip.files import write_whole
-from dsclip.scaling.sweep import ROOT, Sweep, slurm_script
+from dsclip.scaling.sweep import Sweep, slurm_script
 from dsclip.scaling.transfer import transferred
 
 EXAMPLE = (

@@ -89,7 +89,8 @@ def evaluate_suite(
     place = Place(a.data_root or Path(), folder, storage_of(a))
     present = suite.find(place.data_root)
     tuned = [(e, e.fine_tune) for e in suite.entries if e.fine_tune is not None and e.name in present]
-    as_it_is = replace(suite, entries=tuple(e for e in suite.entries if e not in [entry for entry, _ in tuned]))
+    names = {entry.name for entry, _ in tuned}
+    as_it_is = replace(suite, entries=tuple(e for e in suite.entries if e.name not in names))
     result = run_suite(as_it_is, model, feature_cache(a, model, group, in_suite=True), group, place)
     rows = {row["name"]: row for row in result["entries"]}
     trainings = _trainings(a, model, group, open_other)

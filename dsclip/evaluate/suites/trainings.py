@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsclip.child import run_child
+from dsclip.child import run_training
 from dsclip.command_line import say
 from dsclip.data.shards.specification import DEMO
 from dsclip.data.sources.storage import is_remote
@@ -20,8 +20,6 @@ from dsclip.evaluate.suites.fine_tune import FineTune
 from dsclip.evaluate.suites.run import Place, run_suite
 from dsclip.evaluate.suites.suite import Entry, Suite, file_name, names_shards
 from dsclip.files import sha256
-
-ROOT = Path(__file__).resolve().parents[3]  # where launchers/ is
 
 
 @dataclass(frozen=True)
@@ -75,15 +73,14 @@ class Trainings:
     def _train(self, name: str, fine_tune: FineTune, run: Path, shards: str) -> str | None:
         """Begins the run or goes on with it; what went wrong, or None. Raises RunStopped."""
         model = self.model
-        command = [
-            *self.launch, "launchers/train.py", "--ds_config", self.ds_config, "--config", fine_tune.config, "--resume", "auto",
+        overrides = [
             f"model.init={Path(model).resolve() if Path(model).exists() else model}", "model.preset=auto",
             f"data.tokenizer={self.tokenizer or 'auto'}",
             f"data.train_shards={shards}",
             f"train.output={run.parent}", f"train.name={run.name}", "train.export_hf=false", *fine_tune.overrides,
         ]  # fmt: skip
         say(f"{name}: fine-tunes the model in {run}")
-        code, stopped = run_child(command, ROOT)
+        code, stopped = run_training(self.launch, self.ds_config, fine_tune.config, overrides)
         if stopped and not _is_done(run):
             raise RunStopped(f"the fine-tuning of {name} was stopped; the same command goes on with it")
         if not _is_done(run):
